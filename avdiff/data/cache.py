@@ -1,0 +1,190 @@
+"""Latents computed once: a folder of safetensors shards that training reads instead of pictures and sound.
+
+A cache carries the fingerprint of all that made it (codecs, clock, source and its options). Another fingerprint is a named
+error, never a silent mixture. A shard's table is written last and vouches for its tensors, so a broken run just goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from avdiff.clip import ClipSpec
+from avdiff.data.corpus.visemes import Phone
+from avdiff.latents import pack_audio, pack_video
+
+SHARD = 64  # samples in a file: about 1.5 MB for the presenter
+FORMAT = 1
+
+
+class Source(Protocol):
+    """Anything that gives clips by number, such as `PresenterCorpus`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The frozen codecs that turn a clip into packed, normalised latents."""
+
+    vae: Any
+    audio_vae: Any
+    patch: int = 2
+
+    @torch.no_grad()
+    def encode(self, video: torch.Tensor | None, audio: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """video (B, F, H, W, 3) uint8, audio (B, C, S) float -> {"video": (B, N_v, C_v), "audio": (B, N_a, C_a)} fp16."""
+        out = {}
+        if video is not None:
+            x = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode().float()
+            out["video"] = pack_video(_normalise(z, self.vae), self.patch).half()
+        if audio is not None:
+            z = self.audio_vae.encode(self.audio_vae.mel(audio)).latent_dist.mode().float()
+            out["audio"] = pack_audio(_normalise(z, self.audio_vae)).half()
+        return out
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hash of each codec's weights and statistics."""
+        return {"vae": weights_hash(self.vae), "audio_vae": weights_hash(self.audio_vae)}
+
+
+def _normalise(z: torch.Tensor, codec: Any) -> torch.Tensor:
+    shape = (1, -1, *(1,) * (z.ndim - 2))
+    return (z - codec.latents_mean.float().view(shape)) / codec.latents_std.float().view(shape)
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 over names and fp32 values of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_cache(source: Source, codecs: Codecs, folder: str | os.PathLike[str], options: dict[str, Any], rank: int = 0,
+                ranks: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Path:
+    """Encode every clip of `source` into `folder`; finished shards are kept, so a second call goes on where one stopped.
+
+    Args:
+        options: what else decides the content (source name, seed, split, clip length...): part of the fingerprint.
+        rank, ranks: this process encodes every `ranks`-th shard.
+
+    Raises:
+        ValueError: the folder holds a cache with another fingerprint.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by = {"format": FORMAT, **codecs.fingerprint(), "count": len(source), **options}
+    _claim(folder, made_by)
+    shards = range(rank, -(-len(source) // SHARD), ranks)
+    for number in progress(shards):
+        table = folder / f"shard-{number:05d}.json"
+        if table.is_file():
+            continue
+        tensors: dict[str, torch.Tensor] = {}
+        records = []
+        for index in range(number * SHARD, min((number + 1) * SHARD, len(source))):
+            tensor, record = _encode_one(source[index], codecs)
+            tensors |= {f"{index}/{name}": value for name, value in tensor.items()}
+            records.append({"index": index, **record})
+        aside = folder / f".{table.stem}.{os.getpid()}"
+        save_file(tensors, aside)
+        os.replace(aside, table.with_suffix(".safetensors"))
+        aside.write_text(json.dumps(records, ensure_ascii=False))
+        os.replace(aside, table)
+    return folder
+
+
+def _claim(folder: Path, made_by: dict[str, Any]) -> None:
+    """Write the cache's fingerprint, or compare it with the one that is there."""
+    manifest = folder / "cache.json"
+    if not manifest.is_file():
+        aside = folder / f".cache.{os.getpid()}"
+        aside.write_text(json.dumps(made_by, indent=1, sort_keys=True))
+        os.replace(aside, manifest)
+    check_fingerprint(folder, made_by)
+
+
+def check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
+    """Raise a ValueError that names what differs between a cache and what is expected of it."""
+    held = json.loads((folder / "cache.json").read_text())
+    wrong = {k: (held.get(k), v) for k, v in expected.items() if held.get(k) != v}
+    if wrong:
+        told = "; ".join(f"{k} is {a!r}, now {b!r}" for k, (a, b) in wrong.items())
+        raise ValueError(f"cache {folder} was made by something else ({told}): delete it or choose another folder")
+
+
+def _encode_one(sample: dict[str, Any], codecs: Codecs) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """One clip -> its tensors and its JSON-able record."""
+    video, audio = sample.get("video"), sample.get("audio")
+    encoded = codecs.encode(None if video is None else torch.as_tensor(video)[None],
+                            None if audio is None else torch.as_tensor(audio)[None])
+    tensors = {name: value[0].contiguous() for name, value in encoded.items()}
+    keep = ("caption", "captions", "language", "kind", "attributes", "impacts", "split", "sample_rate")
+    record = {k: sample[k] for k in keep if k in sample}
+    record |= {"phones": [list(p) for p in sample.get("phones", ())], "fps": str(sample["fps"])}
+    if video is not None:
+        record |= {"num_frames": int(video.shape[0]), "height": int(video.shape[1]), "width": int(video.shape[2])}
+    return tensors, record
+
+
+class LatentCache(Dataset):
+    """Reads one or more caches. Items: the record's fields, `phones` as Phone tuples, `video` and `audio` tokens fp32.
+
+    Args:
+        folders: made by `write_cache`; all must come from the same codecs.
+        expect: fingerprint entries that must match, such as `Codecs.fingerprint()`.
+
+    Raises:
+        ValueError: no cache there, unfinished, or a fingerprint that differs.
+    """
+
+    def __init__(self, folders: Sequence[str | os.PathLike[str]], expect: dict[str, Any] | None = None) -> None:
+        self.items: list[tuple[Path, dict[str, Any]]] = []
+        codecs: dict[str, Any] = dict(expect or {})
+        for folder in map(Path, folders):
+            if not (folder / "cache.json").is_file():
+                raise ValueError(f"cache {folder}: no cache.json in it; make one with `avdiff data cache`")
+            check_fingerprint(folder, codecs)
+            held = json.loads((folder / "cache.json").read_text())
+            codecs |= {k: held[k] for k in ("vae", "audio_vae")}
+            before = len(self.items)
+            for table in sorted(folder.glob("shard-*.json")):
+                self.items += [(table.with_suffix(".safetensors"), r) for r in json.loads(table.read_text())]
+            if len(self.items) - before != held["count"]:
+                raise ValueError(f"cache {folder} holds {len(self.items) - before} of {held['count']} clips: "
+                                 "run `avdiff data cache` again to finish it")
+        self._open: dict[Path, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, record = self.items[index]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        handle, name = self._open[path], record["index"]
+        tensors = {m: handle.get_tensor(f"{name}/{m}").float() for m in ("video", "audio") if f"{name}/{m}" in handle.keys()}
+        return {**record, **tensors, "phones": tuple(Phone(*p) for p in record["phones"])}
+
+    def clip(self, index: int) -> ClipSpec:
+        """Size and length of a clip on the clock."""
+        _, r = self.items[index]
+        return ClipSpec(r["num_frames"], r["fps"], r["height"], r["width"], r["sample_rate"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files do not travel to worker processes."""
+        return {**self.__dict__, "_open": {}}

@@ -1,0 +1,11 @@
+"""Drawn presenters: who they are, how they move, how they look, and the truth about their lips. The door to all of it."""
+
+from __future__ import annotations
+
+from avdiff.data.corpus.drawing import render_face
+from avdiff.data.corpus.identity import Identity, identity_key, identity_split, sample_identity
+from avdiff.data.corpus.motion import Pose, pose_track
+from avdiff.data.corpus.mouth import lip_points, mouth_opening
+
+__all__ = ["Identity", "Pose", "identity_key", "identity_split", "lip_points", "mouth_opening", "pose_track", "render_face",
+           "sample_identity"]

@@ -1,0 +1,168 @@
+"""One block of the dual-branch transformer: two branches that meet through cross-attention and a shared stream.
+
+Shape legend: B batch, N_m tokens of a modality, N_s shared ticks, D_m width of a branch. The shared stream rides as the
+tail of the audio argument, which is called `encoder_hidden_states` because diffusers' caches look for that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from avdiff.core.attention import Attention
+from avdiff.core.engram import Engram
+from avdiff.core.feedforward import SwiGLU
+from avdiff.core.modulation import Modulation, ModulationTable, rms_norm
+from avdiff.core.moe import MoE
+from avdiff.models.conditions import Conditions
+
+class StepRows(NamedTuple):
+    """Modulation of one modality at one step: rows (B, 1|N, 6, D) from its own noise level, and the gate (B, 1, D) of
+    what it hears from its partner, from the partner's noise level (None without a partner)."""
+
+    rows: torch.Tensor
+    cross_gate: torch.Tensor | None
+
+
+class Branch(nn.Module):
+    """One modality's half of a block. Written once; video and audio are two instances.
+
+    Args:
+        dim, heads, dim_head: width and self-attention. text_dim: caption width, 0 for a block without text.
+        source_dims: widths of what cross-attention reads: the partner, then the shared stream if there is one.
+        cross_heads: heads of the cross-attention (those of the audio branch: the narrower one sets the width).
+        hidden: SwiGLU width; with `experts` > 0 a MoE of that many experts of `hidden` each.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, text_dim: int, source_dims: Sequence[int],
+                 cross_heads: int, hidden: int, experts: int = 0, top_k: int = 2) -> None:
+        super().__init__()
+        self.modulation = ModulationTable(dim, records=2)
+        self.self_attn = Attention(dim, heads, dim_head)
+        self.text_attn = Attention(dim, heads, dim_head, [text_dim]) if text_dim else None
+        self.cross_attn = Attention(dim, cross_heads, dim_head, source_dims)
+        # 0.2: the partner is heard from the first step, but cannot drown the branch's own signal.
+        self.cross_gate = nn.Parameter(torch.full((dim,), 0.2))
+        self.ff = MoE(dim, hidden, experts, top_k) if experts else SwiGLU(dim, hidden)
+
+    def feed(self, x: torch.Tensor, modulation: Modulation) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Feed-forward, dense or MoE, with its routing statistics."""
+        h, stats = modulation(x), None
+        if isinstance(self.ff, MoE):
+            h, stats = self.ff(h)
+        else:
+            h = self.ff(h)
+        return x + (modulation.gate * h).to(x.dtype), stats
+
+
+class SharedStream(nn.Module):
+    """x_s += CrossAttn([x_s, video, audio]); x_s += MoE(x_s): the score that both branches play from."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, video_dim: int, hidden: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim, heads, dim_head, [dim, video_dim, dim])
+        self.ff = MoE(dim, hidden, experts, top_k) if experts else SwiGLU(dim, hidden)
+
+    def forward(self, shared: torch.Tensor, normed: Sequence[torch.Tensor | None],
+                conditions: Conditions) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """shared (B, N_s, D), normed (shared, video, audio) snapshots -> updated stream and routing statistics."""
+        phases = (conditions.tick_time, conditions.video_time, conditions.audio_time)
+        shared = shared + self.attn(normed[0], normed, conditions.tick_time, phases,
+                                    joined_window(conditions, "shared", normed))
+        if not isinstance(self.ff, MoE):
+            return shared + self.ff(rms_norm(shared)), None
+        h, stats = self.ff(rms_norm(shared))
+        return shared + h, stats
+
+
+class DualBlock(nn.Module):
+    """Self-attention, text, the meeting of the streams, feed-forward; the equations are in the README's model section.
+
+    Either branch may be absent (None); it then costs nothing. `isolated` cuts both directions and the shared stream.
+    """
+
+    def __init__(self, layer: int, video: Branch, audio: Branch, shared: SharedStream | None,
+                 memory: Engram | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.video, self.audio, self.shared, self.memory = video, audio, shared, memory
+
+    def forward(self, hidden_states: torch.Tensor | None, encoder_hidden_states: torch.Tensor | None,
+                video_step: StepRows | None, audio_step: StepRows | None, conditions: Conditions,
+                isolated: bool = False) -> tuple[torch.Tensor | None, ...]:
+        """video (B, N_v, D_v) | None and audio with ticks (B, N_a + N_s, D_a) | None -> the same two, then routing
+        statistics (M, 2E+1) of each mixture of experts that ran, in the order shared, video, audio."""
+        video = hidden_states
+        audio, shared = split_ticks(encoder_hidden_states, conditions.num_ticks)
+        c = conditions
+        stats = []
+
+        if self.memory is not None and c.memory is not None and encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states + self.memory(
+                encoder_hidden_states, c.memory[self.layer], c.memory_index)
+            audio, shared = split_ticks(encoder_hidden_states, c.num_ticks)
+
+        if video is not None:
+            v_attn, v_ff = self.video.modulation(video_step.rows)
+            video = video + (v_attn.gate * self.video.self_attn(v_attn(video), query_phases=c.video_phases)).to(video.dtype)
+            if self.video.text_attn is not None:
+                video = video + self.video.text_attn(rms_norm(video), [c.text], attention_mask=c.text_mask)
+        if audio is not None:
+            a_attn, a_ff = self.audio.modulation(audio_step.rows)
+            audio = audio + (a_attn.gate * self.audio.self_attn(a_attn(audio), query_phases=c.audio_time)).to(audio.dtype)
+            if self.audio.text_attn is not None:
+                audio = audio + self.audio.text_attn(rms_norm(audio), [c.text], attention_mask=c.text_mask)
+
+        if not isolated:
+            # Snapshots of all three before any update: the order of the lines below does not matter.
+            nv, na, ns = (None if x is None else rms_norm(x) for x in (video, audio, shared))
+            if video is not None and (na is not None or ns is not None):
+                heard = self._meet(self.video, nv, (na, ns), c.video_time, (c.audio_time, c.tick_time), c, "video")
+                video = video + (gate(self.video, video_step) * heard).to(video.dtype)
+            if audio is not None and (nv is not None or ns is not None):
+                heard = self._meet(self.audio, na, (nv, ns), c.audio_time, (c.video_time, c.tick_time), c, "audio")
+                audio = audio + (gate(self.audio, audio_step) * heard).to(audio.dtype)
+            if self.shared is not None and shared is not None:
+                shared, routing = self.shared(shared, (ns, nv, na), c)
+                stats.append(routing)
+
+        if video is not None:
+            video, routing = self.video.feed(video, v_ff)
+            stats.append(routing)
+        if audio is not None:
+            audio, routing = self.audio.feed(audio, a_ff)
+            stats.append(routing)
+
+        tail = [x for x in (audio, shared) if x is not None]
+        routed = [s for s in stats if s is not None]
+        outputs = (video, torch.cat(tail, dim=1) if tail else None)
+        return (*outputs, *routed)
+
+    @staticmethod
+    def _meet(branch: Branch, query: torch.Tensor, sources: tuple, query_time, source_times: tuple,
+              conditions: Conditions, name: str) -> torch.Tensor:
+        """Cross-attention on the time axis alone, within the local window."""
+        n = 1 + len(branch.cross_attn.add_k_proj)
+        return branch.cross_attn(query, sources[:n], query_time, source_times[:n],
+                                 joined_window(conditions, name, sources[:n]))
+
+
+def gate(branch: Branch, step: StepRows) -> torch.Tensor:
+    """How much of the partner is let in: the block's own level plus what the partner's noise level says."""
+    return branch.cross_gate if step.cross_gate is None else branch.cross_gate + step.cross_gate
+
+
+def split_ticks(x: torch.Tensor | None, ticks: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Split audio + shared ticks (B, N_a + N_s, D); either part may be empty and is then None."""
+    if x is None or ticks == 0:
+        return x, None
+    return (x[:, :-ticks] if x.shape[1] > ticks else None), x[:, -ticks:]
+
+
+def joined_window(conditions: Conditions, name: str, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Windows of the sources that are present, side by side: (1, 1, Q, K)."""
+    windows = conditions.windows[name]
+    return torch.cat([w for w, s in zip(windows, sources, strict=False) if s is not None], dim=-1)

@@ -1,0 +1,139 @@
+"""What a joint model is told, and what can be computed from it once for all denoising steps.
+
+Shape legend: B batch, P phonemes, M mel frames (10 ms for the presenter), N_v / N_a / N_s tokens of video, audio and the
+shared stream, F latent frames, L caption tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from avdiff.clip import ClipSpec
+    from avdiff.core.engram import MemoryRead
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where tokens sit: seconds (bin midpoints), video also in pixels; fp32. One grid for a whole batch.
+
+    Args:
+        video: (N_v, 3). audio: (N_a, 1). ticks: (N_s, 1). grid: video tokens along (time, rows, columns).
+    """
+
+    video: torch.Tensor
+    audio: torch.Tensor
+    ticks: torch.Tensor
+    grid: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, clip: ClipSpec, device: torch.device | str = "cpu", start: float = 0.0) -> Positions:
+        """Positions of a clip that begins at `start` seconds."""
+        video, audio, ticks = clip.video_positions(), clip.audio_positions(), clip.tick_positions()
+        video[:, 0] += start
+        return cls(video.to(device), (audio + start).to(device), (ticks + start).to(device), clip.video_grid)
+
+
+@dataclass(frozen=True)
+class Script:
+    """Spoken words on the clock.
+
+    Args:
+        phonemes: (B, P) inventory ids, 0 is silence. marks: (B, P) stress and tone marks, 0 is none.
+        frames: (B, M) which phoneme sounds in each mel frame, an index into P.
+        video_frames: as `frames` for the video branch, warped or not; None keeps the script from the video branch.
+        present: (B,) bool, False where a sample has no script (sounds, or text dropout).
+    """
+
+    phonemes: torch.Tensor
+    marks: torch.Tensor
+    frames: torch.Tensor
+    present: torch.Tensor
+    video_frames: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Script:
+        """Copy on another device."""
+        return replace(self, **{f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+
+    def without(self) -> Script:
+        """The same batch with no words: what the unconditional guidance pass sees."""
+        return replace(self, present=torch.zeros_like(self.present))
+
+    @staticmethod
+    def cat(scripts: list[Script]) -> Script:
+        """Join batches that share P and M."""
+        def join(name: str) -> Any:
+            values = [getattr(s, name) for s in scripts]
+            return None if values[0] is None else torch.cat(values)
+        return Script(*(join(f.name) for f in fields(Script)))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that stays the same at all steps; made by `AVTransformer.prepare`.
+
+    Args:
+        text: (B, 1 + L, D_t) caption features after a learned register. text_mask: (B, 1, 1, 1 + L) bool.
+        video_phases: RoPE over (seconds, row, column); time_phases: over seconds of video, audio and ticks.
+        windows: bool masks (1, 1, queries, keys), one per source: video <- (audio, ticks), audio <- (video, ticks),
+            shared <- (ticks, video, audio).
+        scripts: expanded words for video tokens (B, N_v, D_v) or None, and for audio + ticks (B, N_a + N_s, D_a).
+        memory: Engram read of the phonemes by block. memory_index: (B, N_a + N_s) phoneme of each token.
+    """
+
+    text: torch.Tensor
+    text_mask: torch.Tensor
+    video_phases: torch.Tensor
+    video_time: torch.Tensor
+    audio_time: torch.Tensor
+    tick_time: torch.Tensor
+    windows: dict[str, tuple[torch.Tensor, ...]]
+    video_script: torch.Tensor | None
+    sound_script: torch.Tensor | None
+    memory: dict[int, MemoryRead] | None
+    memory_index: torch.Tensor | None
+    num_ticks: int
+
+    def narrowed(self, audio: bool, ticks: bool) -> Conditions:
+        """The same conditions for a forward without the audio branch or without the shared stream."""
+        keep_ticks = self.num_ticks if ticks else 0
+        if audio and keep_ticks == self.num_ticks:
+            return self
+        tokens = self.windows["audio"][0].shape[2]
+
+        def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+            if x is None:
+                return None
+            return x[:, 0 if audio else tokens: tokens + keep_ticks]
+        return replace(self, sound_script=cut(self.sound_script), memory_index=cut(self.memory_index),
+                       num_ticks=keep_ticks)
+
+
+MILLISECOND = 1e-3  # tolerance of comparisons on the clock: far below a token, far above fp32 rounding
+
+
+def overlap_matrix(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """(T, S) row-stochastic weights that average source bins (midpoints, seconds) into target bins.
+
+    A target takes the source bins whose midpoints lie within half its own spacing, or the nearest one.
+    """
+    def spacing(x: torch.Tensor) -> torch.Tensor:
+        return (x[1:] - x[:-1]).median() if len(x) > 1 else torch.full((), 0.08, device=x.device)
+    distance = (target[:, None] - source[None, :]).abs()
+    reach = torch.maximum(spacing(target), spacing(source)) / 2
+    if not len(target):
+        return distance
+    inside = (distance < reach - MILLISECOND) | (distance <= distance.min(dim=1, keepdim=True).values + 1e-6)
+    return inside.float() / inside.sum(dim=1, keepdim=True)
+
+
+def window_mask(queries: torch.Tensor, keys: torch.Tensor, seconds: float | None) -> torch.Tensor:
+    """(1, 1, Q, K) bool: keys within `seconds` of the query, and always the nearest one; None lets all through."""
+    distance = (queries[:, None] - keys[None, :]).abs()
+    if seconds is None or not distance.numel():
+        return torch.ones_like(distance, dtype=torch.bool)[None, None]
+    nearest = distance <= distance.min(dim=1, keepdim=True).values + 1e-6
+    return ((distance <= seconds + MILLISECOND) | nearest)[None, None]

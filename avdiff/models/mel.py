@@ -1,0 +1,59 @@
+"""The mel front end that the audio VAE and the vocoder share: waveform -> normalised log-mel, one frame per hop."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+
+LOG_FLOOR = 3e-5  # -90 dB below a full-scale sine: room noise of the corpus stays visible, digital silence is bounded
+LOG_MEAN, LOG_STD = -6.8, 2.2  # over the training split of the speech bank; close to zero mean and unit variance
+
+
+class LogMel(nn.Module):
+    """Normalised log-mel spectrogram of Hann-windowed magnitudes.
+
+    Frame i is centred on sample (i + 1/2) * hop, so S samples give exactly S / hop frames and frames belong to the
+    samples they stand for; the ends are padded by reflection. The bands are Slaney's (linear below 1 kHz), 34 Hz apart
+    at the bottom, where the harmonics of a voice must stay apart.
+
+    Args:
+        sample_rate: Hz. n_fft: window and transform length. hop_length: samples from frame to frame. n_mels: bands
+            from 0 Hz to half the sample rate.
+    """
+
+    def __init__(self, sample_rate: int = 24000, n_fft: int = 960, hop_length: int = 240, n_mels: int = 100) -> None:
+        super().__init__()
+        self.n_fft, self.hop_length = n_fft, hop_length
+        bank = melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate, norm=None, mel_scale="slaney")
+        self.register_buffer("bank", bank, persistent=False)  # (n_fft / 2 + 1, n_mels)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    @torch.autocast("cpu", enabled=False)
+    def magnitude(self, waveform: Tensor) -> Tensor:
+        """(..., S) in [-1, 1], S a multiple of the hop -> (..., S / hop, n_fft / 2 + 1); a full-scale sine reads 1."""
+        if waveform.shape[-1] % self.hop_length or waveform.shape[-1] < self.n_fft:
+            raise ValueError(f"waveform has {waveform.shape[-1]} samples: needs a multiple of {self.hop_length}, "
+                             f"at least {self.n_fft}")
+        flat = waveform.float().reshape(-1, waveform.shape[-1])
+        side = (self.n_fft - self.hop_length) // 2
+        padded = F.pad(flat[:, None], (side, side), mode="reflect")[:, 0]
+        spectrum = torch.stft(padded, self.n_fft, self.hop_length, window=self.window.float(), center=False,
+                              return_complex=True).abs()  # (N, bins, T)
+        scaled = spectrum.transpose(1, 2) * (4.0 / self.n_fft)
+        return scaled.reshape(*waveform.shape[:-1], -1, self.n_fft // 2 + 1)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """(..., S) in [-1, 1] -> (..., S / hop, n_mels), about zero mean and unit variance on speech."""
+        return self.normalise(self.magnitude(waveform) @ self.bank.float())
+
+    @staticmethod
+    def normalise(mel: Tensor) -> Tensor:
+        """Mel magnitudes -> normalised log-mel."""
+        return ((mel + LOG_FLOOR).log() - LOG_MEAN) / LOG_STD
+
+    @staticmethod
+    def amplitude(log_mel: Tensor) -> Tensor:
+        """Inverse of `normalise`: normalised log-mel -> mel magnitudes, at least 0."""
+        return ((log_mel.float() * LOG_STD + LOG_MEAN).exp() - LOG_FLOOR).clamp_min(0.0)

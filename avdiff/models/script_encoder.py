@@ -1,0 +1,80 @@
+"""Phonemes on the clock: from a script to one feature for each audio token, shared tick and latent frame."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from avdiff.models.conditions import Positions, Script, overlap_matrix
+
+
+class ConvBlock(nn.Module):
+    """Residual depthwise-separable convolution over phonemes (ConvNeXt order: depthwise, norm, expand, contract)."""
+
+    def __init__(self, dim: int, kernel: int = 5) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.expand = nn.Linear(dim, 2 * dim)
+        self.contract = nn.Linear(2 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, P, D) -> (B, P, D)."""
+        h = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        h = F.rms_norm(h, h.shape[-1:])
+        return x + self.contract(F.gelu(self.expand(h)))
+
+
+class ScriptEncoder(nn.Module):
+    """Encodes phonemes in context and lays them on the clock.
+
+    Each audio token sees the phonemes of its own mel frames (their order kept by concatenation), and for each frame how
+    far into the phoneme it is and how long the phoneme lasts.
+    """
+
+    def __init__(self, num_phonemes: int, num_marks: int, dim: int, mels_per_token: int, audio_dim: int,
+                 video_dim: int, blocks: int = 3) -> None:
+        super().__init__()
+        self.mels_per_token = mels_per_token
+        self.symbol = nn.Embedding(num_phonemes, dim)
+        self.mark = nn.Embedding(num_marks, dim)
+        self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(blocks))
+        self.to_audio = nn.Linear(mels_per_token * (dim + 2), audio_dim, bias=False)
+        self.to_ticks = nn.Linear(mels_per_token * (dim + 2), audio_dim, bias=False)
+        self.to_video = nn.Linear(mels_per_token * (dim + 2), video_dim, bias=False)
+
+    def forward(self, script: Script, positions: Positions) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-> features for audio tokens and ticks (B, N_a + N_s, D_a), and for video tokens (B, N_v, D_v) or None."""
+        x = self.symbol(script.phonemes) + self.mark(script.marks)  # (B, P, D)
+        for block in self.blocks:
+            x = block(x)
+        seconds = positions.audio[:, 0]
+        per_token = self._on_clock(x, script.frames, script.present)  # (B, N_a, mels * (D + 2))
+        ticks = overlap_matrix(positions.ticks[:, 0], seconds).to(x) @ per_token
+        sound = torch.cat([self.to_audio(per_token), self.to_ticks(ticks)], dim=1)
+        if script.video_frames is None:
+            return sound, None
+        if script.video_frames is not script.frames:
+            per_token = self._on_clock(x, script.video_frames, script.present)
+        frames, rows, columns = positions.grid
+        frame_seconds = positions.video[:: rows * columns, 0]
+        video = self.to_video(overlap_matrix(frame_seconds, seconds).to(x) @ per_token)  # (B, F, D_v)
+        return sound, video.repeat_interleave(rows * columns, dim=1)
+
+    def _on_clock(self, x: torch.Tensor, frames: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Gather phoneme features (B, P, D) by mel frame (B, M) and group them by audio token."""
+        features = x.gather(1, frames[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
+        features = torch.cat([features, phase_in_phoneme(frames).to(features.dtype)], dim=-1)
+        features = features * present[:, None, None].to(features.dtype)
+        return rearrange(features, "b (n m) d -> b n (m d)", m=self.mels_per_token)
+
+
+def phase_in_phoneme(frames: torch.Tensor) -> torch.Tensor:
+    """(B, M) phoneme index of each frame -> (B, M, 2): place within the phoneme in (0, 1), and log2 of its frames / 4."""
+    batch, count = frames.shape
+    order = torch.arange(count, device=frames.device).expand(batch, -1)
+    lengths = torch.zeros_like(frames).scatter_add(1, frames, torch.ones_like(frames)).gather(1, frames).float()
+    first = torch.full_like(frames, count).scatter_reduce(1, frames, order, "amin").gather(1, frames)
+    place = (order - first + 0.5) / lengths
+    return torch.stack([place, lengths.log2() / 4], dim=-1)

@@ -1,0 +1,189 @@
+"""Train the video autoencoder: python -m avdiff.train.codecs_video --output_dir runs/video_vae
+
+Reads like a recipe: clips of presenters (or of a user's folder, as a store of frames) -> `VideoVAETask` -> `fit`. Half of the
+256 values of a frame pair could be wasted on sharpness nobody sees; the loss weighs the mouth, edges, and latents that
+are disturbed by noise, because a generator will never hit a latent exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from avdiff.data.corpus.faces import lip_points, pose_track, render_face, sample_identity
+from avdiff.data.corpus.speech import SpeechBank
+from avdiff.data.corpus.visemes import viseme_track
+from avdiff.evaluation.video_metrics import gradient_energy, mouth_boxes, psnr
+from avdiff.models.video_vae import AVVideoVAE
+from avdiff.train.task import Loss, Task
+
+FPS = 25
+
+
+# ---------------------------------------------------------------------------------------------------------- the clips
+def speech_clip(bank: SpeechBank, seed: int, split: str, num_frames: int, size: int) -> dict[str, np.ndarray]:
+    """Frames of a presenter who says part of an utterance of the bank; a function of the seed.
+
+    Returns:
+        video uint8 (F, S, S, 3), lip_points float32 (F, K, 2).
+    """
+    rng = np.random.default_rng([seed, 7])
+    utterance = bank[int(rng.integers(len(bank)))]
+    identity = sample_identity(rng, utterance.gender, split)
+    start = float(rng.uniform(0, max(utterance.duration - num_frames / FPS, 0.01)))
+    times = start + np.arange(num_frames) / FPS
+    if rng.random() < 0.15:  # mouths that no phone makes: the code should not depend on the speech model
+        mouths = _wandering_mouth(rng, num_frames)
+    else:
+        mouths = viseme_track(utterance.phones, times)
+    poses = pose_track(rng, times, utterance.phones)
+    pairs = list(zip(mouths, poses, strict=True))
+    return {"video": np.stack([render_face(identity, m, p, size) for m, p in pairs]),
+            "lip_points": np.stack([lip_points(identity, m, p) for m, p in pairs])}
+
+
+def _wandering_mouth(rng: np.random.Generator, frames: int) -> np.ndarray:
+    """Smooth random mouth parameters in [0, 1], (F, 6)."""
+    knots = rng.beta(0.6, 1.0, (frames // 3 + 3, 6))
+    at = np.arange(frames) / 3
+    low = at.astype(int)
+    share = (at - low)[:, None]
+    return (knots[low] * (1 - share) + knots[low + 1] * share).astype(np.float32)
+
+
+class FrameStore:
+    """Clips of equal shape in one memory-mapped file, so that training does not wait for a renderer.
+
+    Files: clips.u8 (N, F, H, W, 3), boxes.f32 (N, F, 4), shape.json.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        shape = tuple(json.loads((self.folder / "shape.json").read_text()))
+        self.clips = np.memmap(self.folder / "clips.u8", np.uint8, "r", shape=shape)
+        self.boxes = np.memmap(self.folder / "boxes.f32", np.float32, "r", shape=(*shape[:2], 4))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """video uint8 (F, H, W, 3) and mouth boxes (F, 4), mirrored in half of the cases."""
+        video, boxes = torch.from_numpy(np.array(self.clips[index])), torch.from_numpy(np.array(self.boxes[index]))
+        if torch.rand(()) < 0.5:
+            video, boxes = video.flip(2), torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
+        return {"video": video, "boxes": boxes}
+
+    @staticmethod
+    def build(folder: str | os.PathLike[str], clips: Iterable[dict[str, np.ndarray]], count: int) -> None:
+        """Write `count` clips (video, lip_points); the store appears under its name when it is whole."""
+        target = Path(folder)
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        aside.mkdir(parents=True)
+        with open(aside / "clips.u8", "wb") as pictures, open(aside / "boxes.f32", "wb") as boxes:
+            for _, clip in zip(range(count), clips, strict=False):
+                pictures.write(clip["video"].tobytes())
+                boxes.write(mouth_boxes(clip["lip_points"]).tobytes())
+        (aside / "shape.json").write_text(json.dumps([count, *clip["video"].shape]))
+        os.replace(aside, target)
+
+
+# ----------------------------------------------------------------------------------------------------------- the task
+class VideoVAETask(Task):
+    """Reconstruction with weight on mouth and edges, a little KL, and noise on the latents.
+
+    Args:
+        model: the autoencoder. dataset, held_out: clips (see `FrameStore`). mouth_weight: extra weight of pixels in the
+        mouth box. edge_weight: weight of the error of pixel-to-pixel steps. kl_weight: per latent value.
+        latent_noise: largest s.d. of the noise added to latents, in units of their own s.d.
+        decoder_only: keep the encoder, and so the latents, as they are.
+    """
+
+    def __init__(self, model: AVVideoVAE, dataset: Any, held_out: Any, mouth_weight: float = 4.0, edge_weight: float = 1.0,
+                 square_weight: float = 2.0, kl_weight: float = 1e-4, latent_noise: float = 0.3,
+                 decoder_only: bool = False) -> None:
+        self.modules = {"vae": model}
+        self.model, self.dataset, self.held_out = model.to(memory_format=torch.channels_last), dataset, held_out
+        self.mouth_weight, self.edge_weight, self.square_weight = mouth_weight, edge_weight, square_weight
+        self.kl_weight, self.latent_noise = kl_weight, latent_noise
+        model.encoder.requires_grad_(not decoder_only)
+
+    def loss(self, batch: dict[str, Tensor], phase: str, generator: torch.Generator) -> Loss:
+        video, weight = self.pairs(batch["video"]), self.weights(batch)
+        size = video.shape[0]
+        moments = self.model.encoder(video.flatten(0, 1).contiguous(memory_format=torch.channels_last), size, {}).float()
+        mean, logvar = moments.chunk(2, dim=1)  # (B*T, 16, h, w)
+        logvar = logvar.clamp(-10, 4)
+        z = mean + torch.exp(0.5 * logvar) * self.disturbance(mean, size, generator, posterior=True)
+        z = z + mean.std(dim=(0, 2, 3), keepdim=True) * self.disturbance(mean, size, generator, posterior=False)
+        decoded = self.model.decoder(z.contiguous(memory_format=torch.channels_last), size, {}).float()
+        error = decoded.view(video.shape) - video  # (B, T, 6, H, W)
+        pixel = error.abs() + self.square_weight * error.square()
+        edge = F.pad((error[..., 1:] - error[..., :-1]).abs(), (0, 1)) + \
+            F.pad((error[..., 1:, :] - error[..., :-1, :]).abs(), (0, 0, 0, 1))
+        rec = ((pixel + self.edge_weight * edge).mean(2) * weight).mean(dim=(1, 2, 3))  # (B,)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3)).view(size, -1).mean(1)
+        total = (rec + self.kl_weight * kl).mean()
+        with torch.no_grad():
+            mse = error.square().mean(dim=(1, 2, 3, 4))
+        return Loss(total, {"rec": rec, "kl": kl, "mse": mse, "edge": edge.mean().view(1)})
+
+    @staticmethod
+    def pairs(video: Tensor) -> Tensor:
+        """uint8 (B, F, H, W, 3) -> (B, T, 6, H, W) in [-1, 1], the first frame with itself."""
+        doubled = torch.cat([video[:, :1], video], dim=1)
+        return rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2).float().div_(127.5).sub_(1)
+
+    def weights(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, T, H, W): 1, more in the mouth box; the lone first frame counts half, as it stands there twice."""
+        height, width = batch["video"].shape[2:4]
+        boxes = batch["boxes"][:, ::2].to(torch.float32)  # (B, T, 4): a pair shares the box of its second frame
+        x = (torch.arange(width, device=boxes.device) + 0.5) / width
+        y = (torch.arange(height, device=boxes.device) + 0.5) / height
+        left, top, right, bottom = boxes[..., None].unbind(2)
+        inside = ((y >= top) & (y < bottom))[..., :, None] & ((x >= left) & (x < right))[..., None, :]
+        weight = 1 + self.mouth_weight * inside.float()
+        weight[:, 0] *= 0.5
+        return weight
+
+    def disturbance(self, like: Tensor, size: int, generator: torch.Generator, posterior: bool) -> Tensor:
+        """Unit noise, or noise whose s.d. is drawn per clip: 0 for a third, up to `latent_noise` for the others."""
+        noise = torch.randn(like.shape, generator=generator, device=like.device)
+        if posterior:
+            return noise
+        level = (torch.rand(size, 1, generator=generator, device=like.device) * 1.5 - 0.5).clamp(min=0) * self.latent_noise
+        return noise * level.expand(size, like.shape[0] // size).reshape(-1, 1, 1, 1)
+
+    def validate(self) -> dict[str, float]:
+        """PSNR, mouth PSNR and sharpness of held-out clips, and PSNR with 0.15 s.d. of noise on the latents."""
+        return round_trip_metrics(self.model, self.held_out, count=min(64, len(self.held_out)))
+
+
+def decode_uint8(frames: Tensor) -> np.ndarray:
+    """(B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)."""
+    return rearrange(frames.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "b c f h w -> b f h w c").cpu().numpy()
+
+
+def round_trip_metrics(model: AVVideoVAE, store: Any, count: int, noise: float = 0.15) -> dict[str, float]:
+    """Mean over `count` clips of the store."""
+    rows: list[dict[str, float]] = []
+    for index in range(count):
+        video, boxes = np.array(store.clips[index]), np.array(store.boxes[index])
+        x = rearrange(torch.from_numpy(video).float() / 127.5 - 1, "f h w c -> 1 c f h w").to(model.device)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            z = model.encode(x).latent_dist.mode().float()
+            spread = z.std(dim=(0, 2, 3, 4), keepdim=True)
+            noisy = z + noise * spread * torch.randn(z.shape, generator=torch.Generator().manual_seed(index)).to(z)
+            clean, rough = (decode_uint8(model.decode(latent).sample)[0] for latent in (z, noisy))
+        rows.append({"psnr": psnr(video, clean), "mouth_psnr": psnr(video, clean, boxes), "noisy_psnr": psnr(video, rough),
+                     "noisy_mouth_psnr": psnr(video, rough, boxes),
+                     "mouth_gradient": gradient_energy(clean, boxes) / gradient_energy(video, boxes)})
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -1,0 +1,365 @@
+"""The one training loop: step, log, validate, save, resume. Codecs, judges, readers and the transformer all use it.
+
+    summary = fit(MyTask(...), FitOptions(output_dir="runs/a", max_train_steps=1000))
+
+Implement `Task` (see train/task.py); `fit` owns the rest: AdamW by phase, warm-up and schedule, clipping, bf16, EMA,
+accumulation, several processes, the order of the data, and checkpoints from which a run goes on bit for bit.
+Gradients are averaged over processes in flat buckets after the last micro-batch rather than by DDP's forward hooks:
+so a loss may call any method of a module (encode, decode), and a branch that took no part keeps `grad = None`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
+
+from avdiff.train import state
+from avdiff.train.feed import Feed, mix
+from avdiff.train.launch import Stop, make_accelerator, open_trackers
+from avdiff.train.meter import Logbook, Means
+from avdiff.train.optim import average_gradients, build_optimizer, build_scheduler, group_norms, parameter_names
+from avdiff.train.task import FitOptions, FitSummary, Loss, Task, row_generators
+
+__all__ = ["FitOptions", "FitSummary", "Loss", "NonFiniteError", "Task", "fit", "row_generators"]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the message names the step and the part."""
+
+
+def fit(task: Task, options: FitOptions) -> FitSummary:
+    """Train `task` until `max_train_steps`, a signal or `max_seconds`; always leaves a checkpoint to go on from.
+
+    Raises:
+        ValueError: options that do not fit the data or the checkpoint. NonFiniteError: NaN or infinity.
+        state.CheckpointError: a checkpoint could not be written (full disk).
+    """
+    run = Run(task, options)
+    run.start()
+    began, first, waited, reason = time.monotonic(), run.step, 0.0, "finished"
+    with Stop() as stop, run.log_open():
+        while run.step < options.max_train_steps:
+            asked = time.monotonic()
+            batches = run.next_batches(stop)
+            waited += time.monotonic() - asked
+            if batches is None:
+                reason = "interrupted"
+                break
+            run.train_step(batches, waited=time.monotonic() - asked)
+            if run.due(options.log_every):
+                run.record_means()
+            if run.due(options.validation_steps):
+                run.validate()
+            out_of_time = options.max_seconds > 0 and time.monotonic() - began >= options.max_seconds
+            if run.agree(stop.requested or out_of_time) and run.step < options.max_train_steps:
+                reason = "time" if out_of_time and not stop.requested else "interrupted"
+                break
+            if run.due(options.checkpointing_steps):
+                run.save()
+        run.finish(reason)
+    seconds = time.monotonic() - began
+    rows = (run.step - first) * run.feed.rows_per_step
+    return FitSummary(run.step, reason, seconds, rows / max(seconds, 1e-9), waited / max(seconds, 1e-9), run.losses,
+                      run.metrics, run.checkpoint)
+
+
+class Run:
+    """Everything that moves during training; `train_step` and `save` are its two halves."""
+
+    def __init__(self, task: Task, options: FitOptions) -> None:
+        self.task, self.options = task, options
+        self.root = Path(options.output_dir)
+        self.accelerator = make_accelerator(options)
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        task.device = self.accelerator.device
+        set_seed(options.seed, device_specific=True)
+        for module in task.modules.values():
+            module.to(task.device)
+        self._same_on_all_ranks()
+        self.optimizers = {phase: build_optimizer(task, phase, options) for phase in task.phases}
+        self.schedulers = {phase: build_scheduler(o, options) for phase, o in self.optimizers.items()}
+        self.phase_params = {phase: [p for g in o.param_groups for p in g["params"]]
+                             for phase, o in self.optimizers.items()}
+        names = parameter_names(task.modules)
+        self.norm_groups = {id(p): task.norm_group(names[id(p)]) for ps in self.phase_params.values() for p in ps}
+        followed = task.modules if task.ema_modules is None else {m: task.modules[m] for m in task.ema_modules}
+        self.ema = state.EMA(followed, options.ema_decay) if options.ema_decay else None
+        self.feed = Feed(task.dataset, task.collate, options.train_batch_size, options.gradient_accumulation_steps,
+                         self.rank, self.world, options.seed, options.dataloader_num_workers, task.groups)
+        self.means = Means()
+        self.log = Logbook(self.root / "log.jsonl", options.max_train_steps, self.accelerator.is_main_process)
+        self.step, self.best = 0, float("inf")
+        self.losses: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
+        self.checkpoint: Path | None = None
+        self._window, self._logged, self._last_loss = time.monotonic(), 0, float("nan")
+        self._lr: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------- one step
+    def next_batches(self, stop: Stop) -> list[Any] | None:
+        """Micro-batches of the next step on the device; None if the run was stopped while the workers died."""
+        try:
+            return [send_to_device(batch, self.task.device) for batch in self.feed.next_step()]
+        except RuntimeError:
+            if stop.requested:  # a signal to the whole group ends the workers before us
+                return None
+            raise
+
+    def train_step(self, batches: Sequence[Any], waited: float) -> None:
+        """Every phase once on the same micro-batches: forward, backward, average, clip, update."""
+        phases = self.task.phases_at(self.step)
+        for phase in phases:
+            with self._only(phase):
+                for optimizer in self.optimizers.values():
+                    optimizer.zero_grad(set_to_none=True)
+                for micro, batch in enumerate(batches):
+                    self._accumulate(phase, micro, batch)
+            average_gradients(self.phase_params[phase], self.world)
+            self._clip(phase)
+            self._lr[phase] = self.schedulers[phase].get_last_lr()[0]
+            self.optimizers[phase].step()
+            self.schedulers[phase].step()
+            self.task.after_step(phase, self._lr[phase])
+        if self.ema:
+            self.ema.update()
+        self.step += 1
+        self.means.add("data_wait", waited)
+        self.log.tick(self.step, self._last_loss)
+
+    def _accumulate(self, phase: str, micro: int, batch: Any) -> None:
+        row = (micro * self.world + self.rank) * self.options.train_batch_size
+        seed = mix(self.options.seed, self.step, self.task.phases.index(phase)) + row
+        generator = torch.Generator(self.task.device).manual_seed(seed)
+        with self.accelerator.autocast():
+            loss = self.task.loss(batch, phase, generator)
+        self._last_loss = float(loss.total.detach())
+        if not torch.isfinite(loss.total):
+            bad = [name for name, part in loss.parts.items() if not torch.isfinite(part).all()]
+            raise NonFiniteError(f"step {self.step}, phase {phase}: the loss is {self._last_loss}; first seen in "
+                                 f"{bad[0] if bad else 'the total alone, no part is'}; the last checkpoint is "
+                                 f"{self.checkpoint or 'none'}")
+        (loss.total / self.options.gradient_accumulation_steps).backward()
+        self.means.add(self._key(phase, "loss"), self._last_loss)
+        for name, part in loss.parts.items():
+            self.means.add(self._key(phase, f"loss/{name}"), float(part.detach().float().sum()), part.numel())
+
+    @torch.no_grad()
+    def _clip(self, phase: str) -> None:
+        """Log the gradient norm of each group, then clip by the norm of all."""
+        norms = group_norms(self.phase_params[phase], self.norm_groups)
+        for name, norm in norms.items():
+            if not torch.isfinite(norm):
+                raise NonFiniteError(f"step {self.step}, phase {phase}: the gradient of {name} is {float(norm)}; "
+                                     f"the last checkpoint is {self.checkpoint or 'none'}")
+            self.means.add(self._key(phase, f"grad_norm/{name}"), float(norm))
+        if self.options.max_grad_norm and norms:
+            total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+            torch.nn.utils.clip_grads_with_norm_(self.phase_params[phase], self.options.max_grad_norm, total)
+
+    @contextmanager
+    def _only(self, phase: str) -> Iterator[None]:
+        """Parameters of the other phases ask for no gradient meanwhile (no graph for a generator that rests)."""
+        others = {id(p): p for name, ps in self.phase_params.items() if name != phase for p in ps}
+        for p in self.phase_params[phase]:
+            others.pop(id(p), None)
+        for p in others.values():
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in others.values():
+                p.requires_grad_(True)
+
+    def _key(self, phase: str, name: str) -> str:
+        return name if len(self.task.phases) == 1 else f"{phase}/{name}"
+
+    # ------------------------------------------------------------------------------------------- watching
+    def due(self, every: int) -> bool:
+        """True at each `every`-th step; never for 0."""
+        return every > 0 and self.step % every == 0
+
+    def record_means(self) -> None:
+        """One log line: means since the last one over all ranks, learning rate, speed, share of waiting."""
+        steps = self.step - self._logged
+        if self.world > 1:
+            states, self.means = gather_object([self.means.state_dict()]), Means()
+            self.means.merge(states)
+        values = self.means.pop()
+        now = time.monotonic()
+        elapsed, self._window, self._logged = max(now - self._window, 1e-9), now, self.step
+        waited = values.pop("data_wait", 0.0)
+        self.losses = {k: v for k, v in values.items() if "grad_norm" not in k}
+        values |= {self._key(phase, "lr"): lr for phase, lr in self._lr.items()}
+        values["samples_per_second"] = steps * self.feed.rows_per_step / elapsed
+        values["data_wait"] = min(1.0, waited * steps / elapsed)
+        self._tell(values)
+
+    def validate(self) -> None:
+        """Measure with the averaged weights; keep them in `best` if the chosen metric never was better."""
+        with self._averaged(), state.rng_kept(), torch.no_grad(), self.accelerator.autocast():
+            self.metrics = self.task.validate()
+            self._tell({f"validation/{k}": v for k, v in self.metrics.items()})
+            name = self.options.best_metric.lstrip("+")
+            if not name:
+                return
+            if name not in self.metrics:
+                raise ValueError(f"best_metric={name!r}: validation gives {', '.join(self.metrics) or 'no metrics'}")
+            value = -self.metrics[name] if self.options.best_metric.startswith("+") else self.metrics[name]
+            if value < self.best:
+                self.best = value
+                self._export("best")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Averaged weights, eval mode; training mode of every submodule is put back afterwards."""
+        modes = [(m, m.training) for module in self.task.modules.values() for m in module.modules()]
+        with self.ema.applied() if self.ema else nullcontext():
+            for module in self.task.modules.values():
+                module.eval()
+            try:
+                yield
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+
+    def _export(self, name: str) -> None:
+        if self.accelerator.is_main_process:
+            with state.replacing(self.root / name) as directory:
+                self.task.save(directory)
+
+    def _tell(self, values: dict[str, float]) -> None:
+        if values:
+            self.log.record(self.step, values)
+            self.accelerator.log(values, step=self.step)
+
+    @contextmanager
+    def log_open(self) -> Iterator[None]:
+        """Progress bar up; down again, workers and trackers closed, whatever happens."""
+        self.log.start(self.step)
+        open_trackers(self.accelerator, self.options)
+        try:
+            yield
+        finally:
+            self.feed.close()
+            self.log.stop()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    # ------------------------------------------------------------------------------------------- save and resume
+    def start(self) -> None:
+        """Resume if asked for; refuse to mix a fresh run with an old one."""
+        wanted = self.options.resume_from_checkpoint
+        found = state.find_checkpoint(self.root, wanted) if wanted else None
+        if not wanted and (old := state.list_checkpoints(self.root)):
+            raise ValueError(f"output_dir={str(self.root)!r}: holds {old[-1].name} already; pass "
+                             "resume_from_checkpoint='latest' to go on, or choose another folder")
+        self.root.mkdir(parents=True, exist_ok=True)
+        if found:
+            self._load(*found)
+        elif wanted:
+            self.log.say(f"no checkpoint in {self.root} yet: starting at step 0")
+        for module in self.task.modules.values():
+            module.train()
+        self._logged = self.step
+        self._window = time.monotonic()
+
+    def save(self) -> None:
+        """Write `checkpoint-<step>`: whole or not at all. Already there: nothing to do."""
+        target = state.checkpoint_dir(self.root, self.step)
+        if self.checkpoint == target:
+            return
+        error: Exception | None = None
+        try:
+            self._write(target)
+        except state.CheckpointError as failure:
+            error = failure
+        if self.agree(error is not None):
+            raise error or state.CheckpointError(f"{target}: another process could not write its part")
+        self.checkpoint = target
+        if self.accelerator.is_main_process:
+            state.keep_newest(self.root, self.options.checkpoints_total_limit)
+
+    def _write(self, target: Path) -> None:
+        own = {"rng": state.rng_state(), "means": self.means.state_dict()}
+        others = gather_object([own]) if self.world > 1 else [own]  # small: rank 0 writes it all
+        if not self.accelerator.is_main_process:
+            return
+        with state.writing(target) as folder:
+            for name in self.task.modules:
+                state.write_tensors(folder / f"{name}.safetensors", self.task.module_state(name))
+            if self.ema:
+                state.write_tensors(folder / "ema.safetensors", self.ema.state_dict())
+            if extra := self.task.extra_state_dict():
+                state.write_tensors(folder / "extra.safetensors", extra)
+            state.write_tree(folder / "training.pt", {
+                "step": self.step, "best": self.best, "feed": self.feed.state_dict(), "ranks": others,
+                "optimizers": {p: o.state_dict() for p, o in self.optimizers.items()},
+                "schedulers": {p: s.state_dict() for p, s in self.schedulers.items()},
+            })
+            state.seal(folder, target, {"step": self.step, "num_processes": self.world, "torch": torch.__version__,
+                                        "options": self.options.fixed(), "settings": self.task.settings()})
+
+    def _load(self, checkpoint: Path, manifest: dict[str, Any], skipped: list[str]) -> None:
+        for reason in skipped:
+            self.log.say(f"skipped: {reason}")
+        self._refuse_changes(checkpoint, manifest)
+        for name in self.task.modules:
+            self.task.load_module_state(name, state.read_tensors(checkpoint / f"{name}.safetensors"))
+        if self.ema and (checkpoint / "ema.safetensors").exists():
+            self.ema.load_state_dict(state.read_tensors(checkpoint / "ema.safetensors"))
+        if (checkpoint / "extra.safetensors").exists():
+            self.task.load_extra_state_dict(state.read_tensors(checkpoint / "extra.safetensors"))
+        tree = state.read_tree(checkpoint / "training.pt")
+        for phase in self.task.phases:
+            self.optimizers[phase].load_state_dict(tree["optimizers"][phase])
+            self.schedulers[phase].load_state_dict(tree["schedulers"][phase])
+        self.feed.load_state_dict(tree["feed"])
+        self.step, self.best, self.checkpoint = tree["step"], tree["best"], checkpoint
+        if self.rank < len(tree["ranks"]):
+            state.set_rng_state(tree["ranks"][self.rank]["rng"])
+            self.means.load_state_dict(tree["ranks"][self.rank]["means"])
+        self.log.say(f"resumed from {checkpoint} at step {self.step}")
+
+    def _refuse_changes(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        changes = state.changed({**manifest["options"], **manifest["settings"], "processes": manifest["num_processes"]},
+                                {**self.options.fixed(), **self.task.settings(), "processes": self.world})
+        if changes and not self.options.allow_changed_options:
+            raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: was trained with other options "
+                             f"({'; '.join(changes)}); put them back or set allow_changed_options")
+        for line in changes:
+            self.log.say(f"changed on resume: {line}")
+
+    def finish(self, reason: str) -> None:
+        """Last log line, checkpoint and, if the run is complete, validation and export to `final`."""
+        if self.step > self._logged and reason == "finished":
+            self.record_means()
+        if reason == "finished" and self.options.validation_steps and not self.due(self.options.validation_steps):
+            self.validate()
+        self.save()
+        if reason == "finished":
+            with self._averaged(), state.rng_kept():
+                self._export("final")
+        else:
+            self.log.say(f"stopped ({reason}) at step {self.step}; go on with resume_from_checkpoint='latest'")
+
+    # ------------------------------------------------------------------------------------------- several processes
+    def agree(self, flag: bool) -> bool:
+        """True if any rank says so."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.task.device)
+        torch.distributed.all_reduce(votes)
+        return bool(votes > 0)
+
+    def _same_on_all_ranks(self) -> None:
+        if self.world > 1:
+            with torch.no_grad():
+                for module in self.task.modules.values():
+                    for tensor in (*module.parameters(), *module.buffers()):
+                        tensor.copy_(broadcast(tensor.detach().clone()))
