@@ -1,1 +1,68 @@
-"""avdiff: joint audio-video diffusion."""
+"""avdiff: joint audio-video diffusion with a shared core, in the manner of diffusers.
+
+Names are imported on first use, so that `import avdiff` costs nothing: neither torch nor diffusers is loaded by it.
+A class saved in a checkpoint is recorded as `["avdiff", "ClassName"]` and found again through this table: its file may
+move but its name may not change.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AVAudioVAE": "avdiff.models.audio_vae",
+    "AVDiffPipeline": "avdiff.pipelines.pipeline_av",
+    "AVPipelineOutput": "avdiff.pipelines.output",
+    "AVTransformer": "avdiff.models.transformer",
+    "AVVideoVAE": "avdiff.models.video_vae",
+    "AVVocoder": "avdiff.models.vocoder",
+    "CaptionEncoder": "avdiff.models.text_encoder",
+    "ClipSpec": "avdiff.clip",
+    "Guidance": "avdiff.guidance",
+    "Joint": "avdiff.latents",
+    "JointFlowMatchScheduler": "avdiff.schedulers.joint_flow_match",
+    "JointLatents": "avdiff.latents",
+    "read_clip": "avdiff.data.media",
+    "write_clip": "avdiff.data.media",
+    # diffusers looks up the base classes of a saved component by name in the library that it is recorded under.
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'avdiff' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, whether imported yet or not."""
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as ModelMixin
+    from diffusers import SchedulerMixin as SchedulerMixin
+
+    from avdiff.clip import ClipSpec as ClipSpec
+    from avdiff.data.media import read_clip as read_clip
+    from avdiff.data.media import write_clip as write_clip
+    from avdiff.guidance import Guidance as Guidance
+    from avdiff.latents import Joint as Joint
+    from avdiff.latents import JointLatents as JointLatents
+    from avdiff.models.audio_vae import AVAudioVAE as AVAudioVAE
+    from avdiff.models.text_encoder import CaptionEncoder as CaptionEncoder
+    from avdiff.models.transformer import AVTransformer as AVTransformer
+    from avdiff.models.video_vae import AVVideoVAE as AVVideoVAE
+    from avdiff.models.vocoder import AVVocoder as AVVocoder
+    from avdiff.pipelines.output import AVPipelineOutput as AVPipelineOutput
+    from avdiff.pipelines.pipeline_av import AVDiffPipeline as AVDiffPipeline
+    from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler as JointFlowMatchScheduler

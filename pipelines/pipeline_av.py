@@ -38,20 +38,19 @@ class AVDiffPipeline(DiffusionPipeline):
 
     Args:
         transformer: denoiser. scheduler: steps both modalities. vae, audio_vae, vocoder: codecs.
-        text_encoder, tokenizer: captions to features. reader: text to phonemes and durations; None for a model without
-        a script.
+        text_encoder, tokenizer: captions to features.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae->vocoder"
-    _optional_components = ["text_encoder", "tokenizer", "reader"]
+    _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "audio_latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(self, transformer: AVTransformer, scheduler: JointFlowMatchScheduler, vae: AVVideoVAE,
                  audio_vae: AVAudioVAE, vocoder: AVVocoder, text_encoder: CaptionEncoder | None = None,
-                 tokenizer: Any = None, reader: Any = None) -> None:
+                 tokenizer: Any = None) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, audio_vae=audio_vae, vocoder=vocoder,
-                              text_encoder=text_encoder, tokenizer=tokenizer, reader=reader)
+                              text_encoder=text_encoder, tokenizer=tokenizer)
         self.clock = Clock(
             video_stride=vae.config.temporal_compression_ratio,
             spatial_stride=vae.config.spatial_compression_ratio,
@@ -235,7 +234,7 @@ class AVDiffPipeline(DiffusionPipeline):
         batch = len(prompts) if prompts else prompt_embeds.shape[0] * num_videos_per_prompt
         frame = dict(fps=frame_rate, height=height, width=width, sample_rate=self.audio_vae.config.sample_rate,
                      clock=self.clock)
-        request: Request = understand(prompts, self.reader, frame, seconds, num_frames, language, script)
+        request: Request = understand(prompts, frame, seconds, num_frames, language, script)
         clip = request.clip
         positions = Positions.of(clip, device)
 
@@ -253,7 +252,7 @@ class AVDiffPipeline(DiffusionPipeline):
             for i in range(num_inference_steps):
                 if self.interrupt:
                     continue
-                sigmas = self.scheduler.sigmas.map(lambda s: s[i].expand(batch))  # noqa: B023 (used at once)
+                sigmas = Joint(*(s[i].expand(batch) for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio)))
                 self._current_timestep = self.scheduler.timesteps[i]
                 estimate = self._estimate(state, known, sigmas, conditions, i / num_inference_steps, attention_kwargs)
                 state = self.scheduler.step(estimate, i, state, known)
@@ -289,7 +288,7 @@ class AVDiffPipeline(DiffusionPipeline):
         if script is not None:
             script = script.to(self._execution_device)
         conditions = {"cond": prepare(embeds.to(dtype), mask, positions, script, batch)}
-        if any("no_text" in self._guidance.passes(x) for x in (0.0, 0.5)):
+        if "no_text" in self._guidance.passes():
             quiet = None if script is None else script.without()
             conditions["no_text"] = prepare(None if negative is None else negative.to(dtype), negative_mask, positions,
                                             quiet, batch)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from avdiff.data.corpus.speech import SpeechBank
+from avdiff.data.corpus.speech import SpeechBank, Utterance
 from avdiff.models.audio_vae import AVAudioVAE
+from avdiff.models.pitch import hertz_bin
+from avdiff.models.vocoder import AVVocoder, Pitch
+from avdiff.train.pitch import PitchBank, PitchTrack, track
+from avdiff.train.sound_loss import SpectralLoss
 from avdiff.train.task import Loss, Task
 
 EventSource = Callable[[np.random.Generator, int], np.ndarray]  # (rng, samples) -> float32 (samples,)
@@ -46,10 +51,14 @@ class SoundSegments(Dataset[Tensor]):
             piece = self.speech(rng)
         return torch.from_numpy(self.vary(piece, rng))[None]
 
+    def draw(self, rng: np.random.Generator) -> Utterance:
+        """An utterance, long ones more often."""
+        which = int(np.searchsorted(self.cumulative, rng.random()))
+        return self.bank[min(which, len(self.bank) - 1)]
+
     def speech(self, rng: np.random.Generator) -> np.ndarray:
         """A piece of one utterance; it may hang over either end by a tenth of a second, or all of a short one."""
-        which = int(np.searchsorted(self.cumulative, rng.random()))
-        sound = self.bank.audio(self.bank[min(which, len(self.bank) - 1)])
+        sound = self.bank.audio(self.draw(rng))
         over = max(2400, self.samples - len(sound))
         padded = np.pad(sound, over)
         start = int(rng.integers(over - 2400, len(padded) - over + 2400 - self.samples + 1)) if (
@@ -62,7 +71,8 @@ class SoundSegments(Dataset[Tensor]):
         gain = min(10 ** (rng.uniform(*self.gain_db) / 20), 0.99 / max(peak, 1e-4))
         varied = sound * np.float32(gain)
         if rng.random() < 0.2:
-            varied = varied + rng.standard_normal(len(varied), dtype=np.float32) * np.float32(10 ** rng.uniform(-4.5, -3))
+            level = np.float32(10 ** rng.uniform(-4.5, -3))
+            varied = varied + rng.standard_normal(len(varied), dtype=np.float32) * level
         return varied.astype(np.float32)
 
 
@@ -136,3 +146,130 @@ def measure_latents(vae: AVAudioVAE, segments: Sequence[Tensor] | Dataset[Tensor
     mean = total / values
     vae.latents_mean.copy_(mean)
     vae.latents_std.copy_((squares / values - mean.square()).clamp_min(1e-8).sqrt())
+
+
+class Voiced(NamedTuple):
+    """Sound (B, 1, S) with its pitch per mel frame, (B, T) each; see `avdiff.train.pitch.PitchTrack`."""
+
+    sound: Tensor
+    phase: Tensor
+    hertz: Tensor
+    voiced: Tensor
+
+
+class VoicedSegments(Dataset[Voiced]):
+    """`SoundSegments` with pitch tracks: an item is one `Voiced` without the batch dimension, cut on the frame grid."""
+
+    def __init__(self, segments: SoundSegments, pitches: PitchBank, hop: int = 240) -> None:
+        self.segments, self.pitches, self.hop = segments, pitches, hop
+        self.frames = segments.samples // hop
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __getitem__(self, index: int) -> Voiced:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        if rng.random() < self.segments.event_share and self.segments.events is not None:
+            sound = self.segments.events(rng, self.segments.samples)
+            pitch = track([sound], self.hop)[0]
+        else:
+            sound, pitch = self.speech(rng)
+        varied = self.segments.vary(sound, rng)
+        return Voiced(torch.from_numpy(varied)[None], torch.from_numpy(pitch.phase), torch.from_numpy(pitch.hertz),
+                      torch.from_numpy(pitch.voiced))
+
+    def speech(self, rng: np.random.Generator) -> tuple[np.ndarray, PitchTrack]:
+        """A piece of an utterance from a random frame on, silence after its end."""
+        utterance = self.segments.draw(rng)
+        sound, pitch = self.segments.bank.audio(utterance), self.pitches[utterance.id]
+        first = int(rng.integers(0, max(0, len(pitch.phase) - self.frames) + 1))
+        piece = sound[first * self.hop : (first + self.frames) * self.hop]
+        piece = np.pad(piece, (0, self.frames * self.hop - len(piece)))
+        cut = PitchTrack(*(part[first : first + self.frames] for part in pitch))
+        missing = self.frames - len(cut.phase)
+        if missing:
+            run = cut.phase[-1] + np.arange(1, missing + 1) * cut.hertz[-1] * (2 * np.pi * self.hop / 24000)
+            cut = PitchTrack(np.concatenate([cut.phase, run]), np.pad(cut.hertz, (0, missing), mode="edge"),
+                             np.pad(cut.voiced, (0, missing)))
+        return piece, cut
+
+
+class VocoderTask(Task):
+    """Trains `AVVocoder` on true mels and on mels that went through the audio VAE.
+
+    The source runs in phase with the target (pitch and phase from tracking, "teacher pitch"); the pitch reader learns
+    to read the same pitch off the mel.
+
+    Args:
+        vocoder: model to train. dataset: `VoicedSegments`. held_out: sound (N, 1, S) for validation.
+        vae: frozen audio VAE for decoded mels, or None. decoded_share: part of rows with decoded mels.
+        latent_noise: largest noise on the latents of decoded rows, in deviations. refine_steps: Griffin-Lim iterations
+            that are trained through. weights: of the loss terms.
+    """
+
+    def __init__(self, vocoder: AVVocoder, dataset: VoicedSegments, held_out: Tensor, vae: AVAudioVAE | None = None,
+                 decoded_share: float = 0.6, latent_noise: float = 0.15,
+                 refine_steps: int = 2, weights: dict[str, float] | None = None) -> None:
+        self.vocoder, self.dataset, self.held_out, self.vae = vocoder, dataset, held_out, vae
+        self.decoded_share, self.latent_noise = decoded_share, latent_noise
+        self.refine_steps = refine_steps
+        self.weights = {"log": 1.0, "convergence": 0.5, "aligned": 0.2, "mel": 0.5, "start_log": 0.5,
+                        "start_convergence": 0.25, "start_aligned": 0.3, "start_mel": 0.5, "magnitude": 0.5, "pitch": 0.1,
+                        **(weights or {})}
+        self.spectral = SpectralLoss()
+        self.modules = {"vocoder": vocoder}
+        if vae is not None:
+            vae.requires_grad_(False).eval()
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "weights": self.weights}
+
+    def collate(self, rows: list[Voiced]) -> Voiced:
+        return Voiced(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+    def source_mel(self, sound: Tensor, generator: torch.Generator) -> Tensor:
+        """(B, 1, S) -> log-mel (B, T, M), some rows as the VAE decodes them."""
+        mel = self.vocoder.frames(sound)
+        if self.vae is None:
+            return mel[:, 0]
+        rows = round(self.decoded_share * len(mel))  # the dataset draws at random: which rows does not matter
+        with torch.no_grad():
+            z = self.vae.encode(mel[:rows]).latent_dist.mode()
+            level = torch.rand(rows, 1, 1, 1, generator=generator, device=z.device) * self.latent_noise
+            white = torch.randn(z.shape, generator=generator, device=z.device)
+            z = z + level * self.vae.latents_std.view(1, -1, 1, 1) * white
+            return torch.cat([self.vae.decode(z).sample, mel[rows:]])[:, 0].float()
+
+    def loss(self, batch: Voiced, phase: str, generator: torch.Generator) -> Loss:
+        mel = self.source_mel(batch.sound, generator)
+        target = batch.sound[:, 0]
+        start, magnitude = self.vocoder.predict(mel, Pitch(batch.phase, batch.hertz, batch.voiced), generator)
+        parts = {f"start_{name}": value for name, value in
+                 self.spectral(self.vocoder.overlap_add(start), target).items()}
+        refined = self.vocoder.overlap_add(self.vocoder.refine(start, magnitude, self.refine_steps))
+        parts |= self.spectral(refined, target)
+        floor = self.spectral.floor
+        heard = self.vocoder.frames.magnitude(target)
+        parts["magnitude"] = ((magnitude + floor).log() - (heard + floor).log()).abs().mean(dim=(1, 2))
+        parts["pitch"] = self.pitch_loss(mel, batch)
+        total = sum(self.weights[name] * value for name, value in parts.items())
+        return Loss(total.mean(), parts)
+
+    def pitch_loss(self, mel: Tensor, batch: Voiced) -> Tensor:
+        """Cross-entropy of pitch where voiced, and of voicing: (B,)."""
+        logits, voicing = self.vocoder.pitch(mel)
+        place = hertz_bin(batch.hertz)[..., None]
+        target = torch.exp(-0.5 * (torch.arange(logits.shape[-1], device=place.device) - place).square())
+        target = target / target.sum(dim=-1, keepdim=True)
+        tone = -(target * logits.log_softmax(dim=-1)).sum(dim=-1) * batch.voiced
+        return (tone + F.binary_cross_entropy_with_logits(voicing, batch.voiced, reduction="none")).mean(dim=1)
+
+    def validate(self) -> dict[str, float]:
+        """Spectral terms on held-out sound with the pitch read off the mel; from true and from decoded mels."""
+        true = self.vocoder.frames(self.held_out)
+        report = {}
+        kinds = {"true": true} if self.vae is None else {"true": true, "decoded": self.vae(true).sample}
+        for name, mel in kinds.items():
+            parts = self.spectral(self.vocoder(mel)[:, 0], self.held_out[:, 0])
+            report |= {f"{name}_{term}": float(parts[term].mean()) for term in ("log", "convergence", "mel")}
+        return report

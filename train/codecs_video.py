@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from avdiff.data.corpus.event_drawing import render_event
+from avdiff.data.corpus.events import sample_event
 from avdiff.data.corpus.faces import lip_points, pose_track, render_face, sample_identity
 from avdiff.data.corpus.speech import SpeechBank
 from avdiff.data.corpus.visemes import viseme_track
@@ -51,6 +53,27 @@ def speech_clip(bank: SpeechBank, seed: int, split: str, num_frames: int, size: 
             "lip_points": np.stack([lip_points(identity, m, p) for m, p in pairs])}
 
 
+def event_clip(seed: int, num_frames: int, size: int) -> dict[str, np.ndarray]:
+    """Frames of a sounding object around one of its impacts, where it moves; the lip points are one point: no box."""
+    rng = np.random.default_rng([seed, 8])
+    event = sample_event(rng, float(rng.uniform(2, 4)))
+    middle = float(rng.choice(np.asarray(event.impacts))) + float(rng.normal(0, 0.2)) if event.impacts else 1.0
+    times = np.maximum(middle + (np.arange(num_frames) - num_frames / 2) / FPS, 0)
+    return {"video": np.stack([render_event(event, float(t), size) for t in times]),
+            "lip_points": np.zeros((num_frames, 20, 2), np.float32)}
+
+
+def corpus_clips(bank: SpeechBank, seed: int, split: str, num_frames: int, size: int, event_share: float = 0.12,
+                 ) -> Iterator[dict[str, np.ndarray]]:
+    """Endless clips of a split, presenters and, by `event_share`, sounding objects."""
+    while True:
+        if np.random.default_rng([seed, 9]).random() < event_share:
+            yield event_clip(seed, num_frames, size)
+        else:
+            yield speech_clip(bank, seed, split, num_frames, size)
+        seed += 1
+
+
 def _wandering_mouth(rng: np.random.Generator, frames: int) -> np.ndarray:
     """Smooth random mouth parameters in [0, 1], (F, 6)."""
     knots = rng.beta(0.6, 1.0, (frames // 3 + 3, 6))
@@ -66,18 +89,21 @@ class FrameStore:
     Files: clips.u8 (N, F, H, W, 3), boxes.f32 (N, F, 4), shape.json.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], num_frames: int | None = None) -> None:
         self.folder = Path(folder)
         shape = tuple(json.loads((self.folder / "shape.json").read_text()))
         self.clips = np.memmap(self.folder / "clips.u8", np.uint8, "r", shape=shape)
         self.boxes = np.memmap(self.folder / "boxes.f32", np.float32, "r", shape=(*shape[:2], 4))
+        self.num_frames = num_frames or shape[1]
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """video uint8 (F, H, W, 3) and mouth boxes (F, 4), mirrored in half of the cases."""
-        video, boxes = torch.from_numpy(np.array(self.clips[index])), torch.from_numpy(np.array(self.boxes[index]))
+        """video uint8 (F, H, W, 3) and mouth boxes (F, 4) from a random moment, mirrored in half of the cases."""
+        start = int(torch.randint(self.clips.shape[1] - self.num_frames + 1, ()))
+        part = slice(start, start + self.num_frames)
+        video, boxes = (torch.from_numpy(np.array(array[index, part])) for array in (self.clips, self.boxes))
         if torch.rand(()) < 0.5:
             video, boxes = video.flip(2), torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
         return {"video": video, "boxes": boxes}
@@ -124,26 +150,25 @@ class VideoVAETask(Task):
         logvar = logvar.clamp(-10, 4)
         z = mean + torch.exp(0.5 * logvar) * self.disturbance(mean, size, generator, posterior=True)
         z = z + mean.std(dim=(0, 2, 3), keepdim=True) * self.disturbance(mean, size, generator, posterior=False)
-        decoded = self.model.decoder(z.contiguous(memory_format=torch.channels_last), size, {}).float()
-        error = decoded.view(video.shape) - video  # (B, T, 6, H, W)
-        pixel = error.abs() + self.square_weight * error.square()
-        edge = F.pad((error[..., 1:] - error[..., :-1]).abs(), (0, 1)) + \
-            F.pad((error[..., 1:, :] - error[..., :-1, :]).abs(), (0, 0, 0, 1))
-        rec = ((pixel + self.edge_weight * edge).mean(2) * weight).mean(dim=(1, 2, 3))  # (B,)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3)).view(size, -1).mean(1)
-        total = (rec + self.kl_weight * kl).mean()
-        with torch.no_grad():
-            mse = error.square().mean(dim=(1, 2, 3, 4))
-        return Loss(total, {"rec": rec, "kl": kl, "mse": mse, "edge": edge.mean().view(1)})
+        decoded = self.model.decoder(z.contiguous(memory_format=torch.channels_last), size, {})
+        error = decoded.view(video.shape) - video  # (B, T, 6, H, W), bf16: as exact as 8-bit pixels
+        heavy = error * weight
+        right, down = heavy[..., 1:] - heavy[..., :-1], heavy[..., 1:, :] - heavy[..., :-1, :]
+        square = (heavy * error).mean(dtype=torch.float32)
+        edge = _mean_size(right) + _mean_size(down)
+        rec = _mean_size(heavy) + self.square_weight * square + self.edge_weight * edge
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        parts = {"rec": rec, "kl": kl, "square": square, "edge": edge}
+        return Loss(rec + self.kl_weight * kl, {name: value.view(1) for name, value in parts.items()})
 
     @staticmethod
     def pairs(video: Tensor) -> Tensor:
         """uint8 (B, F, H, W, 3) -> (B, T, 6, H, W) in [-1, 1], the first frame with itself."""
         doubled = torch.cat([video[:, :1], video], dim=1)
-        return rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2).float().div_(127.5).sub_(1)
+        return rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2).to(torch.bfloat16).div_(127.5).sub_(1)
 
     def weights(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, T, H, W): 1, more in the mouth box; the lone first frame counts half, as it stands there twice."""
+        """(B, T, 1, H, W) bf16: 1, more in the mouth box; the lone first frame counts half, as it stands there twice."""
         height, width = batch["video"].shape[2:4]
         boxes = batch["boxes"][:, ::2].to(torch.float32)  # (B, T, 4): a pair shares the box of its second frame
         x = (torch.arange(width, device=boxes.device) + 0.5) / width
@@ -152,7 +177,7 @@ class VideoVAETask(Task):
         inside = ((y >= top) & (y < bottom))[..., :, None] & ((x >= left) & (x < right))[..., None, :]
         weight = 1 + self.mouth_weight * inside.float()
         weight[:, 0] *= 0.5
-        return weight
+        return weight.unsqueeze(2).to(torch.bfloat16)
 
     def disturbance(self, like: Tensor, size: int, generator: torch.Generator, posterior: bool) -> Tensor:
         """Unit noise, or noise whose s.d. is drawn per clip: 0 for a third, up to `latent_noise` for the others."""
@@ -165,6 +190,11 @@ class VideoVAETask(Task):
     def validate(self) -> dict[str, float]:
         """PSNR, mouth PSNR and sharpness of held-out clips, and PSNR with 0.15 s.d. of noise on the latents."""
         return round_trip_metrics(self.model, self.held_out, count=min(64, len(self.held_out)))
+
+
+def _mean_size(x: Tensor) -> Tensor:
+    """Mean absolute value, summed in fp32."""
+    return torch.linalg.vector_norm(x, ord=1, dtype=torch.float32) / x.numel()
 
 
 def decode_uint8(frames: Tensor) -> np.ndarray:

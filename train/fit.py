@@ -122,7 +122,7 @@ class Run:
                     self._accumulate(phase, micro, batch)
             average_gradients(self.phase_params[phase], self.world)
             self._clip(phase)
-            self._lr[phase] = self.schedulers[phase].get_last_lr()[0]
+            self._lr[phase] = self.options.learning_rate * _factor(self.schedulers[phase])
             self.optimizers[phase].step()
             self.schedulers[phase].step()
             self.task.after_step(phase, self._lr[phase])
@@ -138,7 +138,7 @@ class Run:
         generator = torch.Generator(self.task.device).manual_seed(seed)
         with self.accelerator.autocast():
             loss = self.task.loss(batch, phase, generator)
-        self._last_loss = float(loss.total.detach())
+        self._last_loss = loss.total.item()
         if not torch.isfinite(loss.total):
             bad = [name for name, part in loss.parts.items() if not torch.isfinite(part).all()]
             raise NonFiniteError(f"step {self.step}, phase {phase}: the loss is {self._last_loss}; first seen in "
@@ -146,8 +146,8 @@ class Run:
                                  f"{self.checkpoint or 'none'}")
         (loss.total / self.options.gradient_accumulation_steps).backward()
         self.means.add(self._key(phase, "loss"), self._last_loss)
-        for name, part in loss.parts.items():
-            self.means.add(self._key(phase, f"loss/{name}"), float(part.detach().float().sum()), part.numel())
+        for name, part in ({f"loss/{k}": v for k, v in loss.parts.items()} | dict(loss.metrics)).items():
+            self.means.add(self._key(phase, name), float(part.detach().float().sum()), part.numel())
 
     @torch.no_grad()
     def _clip(self, phase: str) -> None:
@@ -194,8 +194,8 @@ class Run:
         now = time.monotonic()
         elapsed, self._window, self._logged = max(now - self._window, 1e-9), now, self.step
         waited = values.pop("data_wait", 0.0)
-        self.losses = {k: v for k, v in values.items() if "grad_norm" not in k}
-        values |= {self._key(phase, "lr"): lr for phase, lr in self._lr.items()}
+        self.losses = {k: v for k, v in values.items() if k.split("/")[0] == "loss" or "/loss" in k}
+        values |= {self._key(phase, "lr"): lr for phase, lr in self._lr.items()} | self.task.report()
         values["samples_per_second"] = steps * self.feed.rows_per_step / elapsed
         values["data_wait"] = min(1.0, waited * steps / elapsed)
         self._tell(values)
@@ -363,3 +363,8 @@ class Run:
                 for module in self.task.modules.values():
                     for tensor in (*module.parameters(), *module.buffers()):
                         tensor.copy_(broadcast(tensor.detach().clone()))
+
+
+def _factor(scheduler: torch.optim.lr_scheduler.LambdaLR) -> float:
+    """Where the schedule stands, in units of the peak."""
+    return float(scheduler.lr_lambdas[0](scheduler.last_epoch))

@@ -93,7 +93,9 @@ class Logbook:
         finally:
             os.close(handle)
         if not self._bar:
-            shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            # Buckets and gradient norms are for the file: a console line should be read, not searched.
+            brief = {k: v for k, v in values.items() if k.count("/") <= 1 and not k.startswith(("grad_norm", "experts"))}
+            shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in brief.items())
             self._console.print(f"step {step}/{self.steps} {self._left(step)}{shown}", markup=False)
 
     def say(self, text: str) -> None:

@@ -21,11 +21,13 @@ class Loss:
     Args:
         total: scalar to differentiate, a mean over rows.
         parts: named values for the log, any shape, usually one per row (n,); a part may be empty. They are detached,
-            averaged over rows, micro-batches and ranks, and never differentiated.
+            averaged over rows, micro-batches and ranks, and never differentiated. Logged as "loss/<name>".
+        metrics: the same for values that are no losses; logged under their own names.
     """
 
     total: torch.Tensor
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Task:
@@ -79,7 +81,14 @@ class Task:
         return {}
 
     def after_step(self, phase: str, lr: float) -> None:
-        """Called after the optimizer's step: train what is no `nn.Parameter` (memory tables by gathered rows)."""
+        """Called after the optimizer's step: train what is no `nn.Parameter` (memory tables by gathered rows).
+
+        `lr` is options.learning_rate times the schedule, whatever the rates of the parameter groups.
+        """
+
+    def report(self) -> dict[str, float]:
+        """Further values for each log line (norms of adapters, load of experts)."""
+        return {}
 
     def norm_group(self, name: str) -> str:
         """Key under which a parameter's gradient norm is logged; `name` is "module.path.to.weight"."""

@@ -1,1 +1,1 @@
-"""core of avdiff."""
+"""Blocks that know neither audio nor video: attention, RoPE, modulation, feed-forward, MoE, Engram."""

@@ -1,8 +1,8 @@
 """Sparse mixture of experts: token-choice, dropless top-k routing with a balance loss per modality.
 
-Every token picks its `top_k` experts on its own, none is dropped and no expert has a capacity: the output of a token never
-depends on the other tokens of the batch, so a batch of two equals two singles. Nothing about routing is stored on the
-module: the statistics come back as one tensor next to the output, which keeps gradient checkpointing right.
+Every token picks its `top_k` experts on its own, none is dropped and no expert has a capacity: the output of a token
+never depends on the other tokens of the batch, so a batch of two equals two singles. Nothing about routing is stored on
+the module: the statistics come back as one tensor next to the output, which keeps gradient checkpointing right.
 
 Shape legend: B batch, N tokens, D width, H hidden width of one expert, E experts, K experts per token, M modalities,
 T = B*N tokens in all, S = T*K (token, expert) slots.
@@ -13,13 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-IMPLEMENTATIONS = ("auto", "grouped", "loop")
+from avdiff.core.feedforward import SwiGLU
+
+IMPLEMENTATIONS = ("auto", "grouped", "loop", "cast_loop")
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,9 @@ def balance_loss(stats: RoutingStats, load: RoutingStats | None = None) -> Tenso
 
     Args:
         stats: what this micro-batch returned; its probabilities carry the gradient.
-        load: where f comes from instead, e.g. the sum over all micro-batches and ranks (arXiv 2501.11873: a balance that
-            is asked of every micro-batch stops experts from specialising). f has no gradient, so the mean of the losses
-            of equal micro-batches is then exactly the loss of the whole batch, and so is its gradient.
+        load: where f comes from instead, e.g. the sum over all micro-batches and ranks (arXiv 2501.11873: a balance
+            that is asked of every micro-batch stops experts from specialising). f has no gradient, so the mean of the
+            losses of equal micro-batches is then exactly the loss of the whole batch, and so is its gradient.
     """
     counts = (stats if load is None else load).counts.detach()
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -181,8 +185,8 @@ class Router(nn.Module):
     def update_bias(self, counts: Tensor, rate: float = 1e-3) -> None:
         """Raise the bias of experts below the mean load by `rate` and lower it above.
 
-        Call it once per optimiser step, outside forward, with counts (M, E) (or (E,) for M = 1) summed over micro-batches
-        and ranks, so that every rank takes the same step. A modality without tokens keeps its bias.
+        Call it once per optimiser step, outside forward, with counts (M, E) (or (E,) for M = 1) summed over
+        micro-batches and ranks, so that every rank takes the same step. A modality without tokens keeps its bias.
         """
         if self.bias is None:
             raise ValueError("update_bias: this router was built with selection_bias=False")
@@ -195,9 +199,9 @@ class Experts(nn.Module):
 
     Args:
         dim: D. hidden: H, width of one expert. num_experts: E.
-        implementation: "grouped" runs `F.grouped_mm`, "loop" a matmul per expert, "auto" grouped wherever it can run.
-            Grouped needs bf16, fp16 or fp32, and D and H at multiples of 16 bytes; the loop runs everywhere (fp64,
-            forward-mode AD) and is the slow twin that tests compare with.
+        implementation: "grouped" runs `F.grouped_mm`; it needs bf16, fp16 or fp32, and D and H at multiples of 16 bytes.
+            "loop" runs a matmul per expert, everywhere (fp64, forward-mode AD). "cast_loop" does so with a hand-written
+            backward, for autocast on a CPU. "auto" takes the fastest that can run.
     """
 
     def __init__(self, dim: int, hidden: int, num_experts: int, implementation: str = "auto") -> None:
@@ -228,28 +232,82 @@ class Experts(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
         else:
             dtype = torch.promote_types(x.dtype, self.gate_up.dtype)
+        path = self._choose(x.device.type, dtype) if self.implementation == "auto" else self.implementation
+        if path == "cast_loop":
+            return _CastLoop.apply(x.to(dtype), self.gate_up, self.down, counts.tolist())
         x, gate_up, down = x.to(dtype), self.gate_up.to(dtype), self.down.to(dtype)
-        if self._grouped(dtype):
-            offsets = counts.cumsum(0).to(torch.int32)  # rows after offsets[-1] would be uninitialised: there are none
-            gate, up = F.grouped_mm(x, gate_up, offs=offsets).chunk(2, dim=-1)  # (S, H) each
-            return F.grouped_mm(F.silu(gate) * up, down, offs=offsets)
-        return self._loop(x, gate_up, down, counts.tolist())
+        if path == "loop":
+            return _loop(x, gate_up, down, counts.tolist())
+        offsets = counts.cumsum(0).to(torch.int32)  # rows after offsets[-1] would be uninitialised: there are none
+        gate, up = F.grouped_mm(x, gate_up, offs=offsets).chunk(2, dim=-1)  # (S, H) each
+        return F.grouped_mm(F.silu(gate) * up, down, offs=offsets)
 
-    def _grouped(self, dtype: torch.dtype) -> bool:
-        if self.implementation != "auto":
-            return self.implementation == "grouped"
+    def _choose(self, device: str, dtype: torch.dtype) -> str:
+        if device == "cpu" and dtype != self.gate_up.dtype:
+            return "cast_loop"
         _, hidden, dim = self.down.shape
         aligned = all(size * dtype.itemsize % 16 == 0 for size in (dim, hidden))
-        return aligned and dtype in (torch.bfloat16, torch.float16, torch.float32) and hasattr(F, "grouped_mm")
+        supported = dtype in (torch.bfloat16, torch.float16, torch.float32) and hasattr(F, "grouped_mm")
+        return "grouped" if aligned and supported else "loop"
+
+
+def _loop(x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """The experts one by one: the slow twin of the other two ways. x (S, D) sorted by expert -> (S, D)."""
+    outputs = []
+    # unbind, not W[e]: the backward of an index allocates a gradient of all experts for each expert
+    for rows, wide, narrow in zip(x.split(counts), gate_up.unbind(0), down.unbind(0), strict=True):
+        gate, up = (rows @ wide).chunk(2, dim=-1)
+        outputs.append((F.silu(gate) * up) @ narrow)
+    return torch.cat(outputs)
+
+
+class _CastLoop(torch.autograd.Function):
+    """The loop for weights of another dtype than x, as under autocast.
+
+    Casting fp32 weights of all experts, and their gradients back, costs more memory traffic than the matmuls of a few
+    tokens are worth. Here an expert is cast when its turn comes and is still in cache when it is used; its gradient goes
+    straight to its place.
+    """
 
     @staticmethod
-    def _loop(x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        outputs = []
-        # unbind, not W[e]: the backward of an index allocates a gradient of all experts for each expert
-        for rows, wide, narrow in zip(x.split(counts), gate_up.unbind(0), down.unbind(0), strict=True):
-            gate, up = (rows @ wide).chunk(2, dim=-1)
-            outputs.append((F.silu(gate) * up) @ narrow)
-        return torch.cat(outputs)
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+        """x (S, D) sorted by expert, gate_up (E, D, 2H), down (E, H, D) -> (S, D) in the dtype of x."""
+        y, hidden = torch.empty_like(x), x.new_empty(x.shape[0], gate_up.shape[-1])  # (S, D), (S, 2H)
+        wides: list[Tensor] = []
+        narrows: list[Tensor] = []
+        parts = (x.split(counts), hidden.split(counts), y.split(counts), gate_up, down)
+        for rows, both, out, wide, narrow in zip(*parts, strict=True):
+            wides.append(wide.to(x.dtype))
+            narrows.append(narrow.to(x.dtype))
+            torch.mm(rows, wides[-1], out=both)
+            gate, up = both.chunk(2, dim=-1)
+            torch.mm(F.silu(gate) * up, narrows[-1], out=out)
+        ctx.save_for_backward(x, hidden, *wides, *narrows)
+        ctx.counts, ctx.dtypes = counts, (gate_up.dtype, down.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, gate_up and down; those of the weights only where asked for."""
+        x, hidden, *weights = ctx.saved_tensors
+        wides, narrows = weights[: len(ctx.counts)], weights[len(ctx.counts) :]
+        _, needs_wide, needs_narrow, _ = ctx.needs_input_grad
+        d_wide = x.new_empty((len(wides), *wides[0].shape), dtype=ctx.dtypes[0]) if needs_wide else None
+        d_narrow = x.new_empty((len(narrows), *narrows[0].shape), dtype=ctx.dtypes[1]) if needs_narrow else None
+        dx = torch.empty_like(x)
+        rows_of = [t.split(ctx.counts) for t in (x, hidden, dy, dx)]
+        for e, (rows, both, d_out, d_rows) in enumerate(zip(*rows_of, strict=True)):
+            gate, up = both.chunk(2, dim=-1)
+            act = F.silu(gate)
+            if d_narrow is not None:
+                d_narrow[e] = (act * up).T @ d_out
+            d_act = d_out @ narrows[e].T
+            d_both = torch.cat([torch.ops.aten.silu_backward(d_act * up, gate), d_act * act], dim=-1)
+            if d_wide is not None:
+                d_wide[e] = rows.T @ d_both
+            torch.mm(d_both, wides[e].T, out=d_rows)
+        return dx, d_wide, d_narrow, None
 
 
 class MoE(nn.Module):
@@ -277,7 +335,7 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(dim, num_experts, top_k, modalities, selection_bias)
         self.experts = Experts(dim, hidden, num_experts, implementation)
-        self.shared = Experts(dim, shared_expert_hidden, 1, "loop") if shared_expert_hidden else None
+        self.shared = SwiGLU(dim, shared_expert_hidden) if shared_expert_hidden else None
 
     def forward(self, x: Tensor, modality: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route and transform tokens.
@@ -299,7 +357,7 @@ class MoE(nn.Module):
         rows = self.experts(rows, counts)
         y = self._combine(rows, order, weights)  # (T, D)
         if self.shared is not None:
-            y = y + self.shared(tokens, counts.new_tensor([len(tokens)]))
+            y = y + self.shared(tokens)
         return y.to(x.dtype).view_as(x), stats
 
     @staticmethod

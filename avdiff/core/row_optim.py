@@ -12,7 +12,7 @@ Shape legend: R rows of a table, D channels, U unique rows touched since the las
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,19 @@ class RowOptimizer(torch.optim.Optimizer):
         for i, key in enumerate(self.param_groups[0]["params"]):  # torch casts state to the table's type: undo
             if i in state_dict["state"]:
                 self.state[key] = {k: v.clone().to(key.device) for k, v in state_dict["state"][i].items()}
+
+    def flat_state(self) -> dict[str, torch.Tensor]:
+        """The same state as plain tensors by name, for a safetensors file."""
+        flat = {f"{i}.{name}": value for i, key in enumerate(self.param_groups[0]["params"])
+                for name, value in self.state[key].items()}
+        return flat | {"generator": self.generator.get_state()}
+
+    def load_flat_state(self, flat: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of `flat_state`."""
+        self.generator.set_state(flat["generator"].cpu())
+        for i, key in enumerate(self.param_groups[0]["params"]):
+            own = {name.split(".", 1)[1]: value for name, value in flat.items() if name.startswith(f"{i}.")}
+            self.state[key] = {name: value.clone().to(key.device) for name, value in own.items()}
 
     def _state(self, key: torch.Tensor, table: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.state[key]:

@@ -1,1 +1,1 @@
-"""data of avdiff."""
+"""Media files, clips, latent caches and the presenter corpus."""

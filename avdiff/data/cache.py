@@ -108,6 +108,30 @@ def write_cache(source: Source, codecs: Codecs, folder: str | os.PathLike[str], 
     return folder
 
 
+def cache_presenters(folder: str | os.PathLike[str], model: str | os.PathLike[str], count: int, bank: str | None = None,
+                     split: str = "train", seed: int = 0, seconds: float = 2.52, languages: Sequence[str] | None = None,
+                     event_share: float = 0.2, rank: int = 0, ranks: int = 1,
+                     progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Path:
+    """Draw `count` clips of the presenter corpus and cache their latents.
+
+    Args:
+        model: folder with `vae/` and `audio_vae/` inside. bank: folder of the speech bank, None for the default one.
+        seconds: length of every clip. The other arguments are those of `PresenterCorpus` and `write_cache`.
+    """
+    from avdiff.data.corpus.dataset import PresenterCorpus
+    from avdiff.data.corpus.speech import SpeechBank
+    from avdiff.models.audio_vae import AVAudioVAE
+    from avdiff.models.video_vae import AVVideoVAE
+
+    codecs = Codecs(AVVideoVAE.from_pretrained(Path(model) / "vae").eval(),
+                    AVAudioVAE.from_pretrained(Path(model) / "audio_vae").eval())
+    speech = SpeechBank(bank, decoded=True)
+    corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share)
+    options = {"source": "presenters", "bank": speech.fingerprint, "split": split, "seed": seed, "seconds": seconds,
+               "languages": list(languages or ()), "event_share": event_share}
+    return write_cache(corpus, codecs, folder, options, rank, ranks, progress)
+
+
 def _claim(folder: Path, made_by: dict[str, Any]) -> None:
     """Write the cache's fingerprint, or compare it with the one that is there."""
     manifest = folder / "cache.json"
@@ -158,7 +182,7 @@ class LatentCache(Dataset):
         for folder in map(Path, folders):
             if not (folder / "cache.json").is_file():
                 raise ValueError(f"cache {folder}: no cache.json in it; make one with `avdiff data cache`")
-            check_fingerprint(folder, codecs)
+            check_fingerprint(folder, codecs)  # the codecs of the first cache bind the others
             held = json.loads((folder / "cache.json").read_text())
             codecs |= {k: held[k] for k in ("vae", "audio_vae")}
             before = len(self.items)

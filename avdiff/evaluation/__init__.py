@@ -1,1 +1,1 @@
-"""evaluation of avdiff."""
+"""Measurements of media files: they read files and judges, never a model that generates."""

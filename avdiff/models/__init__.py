@@ -1,1 +1,16 @@
-"""models of avdiff."""
+"""Every class that is saved in a checkpoint.
+
+Importing this package tells diffusers' loader about avdiff: components are then recorded in `model_index.json` as
+`["avdiff", "ClassName"]` instead of by the path of their file, load from a folder or a hub alike, and survive moves.
+The table is not a public name of diffusers; tests/test_layout.py guards it, and pyproject.toml pins the minor release.
+"""
+
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+LOADABLE_CLASSES.setdefault(
+    "avdiff",
+    {
+        "ModelMixin": ["save_pretrained", "from_pretrained"],
+        "SchedulerMixin": ["save_pretrained", "from_pretrained"],
+    },
+)

@@ -104,7 +104,8 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
         return self.mel_frontend(F.pad(waveform, (0, tokens * step - waveform.shape[2])))
 
     @apply_forward_hook
-    def encode(self, mel: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, mel: Tensor,
+               return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Log-mel (B, C, T, mel_bins), T a multiple of 4 -> distribution over latents (B, latent_channels, T / 4, 1).
 
         Raises:

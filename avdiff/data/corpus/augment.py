@@ -1,7 +1,7 @@
 """Degraded speech: level, noise, room and pitch, so that speech from a real microphone can drive a face later.
 
-Everything keeps time: the direct sound of a room comes first, and a change of pitch (by resampling) reports its factor so
-that phone times can follow.
+Everything keeps time: the direct sound of a room comes first, and a change of pitch (by resampling) reports its factor
+so that phone times can follow.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def tone(rgb: RGB, factor: float, tint: RGB | None = None, share: float = 0.0) -
 
 def color(rgb: RGB, alpha: float = 1.0) -> int:
     """Packed skia colour."""
-    return skia.Color(*rgb, int(round(255 * alpha)))
+    return skia.Color(*rgb, round(255 * alpha))
 
 
 def fill(rgb: RGB, alpha: float = 1.0, shader: skia.Shader | None = None) -> skia.Paint:
@@ -63,11 +63,11 @@ def blob(points: Sequence[tuple[float, float]]) -> skia.Path:
 
 
 def curves(path: skia.Path, edge: Iterable[Curve], move: bool) -> skia.Path:
-    """Append an edge made of cubic curves."""
+    """Append an edge made of cubic curves; `move` starts a new contour, else a line leads to its start."""
     for index, curve in enumerate(edge):
         p0, c1, c2, p3 = curve.points.tolist()
-        if move and index == 0:
-            path.moveTo(*p0)
+        if index == 0:
+            (path.moveTo if move else path.lineTo)(*p0)
         path.cubicTo(*c1, *c2, *p3)
     return path
 
@@ -78,7 +78,7 @@ def backwards(edge: tuple[Curve, Curve]) -> tuple[Curve, Curve]:
 
 
 def between(upper: tuple[Curve, Curve], lower: tuple[Curve, Curve]) -> skia.Path:
-    """Closed region between two edges that share their corners."""
+    """Closed region between two edges."""
     path = curves(skia.Path(), upper, move=True)
     curves(path, backwards(lower), move=False)
     path.close()

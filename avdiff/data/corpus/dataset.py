@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -20,15 +20,19 @@ from torch.utils.data import Dataset
 from avdiff.clip import ClipSpec, as_fps
 from avdiff.data.corpus.augment import Plan, degrade, draw_plan
 from avdiff.data.corpus.captions import event_captions, join_sentences, speech_captions
-from avdiff.data.corpus.events import Event, event_audio, render_event, sample_event
+from avdiff.data.corpus.event_drawing import render_event
+from avdiff.data.corpus.event_sound import event_audio
+from avdiff.data.corpus.events import sample_event
 from avdiff.data.corpus.faces import identity_key, lip_points, pose_track, render_face, sample_identity
-from avdiff.data.corpus.passage import Passage, choose_pieces, join_pieces, tile
+from avdiff.data.corpus.passage import Passage, Piece, choose_pieces, join_pieces, tile
 from avdiff.data.corpus.speech import LANGUAGES, SAMPLE_RATE, SPLITS, SpeechBank, Utterance, normalised_text
 from avdiff.data.corpus.visemes import viseme_track
 
 PAUSE_SECONDS = (0.2, 0.6)  # between sentences
 LEAD_SECONDS = (0.04, 0.35)  # before the first word
 TAIL_SECONDS = (0.05, 0.4)  # after the last word
+SPARE_SECONDS = 0.5  # sound made beyond the clip, so that rounding to whole frames never asks for more
+LONGEST_EVENT = 4.0  # seconds, where clips may be shorter or longer
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ class PresenterCorpus(Dataset):
     """Clips by number. Items are dicts:
 
     video (F, S, S, 3) uint8 and audio (1, samples) float32 tensors (absent if not wanted), fps Fraction, sample_rate,
-    caption str, captions list, language, text (spoken words, "" for events), phones tuple that tiles the clip (empty for
-    events), mouth (F, 6) and lip_points (F, K, 2) float32 arrays at the middle of each frame (absent for events),
+    caption str, captions list, language, text (spoken words, "" for events), phones tuple that tiles the clip (empty
+    for events), mouth (F, 6) and lip_points (F, K, 2) float32 arrays at the middle of each frame (absent for events),
     attributes dict of strings, kind "speech" or "event", impacts tuple of seconds, split, index; with keep_clean also
     audio_clean (1, samples).
 
@@ -94,9 +98,16 @@ class PresenterCorpus(Dataset):
         ValueError: an option out of range, or a bank without sentences for this split and these languages.
     """
 
-    def __init__(self, bank: SpeechBank | str | os.PathLike[str] | None = None, split: str = "train",
-                 languages: Sequence[str] | None = None, length: int = 10_000, seed: int = 0,
-                 options: CorpusOptions | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        bank: SpeechBank | str | os.PathLike[str] | None = None,
+        split: str = "train",
+        languages: Sequence[str] | None = None,
+        length: int = 10_000,
+        seed: int = 0,
+        options: CorpusOptions | None = None,
+        **changes: Any,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: needs one of {', '.join(SPLITS)}")
         if options is not None and changes:
@@ -108,7 +119,9 @@ class PresenterCorpus(Dataset):
         longest = self.options.range[1]
         self._fitting = [u for u in self.utterances if u.duration - 0.35 <= longest]
         if not self._fitting and self.options.event_share < 1:
-            raise ValueError(f"split={split!r}, languages={languages}: the bank has no sentence of at most {longest} s there")
+            raise ValueError(
+                f"split={split!r}, languages={languages}: the bank has no sentence of at most {longest} s there"
+            )
         self._by_voice: dict[tuple[str, str], list[Utterance]] = defaultdict(list)
         for utterance in self._fitting:
             self._by_voice[utterance.lang, utterance.voice].append(utterance)
@@ -128,7 +141,7 @@ class PresenterCorpus(Dataset):
 
     def _clip(self, seconds: float) -> ClipSpec:
         """The clip of at least `seconds`; the picture's size is not bound to the codec's grid here."""
-        return ClipSpec.from_seconds(round(seconds, 4), self.options.fps)
+        return ClipSpec.from_seconds(round(seconds, 4), as_fps(self.options.fps))
 
     def _speech(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
         """A presenter says one or more sentences."""
@@ -141,57 +154,91 @@ class PresenterCorpus(Dataset):
         mouth = viseme_track(passage.phones, times)
         poses = pose_track(motion, times, passage.phones)
         text = join_sentences([u.text for u in passage.utterances], first.lang, phrase)
-        attributes = {**identity.attributes(), "identity": identity_key(identity), "voice": first.voice,
-                      "augmented": ",".join(plan.kinds)}
+        attributes = {
+            **identity.attributes(),
+            "identity": identity_key(identity),
+            "voice": first.voice,
+            "augmented": ",".join(plan.kinds),
+        }
         captions = speech_captions(attributes, text, first.lang, phrase)
-        item |= {"kind": "speech", "language": first.lang, "text": text, "captions": captions,
-                 "caption": captions[int(phrase.integers(len(captions)))], "phones": passage.phones, "mouth": mouth,
-                 "lip_points": np.stack([lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]),
-                 "attributes": attributes, "impacts": (), "fps": clip.fps}
+        item |= {
+            "kind": "speech",
+            "language": first.lang,
+            "text": text,
+            "captions": captions,
+            "caption": captions[int(phrase.integers(len(captions)))],
+            "phones": passage.phones,
+            "mouth": mouth,
+            "lip_points": np.stack([lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]),
+            "attributes": attributes,
+            "impacts": (),
+            "fps": clip.fps,
+        }
         if self.options.audio:
             degraded = degrade(sound, passage.audio, plan.kinds, SAMPLE_RATE) if plan.kinds else passage.audio
-            item["audio"] = torch.from_numpy(degraded)[None]
+            item["audio"] = torch.from_numpy(degraded[: clip.num_samples].copy())[None]
             if self.options.keep_clean:
-                item["audio_clean"] = torch.from_numpy(passage.audio)[None]
+                item["audio_clean"] = torch.from_numpy(passage.audio[: clip.num_samples].copy())[None]
         if self.options.video:
-            item["video"] = _stack(lambda i: render_face(identity, mouth[i], poses[i], self.options.size), clip.num_frames)
+            item["video"] = _stack(
+                lambda i: render_face(identity, mouth[i], poses[i], self.options.size), clip.num_frames
+            )
         return item
 
     def _passage(self, rng: np.random.Generator, plan: Plan) -> tuple[Passage, ClipSpec]:
-        """Sentences of one voice, and the clip that holds them."""
+        """Sentences of one voice, and the clip that holds them; the sound is `SPARE_SECONDS` longer than asked for."""
         shortest, longest = self.options.range
         lead, tail = rng.uniform(*LEAD_SECONDS), rng.uniform(*TAIL_SECONDS)
-        wanted = rng.uniform(shortest, longest) if longest > shortest else longest
-        while True:  # `_fitting` is a rough cut; very few sentences are still too long
+        wanted = rng.uniform(shortest, longest)
+        pieces, pauses, spoken = self._pieces(rng, plan, wanted - lead - tail)
+        seconds = longest if shortest == longest else min(max(spoken + lead + tail, shortest), longest)
+        room = seconds - spoken
+        lead = room * lead / (lead + tail) if shortest == longest else min(lead, room)
+        # nothing above depends on the frame rate; only here is the clip rounded up to whole groups of frames
+        clip = self._clip(seconds)
+        passage = join_pieces(pieces, pauses, lead, round((seconds + SPARE_SECONDS) * SAMPLE_RATE))
+        return replace(passage, phones=tile(passage.phones, float(clip.seconds))), clip
+
+    def _pieces(self, rng: np.random.Generator, plan: Plan, room: float) -> tuple[list[Piece], list[float], float]:
+        """Sentences of one voice, the pause before each, and their length together."""
+        for _ in range(100):  # `_fitting` is a rough cut: now and then a sentence is too long after all
             first = self._fitting[int(rng.integers(len(self._fitting)))]
             pieces, pauses = choose_pieces(
-                rng, first, self._by_voice[first.lang, first.voice], wanted - lead - tail, self.options.max_sentences,
-                lambda: float(rng.uniform(*PAUSE_SECONDS)), plan.pitch)
+                rng,
+                first,
+                self._by_voice[first.lang, first.voice],
+                room,
+                self.options.max_sentences,
+                lambda: float(rng.uniform(*PAUSE_SECONDS)),
+                plan.pitch,
+            )
             spoken = sum(piece.seconds for piece in pieces) + sum(pauses)
-            if spoken <= longest:
-                break
-        if longest > shortest:
-            clip = self._clip(min(max(spoken + lead + tail, shortest), longest))
-        else:
-            clip = self._clip(longest)
-        room = float(clip.seconds) - spoken
-        lead = min(lead, room) if longest > shortest else room * lead / max(lead + tail, 1e-6)
-        return join_pieces(pieces, pauses, lead, round(clip.seconds * SAMPLE_RATE)), clip
+            if spoken <= self.options.range[1]:
+                return pieces, pauses, spoken
+        raise ValueError(f"seconds={self.options.seconds}: too short for the sentences of this bank")
 
     def _event(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
         """An object sounds."""
         shape, phrase = rng.spawn(2)
         low, high = self.options.range
-        clip = self._clip(shape.uniform(low, min(high, 4.0)) if high > low else high)
-        event: Event = sample_event(shape, float(clip.seconds))
+        seconds = shape.uniform(low, max(low, min(high, LONGEST_EVENT)))
+        clip, event = self._clip(seconds), sample_event(shape, seconds)
         languages = sorted({u.lang for u in self.utterances}) or list(LANGUAGES)
         language = str(phrase.choice(languages))
         captions = event_captions(event, language, phrase)
-        item |= {"kind": "event", "language": language, "text": "", "captions": captions,
-                 "caption": captions[int(phrase.integers(len(captions)))], "phones": (), "attributes": event.attributes(),
-                 "impacts": event.impacts, "fps": clip.fps}
+        item |= {
+            "kind": "event",
+            "language": language,
+            "text": "",
+            "captions": captions,
+            "caption": captions[int(phrase.integers(len(captions)))],
+            "phones": (),
+            "attributes": event.attributes(),
+            "impacts": event.impacts,
+            "fps": clip.fps,
+        }
         if self.options.audio:
-            item["audio"] = torch.from_numpy(event_audio(event, round(clip.seconds * SAMPLE_RATE), SAMPLE_RATE))[None]
+            item["audio"] = torch.from_numpy(event_audio(event, clip.num_samples, SAMPLE_RATE))[None]
         if self.options.video:
             times = _middles(clip)
             item["video"] = _stack(lambda i: render_event(event, float(times[i]), self.options.size), clip.num_frames)
@@ -207,11 +254,16 @@ def split_utterances(bank: SpeechBank, split: str, languages: Sequence[str] | No
     held = {u.lang for u in bank}
     for language in languages or ():
         if language not in held:
-            raise ValueError(f"languages={list(languages or ())}: this bank has no {language!r}, only {', '.join(sorted(held))}")
+            raise ValueError(
+                f"languages={list(languages or ())}: this bank has no {language!r}, only {', '.join(sorted(held))}"
+            )
     earlier = SPLITS[: SPLITS.index(split)]
     taken = {normalised_text(u.text) for u in bank if u.split in earlier}
-    return [u for u in bank if u.split == split and (not languages or u.lang in languages)
-            and normalised_text(u.text) not in taken]
+    return [
+        u
+        for u in bank
+        if u.split == split and (not languages or u.lang in languages) and normalised_text(u.text) not in taken
+    ]
 
 
 def _middles(clip: ClipSpec) -> np.ndarray:
@@ -222,6 +274,3 @@ def _middles(clip: ClipSpec) -> np.ndarray:
 def _stack(draw: Callable[[int], np.ndarray], frames: int) -> torch.Tensor:
     """Draw every frame -> (F, S, S, 3) uint8."""
     return torch.from_numpy(np.stack([draw(i) for i in range(frames)]))
-
-
-__all__ = ["CorpusOptions", "PresenterCorpus", "split_utterances", "tile"]

@@ -1,8 +1,8 @@
 """Draws a presenter with skia: vector shapes on a canvas of 128 x 128 design units, at any size.
 
-Order: background and body (cached: they never move), back hair, ears, face, mouth, nose, eyes, front hair, glasses, hat.
-Parts shift by their depth when the head turns (parallax), which reads as a turn without a 3-D model.
-"""
+Order: background (cached: it never moves), back hair, body (recorded once), ears, face, mouth, nose, eyes, front
+hair, glasses, hat. Parts shift by their depth when the head turns (parallax), which reads as a turn without a 3-D
+model. """
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ import numpy as np
 import skia
 
 from avdiff.data.corpus.brush import between, blob, curves, fill, linear, oval, radial, stroke, tone
-from avdiff.data.corpus.hair import hair_of
-from avdiff.data.corpus.identity import RGB, Identity
+from avdiff.data.corpus.hair import COVERS_EARS, hair_of
+from avdiff.data.corpus.identity import Identity
 from avdiff.data.corpus.motion import Pose
-from avdiff.data.corpus.mouth import CANVAS, GAP, MOUTH, MOUTH_DEPTH, Lips, head_matrix, lip_contours, parallax
+from avdiff.data.corpus.mouth import (
+    CANVAS,
+    CAVITY,
+    GAP,
+    MOUTH,
+    MOUTH_DEPTH,
+    TEETH,
+    Lips,
+    head_matrix,
+    lip_contours,
+    parallax,
+    tongue_color,
+)
 from avdiff.data.corpus.scenery import draw_background, draw_body
 from avdiff.data.corpus.wardrobe import draw_beard, draw_earrings, draw_freckles, draw_glasses, draw_hat
 
-CAVITY: RGB = (72, 14, 26)
-TEETH: RGB = (252, 250, 244)
-TONGUE: RGB = (222, 96, 104)
 _FACES = {  # half widths of cheek (y 12), jaw (y 24) and chin (y 33)
     "oval": (25.4, 19.0, 9.5), "round": (26.4, 21.8, 11.5), "square": (26.0, 22.6, 13.0), "heart": (25.2, 17.2, 8.0),
     "long": (24.6, 19.4, 10.5),
@@ -39,13 +48,19 @@ class Puppet:
         self.back = [blob(points) for points in shapes.back]
         self.front = [blob(points) for points in shapes.front]
         self.back_circles, self.front_circles = shapes.back_circles, shapes.front_circles
-        self.back_paint = fill(tone(hair, 0.80), 1, linear((0, -50), (0, 60), ((tone(hair, 0.86), 1), (tone(hair, 0.68), 1))))
-        self.front_paint = fill(hair, 1, radial((-8, -40), 62, ((tone(hair, 1.16), 1), (hair, 1), (tone(hair, 0.84), 1))))
+        self.back_paint = fill(tone(hair, 0.80), 1,
+                               linear((0, -50), (0, 60), ((tone(hair, 0.86), 1), (tone(hair, 0.68), 1))))
+        self.front_paint = fill(hair, 1, radial((-8, -40), 62,
+                                                ((tone(hair, 1.16), 1), (hair, 1), (tone(hair, 0.84), 1))))
         self.skin_paint = fill(skin, 1, radial((-7, -6), 52, ((tone(skin, 1.10), 1), (skin, 1), (tone(skin, 0.86), 1)),
                                                (0, 0.55, 1)))
         self.ear_paint = fill(tone(skin, 0.92))
         self.lines = tone(hair if who.hair_style != "bald" else (70, 50, 40), 0.62)
+        self.covers_ears = who.hair_style in COVERS_EARS
         self.sides = _FACES[who.face_shape]
+        recorder = skia.PictureRecorder()
+        draw_body(recorder.beginRecording(skia.Rect.MakeWH(CANVAS, CANVAS)), who)
+        self.body = recorder.finishRecordingAsPicture()
         self.backdrop: dict[int, np.ndarray] = {}
 
     def static(self, size: int) -> np.ndarray:
@@ -105,7 +120,7 @@ def render_face(identity: Identity, mouth: np.ndarray, pose: Pose, size: int = 1
     canvas.concat(head)
     _draw_back_hair(canvas, puppet, pose)
     canvas.restore()
-    draw_body(canvas, identity)
+    canvas.drawPicture(puppet.body)
     canvas.concat(head)
     _draw_head(canvas, puppet, np.asarray(mouth, np.float64), pose)
     return pixels[:, :, :3].copy()
@@ -129,7 +144,8 @@ def _draw_back_hair(canvas: skia.Canvas, puppet: Puppet, pose: Pose) -> None:
 def _draw_head(canvas: skia.Canvas, puppet: Puppet, mouth: np.ndarray, pose: Pose) -> None:
     who = puppet.who
     drop = 5.5 * float(mouth[0])
-    _draw_ears(canvas, puppet, pose)
+    if not puppet.covers_ears:
+        _draw_ears(canvas, puppet, pose)
     canvas.drawPath(puppet.face_path(drop), puppet.skin_paint)
     _draw_cheeks(canvas, who, pose)
     if who.beard != "none":
@@ -248,13 +264,13 @@ def _draw_mouth(canvas: skia.Canvas, puppet: Puppet, mouth: np.ndarray, pose: Po
     canvas.drawPath(between(lips.inner_lower, lips.outer_lower), fill(who.lip_rgb))
     seam = 1 - min(1.0, lips.gap / 2.2)
     if seam > 0:
-        canvas.drawPath(curves(skia.Path(), lips.inner_upper, move=True), stroke(tone(who.lip_rgb, 0.56), 1.5, seam))
+        canvas.drawPath(curves(skia.Path(), lips.inner_upper, move=True), stroke(tone(who.lip_rgb, 0.62), 1.5, seam))
     if lips.gap > 0.25:
-        _draw_inside(canvas, lips, mouth)
+        _draw_inside(canvas, who, lips, mouth)
     canvas.restore()
 
 
-def _draw_inside(canvas: skia.Canvas, lips: Lips, mouth: np.ndarray) -> None:
+def _draw_inside(canvas: skia.Canvas, who: Identity, lips: Lips, mouth: np.ndarray) -> None:
     """Cavity, tongue and teeth, clipped to the opening."""
     teeth, tongue, tuck = (float(value) for value in mouth[3:6])
     bottom, half = lips.bottom, -float(lips.inner_upper[0].points[0, 0])
@@ -262,19 +278,20 @@ def _draw_inside(canvas: skia.Canvas, lips: Lips, mouth: np.ndarray) -> None:
     canvas.save()
     canvas.clipPath(between(lips.inner_upper, lips.inner_lower), True)
     canvas.drawPaint(fill(CAVITY))
+    tongue_rgb = tongue_color(who)
     rise = bottom - (0.28 + 0.50 * tongue) * min(lips.gap, 9.5)
-    canvas.drawOval(oval(0, rise + 6, half * 0.70, 6), fill(TONGUE))
-    band = 5.4 * teeth
+    canvas.drawOval(oval(0, rise + 6, half * 0.70, 6), fill(tongue_rgb))
+    low = 4.4 * max(0.0, teeth - 0.65) / 0.35 * (1 - tongue) * (1 - tuck)  # height of the lower row
+    band = min(5.4 * teeth, lips.gap * (1 - 0.09 * low))
     if band > 0.3:
         wide = half * (0.94 - 0.18 * tuck)
         canvas.drawPath(blob([(-wide, top - 3), (wide, top - 3), (wide * 0.92, top + band * 0.8), (0, top + band),
                               (-wide * 0.92, top + band * 0.8)]), fill(TEETH))
-    low = 4.4 * max(0.0, teeth - 0.65) / 0.35 * (1 - tongue) * (1 - tuck)
-    if low > 0.3:  # the lower row, up to the upper one, a shade darker with a gap between them
-        edge = max(bottom - low, top + band - 0.4)
+    if low > 0.3:  # a shade darker, and never over the upper row
+        edge = max(bottom - low, top + band)
         canvas.drawPath(blob([(-half * 0.8, bottom + 3), (half * 0.8, bottom + 3), (half * 0.78, edge), (0, edge + 0.3),
-                              (-half * 0.78, edge)]), fill(tone(TEETH, 0.90)))
+                              (-half * 0.78, edge)]), fill(tone(TEETH, 0.86)))
     if tongue > 0.75:
         tip = (tongue - 0.75) * 4
-        canvas.drawOval(oval(0, bottom - 0.6, half * 0.60, 3.4 * tip), fill(tone(TONGUE, 1.12)))
+        canvas.drawOval(oval(0, bottom - 0.6, half * 0.60, 3.4 * tip), fill(tone(tongue_rgb, 1.12)))
     canvas.restore()

@@ -1,4 +1,4 @@
-"""Drawn presenters: who they are, how they move, how they look, and the truth about their lips. The door to all of it."""
+"""Drawn presenters: who they are, how they move, how they look, and the truth about their lips."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from avdiff.data.corpus.identity import Identity, identity_key, identity_split, 
 from avdiff.data.corpus.motion import Pose, pose_track
 from avdiff.data.corpus.mouth import lip_points, mouth_opening
 
-__all__ = ["Identity", "Pose", "identity_key", "identity_split", "lip_points", "mouth_opening", "pose_track", "render_face",
-           "sample_identity"]
+__all__ = ["Identity", "Pose", "identity_key", "identity_split", "lip_points", "mouth_opening", "pose_track",
+           "render_face", "sample_identity"]

@@ -13,17 +13,20 @@ import numpy as np
 RGB = tuple[int, int, int]
 
 SKINS: dict[str, RGB] = {
-    "fair": (250, 216, 192), "light": (240, 194, 162), "tan": (217, 163, 120), "brown": (172, 114, 76), "dark": (122, 78, 54),
+    "fair": (250, 216, 192), "light": (240, 194, 162), "tan": (217, 163, 120), "brown": (172, 114, 76),
+    "dark": (122, 78, 54),
 }
 HAIRS: dict[str, RGB] = {
-    "black": (38, 34, 40), "brown": (98, 62, 40), "blonde": (228, 186, 104), "red": (190, 84, 40), "grey": (150, 152, 158),
-    "white": (232, 232, 236), "blue": (62, 112, 190), "pink": (232, 130, 172),
+    "black": (38, 34, 40), "brown": (98, 62, 40), "blonde": (228, 186, 104), "red": (190, 84, 40),
+    "grey": (150, 152, 158), "white": (232, 232, 236), "blue": (62, 112, 190), "pink": (232, 130, 172),
 }
-IRISES: dict[str, RGB] = {"brown": (104, 66, 38), "blue": (66, 124, 190), "green": (86, 140, 82), "grey": (118, 132, 146)}
+IRISES: dict[str, RGB] = {"brown": (104, 66, 38), "blue": (66, 124, 190), "green": (86, 140, 82),
+                          "grey": (118, 132, 146)}
 COLORS: dict[str, RGB] = {
-    "red": (204, 62, 58), "orange": (236, 138, 58), "yellow": (240, 200, 82), "green": (74, 152, 94), "teal": (52, 146, 148),
-    "blue": (62, 110, 186), "navy": (44, 58, 102), "purple": (130, 88, 168), "pink": (234, 138, 164), "white": (238, 238, 234),
-    "grey": (134, 140, 148), "black": (50, 50, 58), "brown": (138, 96, 64),
+    "red": (204, 62, 58), "orange": (236, 138, 58), "yellow": (240, 200, 82), "green": (74, 152, 94),
+    "teal": (52, 146, 148), "blue": (62, 110, 186), "navy": (44, 58, 102), "purple": (130, 88, 168),
+    "pink": (234, 138, 164), "white": (238, 238, 234), "grey": (134, 140, 148), "black": (50, 50, 58),
+    "brown": (138, 96, 64),
 }
 BACKDROPS: dict[str, RGB] = {
     "sky blue": (160, 204, 232), "blue": (96, 142, 202), "mint": (168, 218, 196), "green": (126, 180, 134),
@@ -31,13 +34,16 @@ BACKDROPS: dict[str, RGB] = {
     "purple": (142, 116, 180), "grey": (186, 192, 198), "dark grey": (92, 98, 110), "navy": (58, 72, 110),
     "yellow": (244, 214, 118), "teal": (94, 170, 172),
 }
-LIPSTICKS: dict[str, RGB] = {"red": (204, 50, 62), "rose": (206, 88, 106), "plum": (150, 62, 96), "coral": (224, 100, 86)}
+LIPSTICKS: dict[str, RGB] = {"red": (204, 50, 62), "rose": (206, 88, 106), "plum": (150, 62, 96),
+                             "coral": (224, 100, 86)}
 
 FACE_SHAPES = ("oval", "round", "square", "heart", "long")
 NOSES = ("button", "straight", "wide", "pointed")
 HAIR_STYLES: dict[str, tuple[str, ...]] = {
-    "female": ("long straight", "wavy", "bob", "bob with a fringe", "curly", "bun", "ponytail", "afro", "pixie", "braids"),
-    "male": ("short", "side-parted", "quiff", "buzz cut", "bald", "short curly", "afro", "swept-back", "shoulder-length"),
+    "female": ("long straight", "wavy", "bob", "bob with a fringe", "curly", "bun", "ponytail", "afro", "pixie",
+               "braids"),
+    "male": ("short", "side-parted", "quiff", "buzz cut", "bald", "short curly", "afro", "swept-back",
+             "shoulder-length"),
 }
 BEARDS = ("none", "stubble", "full beard", "goatee", "moustache")
 GLASSES = ("none", "round glasses", "square glasses", "half-rim glasses")
@@ -99,8 +105,8 @@ class Identity:
 
     def attributes(self) -> dict[str, str]:
         """What a caption may say: plain words, "none" for what is not there."""
-        names = ("gender", "hair_color", "hair_style", "skin", "eye_color", "beard", "glasses", "hat", "hat_color", "earrings",
-                 "lipstick", "clothes", "clothes_color", "background", "background_color", "face_shape")
+        names = ("gender", "hair_color", "hair_style", "skin", "eye_color", "beard", "glasses", "hat", "hat_color",
+                 "earrings", "lipstick", "clothes", "clothes_color", "background", "background_color", "face_shape")
         told = {name: str(getattr(self, name)) for name in names}
         if self.hair_style == "bald":
             told["hair_color"] = "none"
@@ -116,7 +122,8 @@ def _near(rng: np.random.Generator, base: RGB, spread: float = 9.0) -> RGB:
     return int(red), int(green), int(blue)
 
 
-def _pick(rng: np.random.Generator, names: dict[str, RGB] | tuple[str, ...], weights: tuple[float, ...] | None = None) -> str:
+def _pick(rng: np.random.Generator, names: dict[str, RGB] | tuple[str, ...],
+          weights: tuple[float, ...] | None = None) -> str:
     probability = None if weights is None else np.asarray(weights) / np.sum(weights)
     return str(rng.choice(list(names), p=probability))
 
@@ -141,7 +148,7 @@ def _backdrop(rng: np.random.Generator, avoid: tuple[RGB, ...]) -> tuple[str, RG
 
 def _lips(rng: np.random.Generator, skin_rgb: RGB, gender: str) -> tuple[str, RGB]:
     """Lip colour: natural lips are a redder, deeper skin; a lipstick is drawn for some women."""
-    share = 0.62 if gender == "female" else 0.72  # of the skin; the rest is a lip red that also lightens dark lips
+    share = 0.62 if gender == "female" else 0.75  # of the skin; the rest is a lip red that also lightens dark lips
     red, green, blue = (int(share * c + (1 - share) * lip) for c, lip in zip(skin_rgb, (214, 64, 78), strict=True))
     natural = (red, int(green * 0.86), int(blue * 0.88))
     if gender == "male":
@@ -197,7 +204,8 @@ def _sample(rng: np.random.Generator, gender: str | None) -> Identity:
     decor = tuple(_near(rng, COLORS[_pick(rng, COLORS)]) for _ in range(3))
     return Identity(
         gender=gender, skin=skin, skin_rgb=skin_rgb, face_shape=_pick(rng, FACE_SHAPES),
-        face_width=float(rng.uniform(0.94, 1.05) * (0.98 if woman else 1.02)), face_height=float(rng.uniform(0.96, 1.04)),
+        face_width=float(rng.uniform(0.94, 1.05) * (0.98 if woman else 1.02)),
+        face_height=float(rng.uniform(0.96, 1.04)),
         nose=_pick(rng, NOSES), nose_size=float(rng.uniform(0.85, 1.15) * (0.92 if woman else 1.08)),
         eye_size=float(rng.uniform(0.9, 1.12) * (1.06 if woman else 0.94)), eye_gap=float(rng.uniform(0.94, 1.08)),
         eye_color=iris, eye_rgb=_near(rng, IRISES[iris], 8),
@@ -220,7 +228,7 @@ def _sample(rng: np.random.Generator, gender: str | None) -> Identity:
 
 
 def identity_split(identity: Identity) -> str:
-    """"train" (90 %), "val" (5 %) or "test" (5 %), by the combination of the attributes that make a person recognisable.
+    """"train" (90 %), "val" (5 %) or "test" (5 %), by the combination of attributes that make a person recognisable.
 
     A held-out presenter is a combination that no training presenter has, however often one samples.
     """

@@ -21,7 +21,7 @@ QUOTAS = {"train": 38, "val": 4, "test": 5, "test_voices": 3}  # utterances a la
 DIGIT_QUOTAS = {"train": 10, "val": 2, "test": 4}  # extra English digit strings
 VOICES_A_LANGUAGE = 4  # few voices with many sentences each: clips join sentences of one voice
 MAX_SECONDS = 2.6
-DIGITS = frozenset("zero one two three four five six seven eight nine oh".split())
+DIGITS = frozenset(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"])
 
 
 def build_minibank(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
@@ -49,7 +49,7 @@ def _order(utterance: Utterance) -> str:
 
 
 def _choose(utterances: list[Utterance]) -> list[Utterance]:
-    """Short sentences of the commonest voices, as many of each split as `QUOTAS` says; English gets digit strings too."""
+    """Short sentences of the commonest voices by `QUOTAS`; English gets digit strings too."""
     short = sorted((u for u in utterances if u.duration <= MAX_SECONDS), key=_order)
     chosen: dict[str, Utterance] = {}
     for split, quota in QUOTAS.items():

@@ -1,7 +1,7 @@
 """How the presenter moves: head sway, blinks, gaze and brows as functions of time in seconds.
 
-Slow parts are sums of sines with random periods; blinks and glances are events at random moments. Stressed syllables nod
-the head and lift the brows, as speakers do (Graf et al. 2002, "Visual prosody").
+Slow parts are sums of sines with random periods; blinks and glances are events at random moments. Stressed syllables
+nod the head and lift the brows, as speakers do (Graf et al. 2002, "Visual prosody").
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Pose(NamedTuple):
     """Head and eyes at one moment, all zero at rest.
 
     yaw, pitch in [-1, 1] (about 20 degrees; yaw > 0 looks to the right of the picture, pitch > 0 down); tilt in degrees
-    clockwise; dx, dy in 1/128 of the picture; blink 0 open to 1 closed; gaze_x, gaze_y in [-1, 1]; brow -1 down to 1 up.
+    clockwise; dx, dy in 1/128 of the picture; blink 0 open to 1 closed; gaze_x, gaze_y in [-1, 1]; brow -1 down to
+    1 up.
     """
 
     yaw: float = 0.0

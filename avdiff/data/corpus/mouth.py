@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avdiff.data.corpus.identity import Identity
+from avdiff.data.corpus.identity import RGB, Identity
 from avdiff.data.corpus.motion import Pose
 
 CANVAS = 128.0  # design units a side
@@ -21,6 +21,9 @@ PIVOT_Y = 44.0  # the neck, about which the head tilts (head frame)
 DEPTH_X, DEPTH_Y = 5.0, 3.0  # shift of the foremost features at full yaw and pitch
 MOUTH_DEPTH = 0.85
 GAP = 16.0  # opening of the lips at jaw 1
+CAVITY: RGB = (72, 14, 26)
+TEETH: RGB = (252, 250, 244)
+TONGUES: tuple[RGB, RGB] = ((222, 96, 104), (250, 152, 160))
 OUTER, INNER = 12, 8  # points in `lip_points`
 
 
@@ -37,8 +40,10 @@ class Curve(NamedTuple):
 
 
 class Lips(NamedTuple):
-    """Contours, each from left corner to right corner: two curves an edge. `gap` is the inner height at the centre, `bottom` its
-    lower end."""
+    """Contours, each from left corner to right corner, two curves an edge.
+
+    `gap` is the inner height at the centre, `bottom` its lower end.
+    """
 
     outer_upper: tuple[Curve, Curve]
     inner_upper: tuple[Curve, Curve]
@@ -87,7 +92,8 @@ def lip_contours(identity: Identity, mouth: np.ndarray) -> Lips:
     above = (2.8 + 1.4 * rounding) * weight
     below = (4.3 + 1.2 * rounding) * weight * (1 - 0.50 * tuck)
     return Lips(
-        outer_upper=_edge(outer, corner, upper - above, fullness * 0.8, peak=_mix(0.36, 0.46, rounding), dip=0.9 * weight),
+        outer_upper=_edge(outer, corner, upper - above, fullness * 0.8, peak=_mix(0.36, 0.46, rounding),
+                          dip=0.9 * weight),
         inner_upper=_edge(inner, corner, upper, fullness),
         inner_lower=_edge(inner, corner, lower, fullness),
         outer_lower=_edge(outer, corner, lower + below, max(fullness, 0.45)),
@@ -96,13 +102,19 @@ def lip_contours(identity: Identity, mouth: np.ndarray) -> Lips:
     )
 
 
+def tongue_color(identity: Identity) -> RGB:
+    """The tongue that differs more from the lips."""
+    one, two = TONGUES
+    return one if np.linalg.norm(np.subtract(one, identity.lip_rgb)) > 60 else two
+
+
 def head_matrix(identity: Identity, pose: Pose) -> np.ndarray:
     """Head frame -> picture in design units, as a (2, 3) affine matrix: scale, tilt about the neck, translate."""
     angle = np.deg2rad(pose.tilt)
     turn = np.array(((np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))))
     scale = HEAD_SCALE * np.diag((identity.face_width, identity.face_height))
     pivot = np.array((0.0, PIVOT_Y))
-    shift = np.array(HEAD) + (pose.dx, pose.dy) + pivot - turn @ pivot
+    shift = np.array((HEAD[0] + pose.dx, HEAD[1] + pose.dy)) + pivot - turn @ pivot
     return np.concatenate((turn @ scale, shift[:, None]), axis=1)
 
 
@@ -145,3 +157,30 @@ def mouth_opening(identity: Identity, mouth: np.ndarray) -> np.ndarray:
     """True height of the opening between the lips as a share of the picture's side; `mouth` (..., 6) -> (...)."""
     jaw = np.asarray(mouth, np.float64)[..., 0]
     return jaw * GAP * HEAD_SCALE * identity.face_height / CANVAS
+
+
+def mouth_opening_from_pixels(frame: np.ndarray, identity: Identity, points: np.ndarray) -> float:
+    """Height of the opening between the lips as seen in a frame, a share of its side.
+
+    Counts, in the middle columns of the mouth's box, the pixels that look like teeth, tongue or cavity rather than
+    lip, skin or beard. Only the place of the mouth comes from `points`; what is open there comes from the pixels.
+
+    Args:
+        frame: (S, S, 3) uint8.
+        identity: whose colours to expect.
+        points: (K, 2) lip points in [0, 1].
+    """
+    size = frame.shape[0]
+    (left, top), (right, bottom) = points.min(0) * size, points.max(0) * size
+    middle, reach = (left + right) / 2, 0.035 * size
+    columns = slice(max(int(middle - reach), 0), int(np.ceil(middle + reach)))
+    box = frame[max(int(top), 0):int(np.ceil(bottom)), columns].astype(np.float32)
+    lip, skin = np.array(identity.lip_rgb, np.float32), np.array(identity.skin_rgb, np.float32)
+    inside = np.array((CAVITY, TEETH, tuple(0.86 * c for c in TEETH), tongue_color(identity)), np.float32)
+    outside = np.stack((lip, 0.91 * lip, 0.73 * lip, 0.62 * lip, skin, 0.84 * skin, (lip + skin) / 2))
+    if identity.beard not in ("none", "stubble"):
+        hair = np.array(identity.hair_rgb, np.float32)
+        outside = np.concatenate((outside, np.stack((hair, 0.85 * hair, (hair + lip) / 2))))
+    near, far = (np.linalg.norm(box[:, :, None] - palette, axis=-1).min(-1) for palette in (inside, outside))
+    share = np.clip((far / (near + far + 1e-6) - 0.2) / 0.6, 0.0, 1.0)  # pixels on an edge count in part
+    return float(share.sum(0).mean() / size)

@@ -51,17 +51,28 @@ def cut_piece(utterance: Utterance, pitch: Fraction = Fraction(1)) -> Piece:
     audio = audio[first:last].copy()
     fade = np.sin(np.linspace(0, np.pi / 2, round(FADE * SAMPLE_RATE), dtype=np.float32)) ** 2
     audio[: len(fade)] *= fade
-    audio[-len(fade):] *= fade[::-1]
+    audio[-len(fade) :] *= fade[::-1]
     if pitch != 1:
         audio = shift_pitch(audio, pitch)
     begin, scale, end = first / SAMPLE_RATE, 1 / float(pitch), len(audio) / SAMPLE_RATE
-    moved = [Phone(p.symbol, min(max((p.start - begin) * scale, 0.0), end), min(max((p.end - begin) * scale, 0.0), end), p.mark)
-             for p in phones]
+    moved = [
+        Phone(
+            p.symbol, min(max((p.start - begin) * scale, 0.0), end), min(max((p.end - begin) * scale, 0.0), end), p.mark
+        )
+        for p in phones
+    ]
     return Piece(utterance, audio, tuple(p for p in moved if p.end > p.start))
 
 
-def choose_pieces(rng: np.random.Generator, first: Utterance, others: Sequence[Utterance], seconds: float,
-                  most: int, pause: Callable[[], float], pitch: Fraction) -> tuple[list[Piece], list[float]]:
+def choose_pieces(
+    rng: np.random.Generator,
+    first: Utterance,
+    others: Sequence[Utterance],
+    seconds: float,
+    most: int,
+    pause: Callable[[], float],
+    pitch: Fraction,
+) -> tuple[list[Piece], list[float]]:
     """Sentences of one voice that fit in `seconds` -> pieces and the pause before each (the first has none)."""
     pieces, pauses = [cut_piece(first, pitch)], [0.0]
     used = pieces[0].seconds
@@ -89,9 +100,12 @@ def join_pieces(pieces: Sequence[Piece], pauses: Sequence[float], lead: float, s
     for piece, gap in zip(pieces, pauses, strict=True):
         position += round(gap * SAMPLE_RATE)
         part = piece.audio[: max(0, samples - position)]
-        audio[position: position + len(part)] = part
-        phones += [Phone(p.symbol, p.start + position / SAMPLE_RATE, p.end + position / SAMPLE_RATE, p.mark)
-                   for p in piece.phones if p.symbol != SILENCE]
+        audio[position : position + len(part)] = part
+        phones += [
+            Phone(p.symbol, p.start + position / SAMPLE_RATE, p.end + position / SAMPLE_RATE, p.mark)
+            for p in piece.phones
+            if p.symbol != SILENCE
+        ]
         position += len(piece.audio)
     return Passage(_even(audio), tile(phones, samples / SAMPLE_RATE), tuple(piece.utterance for piece in pieces))
 

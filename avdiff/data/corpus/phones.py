@@ -1,9 +1,9 @@
 """Phones: the inventory with fixed ids, and the way from the synthesiser's tokens to phones that tile the clip.
 
 Stress marks, tone arrows and length signs are tokens with frames of their own in the bank. Here they are merged: stress
-into the vowel that follows, tones into the vowel before, length into the phone before. Aspiration, palatalisation and
-nasalisation tell words apart, so they stay part of the symbol ("kʰ", "kʲ", "ɑ̃"). Pauses, which the bank's times leave on
-the last phone, are found in the audio and become silence phones.
+into the vowel that follows, tones into the vowel before, length into the phone before. Aspiration, palatalisation
+and nasalisation tell words apart, so they stay part of the symbol ("kʰ", "kʲ", "ɑ̃"). Pauses, which the bank's times
+leave on the last phone, are found in the audio and become silence phones.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ DROPPED = "ː\u0329\u032aᵝ-"  # length (the times tell), syllabic, dental, com
 PAUSES = " ,.?!;:—…\"'()“”"
 VOWELS = frozenset("aeiouyæøœɐɑɒɔəɚɛɜɤɨɪɯʊʌᵻAIOQWY")
 STOPS = frozenset("pbtdkɡcɟqʈɖʔʤʧʣʦʨʥꭧ")
-# Shares that explain the log spectra best (regression on phone labels over en, es, fr): the frames of a stress mark belong
-# to the vowel but for their first tenth, those of a word space to both neighbours.
+# Shares that explain the log spectra best (regression on phone labels, en es fr): the frames of a stress mark belong to
+# the vowel but for their first tenth, those of a word space to both neighbours.
 STRESS_BEFORE, SPACE_BEFORE = 0.1, 0.4
 PAUSE_DB, FLOOR_DB = -38.0, -62.0  # silence: this far under the loud parts, or under this level
 SHORTEST_PAUSE = {"space": 0.12, "mark": 0.06, "end": 0.0}  # seconds
@@ -46,7 +46,7 @@ def inventory() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def phone_id(symbol: str) -> int:
-    """Id of a phone; silence ("sil", "" or " ") is 0; a coloured phone that is not listed ("dʰʲ") falls back to its base.
+    """Id of a phone: 0 for silence ("sil", "" or " "); a coloured phone that is not listed falls back to its base.
 
     Raises:
         ValueError: the inventory holds neither.
@@ -62,8 +62,10 @@ def phone_id(symbol: str) -> int:
 
 def encode_phones(phones: Sequence[Phone]) -> tuple[np.ndarray, np.ndarray]:
     """Phones -> ids (P,) and marks (P,), int64."""
-    return (np.array([phone_id(p.symbol) for p in phones], dtype=np.int64),
-            np.array([p.mark for p in phones], dtype=np.int64))
+    return (
+        np.array([phone_id(p.symbol) for p in phones], dtype=np.int64),
+        np.array([p.mark for p in phones], dtype=np.int64),
+    )
 
 
 def phones_on_frames(phones: Sequence[Phone], frames: int, rate: float) -> np.ndarray:
@@ -181,8 +183,9 @@ def _loud_frames(audio: np.ndarray, rate: int, hop_seconds: float = 0.005) -> tu
     return level > max(np.percentile(level, 95) + PAUSE_DB, FLOOR_DB), hop / rate
 
 
-def _find_pause(part: _Part, start: float, following: _Part | None, loud: np.ndarray, hop: float,
-                seconds: float) -> tuple[float, float] | None:
+def _find_pause(
+    part: _Part, start: float, following: _Part | None, loud: np.ndarray, hop: float, seconds: float
+) -> tuple[float, float] | None:
     """The longest silent stretch from the phone's start to the next phone, where it is long enough to be a pause."""
     limit = following.end if following else seconds
     earliest = start + min(0.03, (part.end - start) / 2)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import skia
 
 from avdiff.data.corpus.brush import blob, fill, linear, oval, radial, stroke, tone
-from avdiff.data.corpus.identity import Identity
-from avdiff.data.corpus.mouth import CANVAS, HEAD
+from avdiff.data.corpus.identity import RGB, Identity
+from avdiff.data.corpus.mouth import CANVAS
 
-_SHOULDERS = [(64, 101), (78, 102), (92, 107), (108, 111), (119, 119), (125, 136), (64, 150), (3, 136), (9, 119), (20, 111),
-              (36, 107), (50, 102)]
-# everything above the shoulders but between these lines is neck or collar
-_SHOULDERS_AND_NECK = [(64, 60), (82, 70), (84, 94), (92, 105), (108, 111), (119, 119), (125, 136), (64, 150), (3, 136), (9, 119),
-                       (20, 111), (36, 105), (44, 94), (46, 70)]
+_SHOULDERS = [(64, 101), (78, 102), (92, 107), (108, 111), (119, 119), (125, 136), (64, 150), (3, 136), (9, 119),
+              (20, 111), (36, 107), (50, 102)]
+# x, y, width, height, which colour
+_BOOKS = ((3, 14, 6, 20, 0), (9, 11, 7, 23, 1), (16, 16, 5, 18, 2), (104, 12, 7, 22, 2), (111, 15, 6, 19, 0),
+          (2, 56, 8, 20, 2), (10, 60, 6, 16, 0), (116, 57, 8, 19, 1))
+_FLAPS = ((18, 98), (29, 105), (27, 117), (20, 120), (8, 136), (5, 136))  # of a blazer
 
 
 def draw_background(canvas: skia.Canvas, who: Identity) -> None:
@@ -39,8 +40,7 @@ def _shelf(canvas: skia.Canvas, who: Identity) -> None:
     """Two boards with books and a plant, at the sides of the head."""
     base, wood = who.background_rgb, tone(who.background_rgb, 0.66, (120, 84, 56), 0.45)
     canvas.drawPaint(fill(base, 1, linear((0, 0), (0, CANVAS), ((tone(base, 1.08), 1), (tone(base, 0.9), 1)))))
-    for x, y, w, h, index in ((3, 14, 6, 20, 0), (9, 11, 7, 23, 1), (16, 16, 5, 18, 2), (104, 12, 7, 22, 2), (111, 15, 6, 19, 0),
-                              (2, 56, 8, 20, 2), (10, 60, 6, 16, 0), (116, 57, 8, 19, 1)):
+    for x, y, w, h, index in _BOOKS:
         canvas.drawRoundRect(skia.Rect.MakeXYWH(x, y, w, h), 1, 1, fill(who.decor_rgb[index]))
     canvas.drawOval(oval(108, 67, 6, 6.5), fill((86, 148, 96)))
     canvas.drawRoundRect(skia.Rect.MakeXYWH(104, 69, 8.5, 7), 1.5, 1.5, fill((206, 140, 98)))
@@ -75,43 +75,44 @@ def draw_body(canvas: skia.Canvas, who: Identity) -> None:
         canvas.translate(-64, 0)
     shade = linear((20, 104), (108, 128), ((tone(cloth, 1.10), 1), (tone(cloth, 0.82), 1)))
     canvas.drawPath(blob(_SHOULDERS), fill(cloth, 1, shade))
-    canvas.clipPath(blob(_SHOULDERS_AND_NECK), True)
-    {"T-shirt": _tshirt, "shirt": _shirt, "blazer": _blazer, "sweater": _sweater, "hoodie": _hoodie}[who.clothes](canvas, who)
+    kinds = {"T-shirt": _tshirt, "shirt": _shirt, "blazer": _blazer, "sweater": _sweater, "hoodie": _hoodie}
+    kinds[who.clothes](canvas, who)
     canvas.restore()
 
 
 def _neck(canvas: skia.Canvas, who: Identity, depth: float = 112.0, width: float = 12.5) -> None:
     """Neck with the soft shadow of the chin; `depth` is where the neckline ends."""
     skin = who.skin_rgb
-    path = blob([(64 - width, 84), (64 - width, 98), (64 - width - 5, 104), (64, depth), (64 + width + 5, 104), (64 + width, 98),
-                 (64 + width, 84)])
+    path = blob([(64 - width, 84), (64 - width, 98), (64 - width - 5, 104), (64, depth), (64 + width + 5, 104),
+                 (64 + width, 98), (64 + width, 84)])
     canvas.drawPath(path, fill(skin, 1, linear((0, 88), (0, 110), ((tone(skin, 0.74), 1), (tone(skin, 0.93), 1)))))
 
 
-def _collar_line(canvas: skia.Canvas, rgb: tuple[int, int, int], drop: float, width: float) -> None:
-    path = skia.Path()
-    path.moveTo(42, 97)
-    path.cubicTo(46, drop + 1, 82, drop + 1, 86, 97)
-    canvas.drawPath(path, stroke(rgb, width))
+def _round_collar(canvas: skia.Canvas, who: Identity, front: RGB, rx: float, ry: float, width: float) -> None:
+    """Neck in a round neckline `ry` deep: the far edge behind the neck, the near edge before it."""
+    canvas.drawOval(oval(64, 101.5, rx, 4.5), fill(tone(who.clothes_rgb, 0.62)))
+    canvas.drawOval(oval(64, 101.5, rx, 4.5), stroke(tone(front, 0.80), width * 0.8))
+    _neck(canvas, who, 101.5 + ry, rx - 6)
+    near = skia.Path()
+    near.addArc(oval(64, 101.5, rx, ry), -4, 188)
+    canvas.drawPath(near, stroke(front, width))
 
 
 def _tshirt(canvas: skia.Canvas, who: Identity) -> None:
-    _neck(canvas, who, 115)
-    _collar_line(canvas, tone(who.clothes_rgb, 0.78), 119.5, 3)
+    _round_collar(canvas, who, tone(who.clothes_rgb, 0.80), 19.5, 12.5, 3)
 
 
 def _sweater(canvas: skia.Canvas, who: Identity) -> None:
-    _neck(canvas, who, 108)
-    _collar_line(canvas, tone(who.clothes_rgb, 0.84), 112.5, 6.5)
+    _round_collar(canvas, who, tone(who.clothes_rgb, 0.86), 17.5, 7.0, 7)
 
 
 def _hoodie(canvas: skia.Canvas, who: Identity) -> None:
     cloth = who.clothes_rgb
-    canvas.drawPath(blob([(64, 94), (84, 96), (92, 104), (84, 114), (64, 120), (44, 114), (36, 104), (44, 96)]), fill(tone(cloth, 0.80)))
-    _neck(canvas, who, 112)
-    _collar_line(canvas, tone(cloth, 1.06), 117, 5)
+    canvas.drawPath(blob([(64, 92), (84, 94), (93, 103), (84, 114), (64, 120), (44, 114), (35, 103), (44, 94)]),
+                    fill(tone(cloth, 0.78)))
+    _round_collar(canvas, who, tone(cloth, 1.08), 18.5, 12, 5)
     for x in (57, 71):
-        canvas.drawLine(x, 115, x - (64 - x) * 0.15, 126, stroke(tone(cloth, 1.5, (255, 255, 255), 0.4), 2))
+        canvas.drawLine(x, 116, x - (64 - x) * 0.15, 126, stroke(tone(cloth, 1.5, (255, 255, 255), 0.4), 2))
 
 
 def _shirt(canvas: skia.Canvas, who: Identity) -> None:
@@ -133,18 +134,19 @@ def _blazer(canvas: skia.Canvas, who: Identity) -> None:
         for side in (-1, 1):
             canvas.drawPath(_flap(side, 15.5, 98, 2, 118), fill(tone(shirt, 1.15 if side < 0 else 1.0)))
     else:
-        _collar_line(canvas, tone(shirt, 0.85), 117, 2)
+        near = skia.Path()
+        near.addArc(oval(64, 101, 17.5, 13), 10, 160)
+        canvas.drawPath(near, stroke(tone(shirt, 0.85), 2))
     for side in (-1, 1):
         path = skia.Path()
-        path.addPoly([skia.Point(64 + side * x, y) for x, y in ((18, 98), (29, 105), (27, 117), (20, 120), (8, 136), (5, 136))], True)
+        path.addPoly([skia.Point(64 + side * x, y) for x, y in _FLAPS], True)
         canvas.drawPath(path, fill(tone(cloth, 1.14 if side < 0 else 0.9)))
 
 
 def _flap(side: int, out: float, top: float, gap: float, bottom: float) -> skia.Path:
     """One half of a collar."""
+    corners = ((out - 3, top), (out + 2, top + 6), (gap + 8, bottom), (gap - 2, 112))
     path = skia.Path()
-    path.addPoly([skia.Point(64 + side * x, y) for x, y in ((out - 3, top), (out + 2, top + 6), (gap + 8, bottom), (gap - 2, 112))], True)
+    path.addPoly([skia.Point(64 + side * x, y) for x, y in corners], True)
     return path
 
-
-__all__ = ["HEAD", "draw_background", "draw_body"]

@@ -80,7 +80,7 @@ class SpeechBank:
     """Random access to a speech bank.
 
     Args:
-        root: folder with the `*.tar` shards. None: the environment variable AVDIFF_BANK, else the repository's mini-bank.
+        root: folder with the `*.tar` shards. None: the variable AVDIFF_BANK, else the repository's mini-bank.
         split: one of `SPLITS`, or None for every utterance.
         languages: codes to keep, such as ["en", "ja"]; None keeps all.
         decoded: read from (and once make) a decoded copy in `cache_dir`: 2.9 MB a minute, no decoding later.
@@ -90,9 +90,14 @@ class SpeechBank:
         ValueError: no shards there, an unknown split, or a language that the bank does not hold.
     """
 
-    def __init__(self, root: str | os.PathLike[str] | None = None, split: str | None = None,
-                 languages: list[str] | tuple[str, ...] | None = None, decoded: bool = False,
-                 cache_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        split: str | None = None,
+        languages: list[str] | tuple[str, ...] | None = None,
+        decoded: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.root = find_bank(root)
         if split is not None and split not in SPLITS:
             raise ValueError(f"split={split!r}: needs one of {', '.join(SPLITS)}, or None for all")
@@ -106,10 +111,13 @@ class SpeechBank:
         held = sorted({record["lang"] for record in records})
         for language in languages or ():
             if language not in held:
-                raise ValueError(f"languages={list(languages or ())}: this bank has no {language!r}, only {', '.join(held)}")
+                raise ValueError(
+                    f"languages={list(languages or ())}: this bank has no {language!r}, only {', '.join(held)}"
+                )
         keep = set(languages or held)
-        self.utterances = [self._utterance(r) for r in records
-                           if r["lang"] in keep and (split is None or r["split"] == split)]
+        self.utterances = [
+            self._utterance(r) for r in records if r["lang"] in keep and (split is None or r["split"] == split)
+        ]
         self._by_id = {utterance.id: utterance for utterance in self.utterances}
         self._starts: dict[str, tuple[int, int]] = {}
         if decoded:
@@ -132,7 +140,7 @@ class SpeechBank:
             if self._memory is None:
                 self._memory = np.memmap(self._data, dtype=np.int16, mode="r")
             first, count = self._starts[key]
-            samples = np.asarray(self._memory[first:first + count])
+            samples = np.asarray(self._memory[first : first + count])
         else:
             samples = self._decode(key)
         return samples.astype(np.float32) / np.float32(INT16)
@@ -150,8 +158,11 @@ class SpeechBank:
     def record(utterance: Utterance) -> dict[str, Any]:
         """The json record of an utterance, as it lies in the shard."""
         plain = {name: getattr(utterance, name) for name in ("id", "lang", "voice", "gender", "speed", "text")}
-        tokens = {"phonemes": list(utterance.tokens.symbols), "starts": list(utterance.tokens.starts),
-                  "ends": list(utterance.tokens.ends)}
+        tokens = {
+            "phonemes": list(utterance.tokens.symbols),
+            "starts": list(utterance.tokens.starts),
+            "ends": list(utterance.tokens.ends),
+        }
         return {**plain, **tokens, "duration": utterance.duration, "sample_rate": SAMPLE_RATE, "split": utterance.split}
 
     def _decode(self, key: str) -> np.ndarray:
@@ -167,7 +178,9 @@ class SpeechBank:
     def _utterance(self, record: dict[str, Any]) -> Utterance:
         tokens = Tokens(tuple(record["phonemes"]), tuple(record["starts"]), tuple(record["ends"]))
         plain = {name: record[name] for name in ("id", "lang", "voice", "gender", "text", "split")}
-        return Utterance(**plain, speed=float(record["speed"]), duration=float(record["duration"]), tokens=tokens, bank=self)
+        return Utterance(
+            **plain, speed=float(record["speed"]), duration=float(record["duration"]), tokens=tokens, bank=self
+        )
 
     def _open_decoded(self, records: list[dict[str, Any]], folder: Path) -> None:
         """Map the decoded copy, making it first when it is missing (atomic: written aside, then renamed)."""

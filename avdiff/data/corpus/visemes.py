@@ -62,8 +62,8 @@ DIPHTHONGS: dict[str, tuple[str, str]] = {
     "A": ("E", "ih"), "I": ("aa", "ih"), "W": ("aa", "ou"), "Y": ("oh", "ih"), "O": ("oh", "ou"), "Q": ("E", "ou"),
 }
 #: Marks and punctuation have no shape of their own; as phones they mean silence.
-SILENT = frozenset(("", " ", "sil", "_", ".", ",", "?", "!", ";", ":", "—", "…", "-", "'", '"', "(", ")", "“", "”", "¿", "¡",
-                    "ˈ", "ˌ", "ː", "ʰ", "ʲ", "\u0303", "→", "↗", "↓", "↘", "<p>", "<sil>"))
+SILENT = frozenset(("", " ", "sil", "_", ".", ",", "?", "!", ";", ":", "—", "…", "-", "'", '"', "(", ")", "“", "”",
+                    "¿", "¡", "ˈ", "ˌ", "ː", "ʰ", "ʲ", "\u0303", "→", "↗", "↓", "↘", "<p>", "<sil>"))
 
 # Strength of each class (a of eq. 2): the lips of h, k, n take the neighbouring vowel's shape, contacts do not.
 _STRENGTH = {"sil": 0.8, "PP": 1.0, "FF": 1.0, "TH": 0.8, "DD": 0.4, "kk": 0.22, "CH": 0.8, "SS": 0.7, "nn": 0.35,
@@ -73,6 +73,7 @@ _EDGE = 0.030  # s at each end of a phone that is transition; the rest holds the
 _SHORT_SILENCE = 0.14  # s; a gap between words shorter than this hardly closes the mouth
 _HOLD = 0.024  # s either side of a contact's centre: more than half a frame at 25 fps, so that one frame shows it
 _RAMP = 0.060  # s from open to contact
+_TOUCH = 0.035
 _STRESS = {0: 0.90, 1: 1.08, 2: 1.0}  # unstressed vowels are smaller; tones count as full vowels
 
 
@@ -87,16 +88,17 @@ class Phone(NamedTuple):
 
 
 def viseme_of(symbol: str) -> tuple[str, ...]:
-    """Viseme classes of a phone symbol: one, or two for a diphthong. Length and other diacritics are ignored.
+    """Viseme classes of a phone symbol: one, or two for a diphthong. What follows the base symbol is ignored.
 
     Raises:
         ValueError: a symbol that is not in the inventory of the eight languages.
     """
     if symbol in SILENT:
         return ("sil",)
-    if symbol in DIPHTHONGS:
-        return DIPHTHONGS[symbol]
-    name = PHONE_TO_VISEME.get(symbol) or PHONE_TO_VISEME.get(symbol[:1])
+    base = symbol[:1]
+    if base in DIPHTHONGS:
+        return DIPHTHONGS[base]
+    name = PHONE_TO_VISEME.get(base)
     if name is None:
         raise ValueError(f"symbol={symbol!r}: no viseme for this phone; known are {' '.join(sorted(PHONE_TO_VISEME))}")
     return (name,)
@@ -175,4 +177,5 @@ def viseme_track(phones: Sequence[Phone], times: np.ndarray) -> np.ndarray:
         contact = _contact(phone, times)
         for column in (jaw,) if name == "PP" else (jaw, teeth, tuck):
             track[:, column] += contact * (TARGETS[name][column] - track[:, column])
+    track[:, jaw] = (track[:, jaw] - _TOUCH) / (1 - _TOUCH)  # lips that are that close touch
     return np.clip(track, 0.0, 1.0).astype(np.float32)

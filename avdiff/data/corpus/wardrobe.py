@@ -30,7 +30,8 @@ def draw_beard(canvas: skia.Canvas, who: Identity, sides: tuple[float, float, fl
     elif who.beard == "full beard":
         canvas.drawPath(beard_path(who, sides, drop), shade)
     elif who.beard == "goatee":
-        right = [(0.0, 13.5 - lift), (8.5, 14.5 - lift), (16.5, 20.0), (15.0, 29 + 0.5 * drop), (9, 37 + drop), (0, 39.5 + drop)]
+        right = [(0.0, 13.5 - lift), (8.5, 14.5 - lift), (16.5, 20.0), (15.0, 29 + 0.5 * drop), (9, 37 + drop),
+                 (0, 39.5 + drop)]
         canvas.drawPath(blob(right + [(-x, y) for x, y in reversed(right[1:-1])]), shade)
     elif who.beard == "moustache":
         top = MOUTH[1] - 8.0 - lift
@@ -88,14 +89,16 @@ def draw_hat(canvas: skia.Canvas, who: Identity) -> None:
     shade = fill(cloth, 1, radial((-10, -44), 60, ((tone(cloth, 1.18), 1), (cloth, 1), (tone(cloth, 0.76), 1))))
     dome = blob([(-33, -19), (-32.5, -32), (-22, -46), (0, -51), (22, -46), (32.5, -32), (33, -19), (0, -21)])
     if who.hat == "sun hat":
-        canvas.drawPath(blob([(-27, -22), (-26, -36), (-16, -47), (0, -50), (16, -47), (26, -36), (27, -22), (0, -20)]), shade)
+        crown = blob([(-27, -22), (-26, -36), (-16, -47), (0, -50), (16, -47), (26, -36), (27, -22), (0, -20)])
+        canvas.drawPath(crown, shade)
         canvas.drawOval(oval(0, -23, 47, 8.5), shade)
-        canvas.drawPath(blob([(-27, -31), (0, -28.5), (27, -31), (27.5, -25.5), (0, -22), (-27.5, -25.5)]), fill(tone(cloth, 0.66)))
+        canvas.drawPath(blob([(-27, -31), (0, -28.5), (27, -31), (27.5, -25.5), (0, -22), (-27.5, -25.5)]),
+                        fill(tone(cloth, 0.66)))
         return
     canvas.drawPath(dome, shade)
     if who.hat == "beanie":
-        band = blob([(-33, -26), (-18, -28), (0, -29), (18, -28), (33, -26), (34, -20), (32.5, -15.5), (17, -18), (0, -19), (-17, -18),
-                     (-32.5, -15.5), (-34, -20)])
+        band = blob([(-33, -26), (-18, -28), (0, -29), (18, -28), (33, -26), (34, -20), (32.5, -15.5), (17, -18),
+                     (0, -19), (-17, -18), (-32.5, -15.5), (-34, -20)])
         canvas.drawPath(band, fill(tone(cloth, 0.80)))
         canvas.drawCircle(0, -51, 5, fill(tone(cloth, 1.3)))
     else:

@@ -1,0 +1,332 @@
+"""Train AVTransformer: pre-training, full fine-tuning and LoRA from cached latents.
+
+    avdiff train recipe.toml --learning_rate 3e-4
+    accelerate launch -m avdiff.train.finetune recipe.toml
+
+Read it from the bottom: main -> setup -> fit -> FinetuneTask.loss, validate, save.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from avdiff.clip import ClipSpec
+from avdiff.core.memory_table import memory_tables
+from avdiff.core.row_optim import RowAdagrad
+from avdiff.data.cache import LatentCache
+from avdiff.latents import MODALITIES, Joint
+from avdiff.models import presets
+from avdiff.models.conditions import Positions, Script
+from avdiff.models.text_encoder import CaptionEncoder
+from avdiff.models.transformer import AVTransformer
+from avdiff.train import adapters
+from avdiff.train.clips import Collate, TrainingClips, make_tokenizer
+from avdiff.train.export import export
+from avdiff.train.feed import mix
+from avdiff.train.fit import FitSummary, Loss, Task, fit, row_generators
+from avdiff.train.loss import BUCKETS, LossBalance, Noised, Objective, draw_structure, parts_of, router_loss, supervised
+from avdiff.train.options import help_text, list_recipes, load_options, to_toml
+from avdiff.train.plan import describe_plan
+from avdiff.train.recipe import Recipe
+
+RECIPES = Path(__file__).parents[1] / "samples" / "recipes"
+
+
+class FinetuneTask(Task):
+    """AVTransformer and its caption encoder on cached latents.
+
+    Args:
+        recipe: checked. transformer, text_encoder, tokenizer: what is trained, and what writes captions as ids.
+        train, held_out: `LatentCache`s; `held_out` may be None.
+    """
+
+    def __init__(self, recipe: Recipe, transformer: AVTransformer, text_encoder: CaptionEncoder, tokenizer: Any,
+                 train: Any, held_out: Any = None) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.objective = Objective(recipe.objective)
+        self.balance = LossBalance(recipe.objective.loss_balance, recipe.objective.loss_weights)
+        self.transformer, self.text_encoder = transformer, text_encoder
+        self.modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder,
+                                              "balance": self.balance}
+        self.ema_modules = ("transformer", "text_encoder")
+        clips = TrainingClips(train, recipe.data)
+        self.dataset, self.groups = clips, clips.groups()
+        self.collate = Collate(tokenizer, text_encoder.config.max_length)
+        self.held_out = None if held_out is None else TrainingClips(held_out, None)
+        self._choose_weights()
+        self.rows = self._row_optimizer()
+        self._seen: dict[str, list[float]] = {}
+        self._metrics: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------- the loss
+    def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
+        """Velocity loss of each modality that takes part, plus the experts' balance."""
+        tasks = self.recipe.objective.tasks
+        side = torch.Generator().manual_seed(mix(generator.initial_seed()))  # row 0 draws from the seed itself
+        clean, structure = self._structure(batch, side)
+        positions = _positions(batch["clip"], str(self.device))
+        first = next(x for _, x in clean.items())
+        noised = self.objective.noised(clean, positions, row_generators(generator, len(first)), tasks)
+        alone = clean.audio is None or structure == "isolated"
+        script = self._script(batch["script"], alone, self.recipe.data.video_script, side)
+        output, routing = self.predict(batch, noised, positions, script, structure == "isolated")
+        losses = self.objective.row_losses(output, clean, noised)
+        learned = {m: loss for m, loss in losses.items() if m in self.recipe.objective.modalities}
+        means = {m: loss.mean() for m, loss in learned.items()}
+        self._remember(means)
+        total = self.balance(means)
+        balance, load = router_loss(routing)
+        if balance is not None:
+            total = total + self.recipe.objective.router_balance * balance
+        trained = Joint(learned.get("video"), learned.get("audio"))
+        return Loss(total, parts_of(losses, noised), supervised(trained, noised) | load)
+
+    def predict(self, batch: Mapping[str, Any], n: Noised, positions: Positions, script: Script | None,
+                isolated: bool = False) -> tuple[Joint[torch.Tensor], list[torch.Tensor] | None]:
+        """The network's answer (B, N, C) for each modality in `n`, and routing statistics."""
+        mask = batch["attention_mask"]
+        text = self.text_encoder(batch["input_ids"], mask)
+        out = self.transformer(
+            hidden_states=n.noisy.video, audio_hidden_states=n.noisy.audio, timestep=n.sigmas.video,
+            audio_timestep=n.sigmas.audio, text=text, text_mask=mask.bool(), positions=positions, script=script,
+            isolated=isolated)
+        return Joint(out.video, out.audio), out.routing
+
+    def _structure(self, batch: Mapping[str, Any], side: torch.Generator) -> tuple[Joint[torch.Tensor], str]:
+        """Clean tokens that take part, and whether they see each other; what the data lacks decides before the draw."""
+        clean = Joint(batch.get("video"), batch.get("audio"))
+        if clean.audio is None or clean.video is None:
+            return clean, "t2v" if clean.audio is None else "t2a"
+        structure = draw_structure(self.recipe.objective.tasks, side)
+        return {"t2v": Joint(clean.video, None), "t2a": Joint(None, clean.audio)}.get(structure, clean), structure
+
+    def _script(self, script: Script, alone: bool, warped: float, side: torch.Generator) -> Script | None:
+        """Words on the clock. The video branch reads them straight only when it hears nothing (`alone`), else warped in
+        a share of the micro-batches: lips follow sound, not script."""
+        if self.transformer.config.num_phonemes == 0:
+            return None
+        if alone:
+            return replace(script, video_frames=script.frames)
+        return script if float(torch.rand((), generator=side)) < warped else replace(script, video_frames=None)
+
+    # ------------------------------------------------------------------------------------------- what is trained
+    def parameters(self, phase: str) -> Iterable[Any]:
+        """One group per branch, with its own learning rate where the recipe gives one."""
+        rates = self.recipe.rates.branch_learning_rate
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self._named():
+            if parameter.requires_grad:
+                groups.setdefault(adapters.branch_of(name), []).append(parameter)
+        return [{"params": params, **({"lr": rates[branch]} if branch in rates else {})}
+                for branch, params in groups.items()]
+
+    def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return ((f"{m}.{n}", p) for m, module in self.modules.items() for n, p in module.named_parameters())
+
+    def _choose_weights(self) -> None:
+        """Freeze what the recipe leaves alone; with one modality, all that the other one reads too."""
+        recipe, only = self.recipe, self.recipe.objective.modalities
+        if recipe.adapter.rank:
+            adapters.add_lora(self.transformer, recipe.adapter)
+            self.text_encoder.requires_grad_(False)
+        for name, parameter in self._named():
+            frozen = recipe.rates.branch_learning_rate.get(adapters.branch_of(name), 1.0) == 0
+            other = len(only) == 1 and not name.startswith("balance") and adapters.owner_of(name) != only[0]
+            if frozen or other:
+                parameter.requires_grad_(False)
+
+    def _row_optimizer(self) -> RowAdagrad | None:
+        """Memory tables learn by gathered rows, unless an adapter or a single modality leaves them alone."""
+        tables = [t for _, t in memory_tables(self.transformer) if t.rows is not None]
+        rate, whole = self.recipe.rates.memory_table_learning_rate, len(self.recipe.objective.modalities) == 2
+        if not tables or not rate or not whole or self.recipe.adapter.rank:
+            return None
+        return RowAdagrad(tables, rate)
+
+    def after_step(self, phase: str, lr: float) -> None:
+        """Memory tables, then the running means of the losses."""
+        if self.rows is not None:
+            share = lr / (self.recipe.training.learning_rate or 1.0)
+            self.rows.param_groups[0]["lr"] = self.recipe.rates.memory_table_learning_rate * share
+            self._metrics["grad_norm/memory_table"] = float(self.rows.grad_norm())
+            self.rows.step()
+            self.rows.zero_grad()
+        sums = torch.tensor([[*self._seen.get(m, (0.0, 0.0))] for m in MODALITIES])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        means = zip(MODALITIES, sums.tolist(), strict=True)
+        self.balance.observe({m: total / count for m, (total, count) in means if count})
+        self._seen = {}
+
+    def _remember(self, means: Mapping[str, torch.Tensor]) -> None:
+        for m, mean in means.items():
+            entry = self._seen.setdefault(m, [0.0, 0.0])
+            entry[0] += float(mean.detach())
+            entry[1] += 1
+
+    # ------------------------------------------------------------------------------------------- what is measured
+    def norm_group(self, name: str) -> str:
+        """Gradient norms by branch."""
+        return adapters.branch_of(name)
+
+    def report(self) -> dict[str, float]:
+        """Norm of the adapter's update by branch, and of the memory's row gradients."""
+        deltas = adapters.delta_norms(self.transformer) if self.recipe.adapter.rank else {}
+        return {f"adapter_norm/{branch}": norm for branch, norm in deltas.items()} | self._metrics
+
+    def validate(self) -> dict[str, float]:
+        """Held-out loss by modality and noise level: always the same clips, noise and levels, joint generation."""
+        if self.held_out is None or not len(self.held_out):
+            return {}
+        sums: dict[str, list[float]] = {}
+        size = self.recipe.training.train_batch_size
+        for indices in _buckets(self.held_out, self.recipe.data.validation_items, size):
+            batch = _to(self.collate([self.held_out[i] for i in indices]), self.device)
+            clean = Joint(batch.get("video"), batch.get("audio"))
+            positions = _positions(batch["clip"], str(self.device))
+            script = self._script(batch["script"], clean.audio is None, 0.0, torch.Generator())
+            for bucket in range(BUCKETS):
+                time = (bucket + 0.5) / BUCKETS
+                generators = [torch.Generator(self.device).manual_seed(mix(i, bucket)) for i in indices]
+                noised = self.objective.noised(clean, positions, generators, time=time)
+                output, _ = self.predict(batch, noised, positions, script)
+                for m, loss in self.objective.row_losses(output, clean, noised).items():
+                    for key in (m, f"{m}/t{time:.1f}"):
+                        entry = sums.setdefault(key, [0.0, 0.0])
+                        entry[0] += float(loss.sum())
+                        entry[1] += len(loss)
+        self.last_metrics = {key: total / count for key, (total, count) in sorted(sums.items())}
+        return self.last_metrics
+
+    # ------------------------------------------------------------------------------------------- what is saved
+    def settings(self) -> dict[str, Any]:
+        """Model, data and objective: none of them may change on resume."""
+        r = self.recipe
+        parts = {"model": asdict(r.model), "data": asdict(r.data), "objective": asdict(r.objective),
+                 "rates": asdict(r.rates), "adapter": asdict(r.adapter)}
+        flat = {f"{section}.{k}": v for section, table in parts.items() for k, v in table.items()}
+        return {**super().settings(), **flat}
+
+    def module_state(self, name: str) -> dict[str, torch.Tensor]:
+        """An adapter is saved without its frozen base."""
+        if name == "transformer" and self.recipe.adapter.rank:
+            return adapters.adapter_state(self.transformer)
+        return super().module_state(name)
+
+    def load_module_state(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of `module_state`."""
+        if name == "transformer" and self.recipe.adapter.rank:
+            adapters.load_adapter_state(self.transformer, state)
+        else:
+            super().load_module_state(name, state)
+
+    def extra_state_dict(self) -> dict[str, torch.Tensor]:
+        """State of the memory tables' optimizer; the tables themselves are buffers of the transformer."""
+        if self.rows is None:
+            return {}
+        state = self.rows.state_dict()
+        flat = {f"state.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
+        return {**flat, "generator": state["generator"]}
+
+    def load_extra_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of `extra_state_dict`."""
+        if self.rows is not None:
+            tree: dict[int, dict[str, torch.Tensor]] = {}
+            for key, value in state.items():
+                if key.startswith("state."):
+                    _, i, k = key.split(".", 2)
+                    tree.setdefault(int(i), {})[k] = value
+            groups = self.rows.state_dict()["param_groups"]
+            self.rows.load_state_dict({"state": tree, "param_groups": groups, "generator": state["generator"]})
+
+    def save(self, directory: Path) -> None:
+        """A folder that loads: the whole pipeline where codecs are known, an adapter, or the trained parts."""
+        export(self, directory)
+
+
+@lru_cache(maxsize=64)
+def _positions(clip: ClipSpec, device: str) -> Positions:
+    return Positions.of(clip, device)
+
+
+def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+
+def _buckets(clips: TrainingClips, count: int, size: int) -> Iterable[list[int]]:
+    """The first `count` clips in batches of equal shape."""
+    by_group: dict[Any, list[int]] = {}
+    for index, group in enumerate(clips.groups()[:count]):
+        by_group.setdefault(group, []).append(index)
+    for members in by_group.values():
+        yield from (members[i:i + size] for i in range(0, len(members), size))
+
+
+def setup(recipe: Recipe) -> FinetuneTask:
+    """Caches, model, tokenizer: everything that a recipe names.
+
+    Raises:
+        ValueError: something it names does not exist or does not fit.
+    """
+    recipe.check()
+    train = LatentCache(recipe.data.train_data)
+    held_out = LatentCache(recipe.data.validation_data) if recipe.data.validation_data else None
+    base = recipe.model.pretrained_model_name_or_path
+    torch.manual_seed(recipe.training.seed)
+    if base is None:
+        if recipe.model.preset not in presets.PRESETS:
+            raise ValueError(f"preset={recipe.model.preset!r}: needs one of {', '.join(presets.PRESETS)}")
+        transformer = AVTransformer(**presets.PRESETS[recipe.model.preset]())
+        text_encoder = CaptionEncoder(recipe.model.vocab_size, transformer.config.text_dim)
+        captions = [c for _, record in train.items for c in record.get("captions") or [record.get("caption", "")]]
+        tokenizer = make_tokenizer(captions, recipe.model.vocab_size, text_encoder.config.max_length)
+    else:
+        from transformers import AutoTokenizer
+        transformer = AVTransformer.from_pretrained(base, subfolder="transformer")
+        text_encoder = CaptionEncoder.from_pretrained(base, subfolder="text_encoder")
+        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
+    if recipe.model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return FinetuneTask(recipe, transformer, text_encoder, tokenizer, train, held_out)
+
+
+def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
+    """Command line: RECIPE.toml [--option value]... | --list-recipes | --help; --dry-run plans without training."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{main.__doc__}\n\n{help_text(Recipe)}")
+        return None
+    if "--list-recipes" in words:
+        for name, about in list_recipes(RECIPES):
+            print(f"{name:24} {about}")
+        return None
+    dry = "--dry-run" in words
+    words = [w for w in words if w != "--dry-run"]
+    path = None if words and words[0].startswith("--") else words.pop(0)
+    if path is not None and not Path(path).exists() and (RECIPES / path).exists():
+        path = str(RECIPES / path)
+    recipe = load_options(Recipe, path, words)
+    recipe.check()
+    if dry:
+        print(to_toml(recipe))
+        print(describe_plan(setup(recipe)))
+        return None
+    summary = fit(setup(recipe), recipe.training)
+    print(f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: {recipe.training.output_dir}")
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,226 @@
+"""The joint flow-matching objective: what is noised, what is given, and what each row of each modality costs.
+
+z_t = (1 - t) x + t eps. The network estimates x; the loss is that of the velocity v = eps - x, so an error of x counts
+1 / t^2 (v_hat - v = (x - x_hat) / t), with t floored so that nearly clean rows do not drown the rest.
+
+Shape legend: B rows, N tokens of a modality, C values per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from avdiff.core.moe import RoutingStats, balance_loss, load_report
+from avdiff.latents import MODALITIES, Joint
+from avdiff.models.conditions import Positions
+from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler, shift_time
+from avdiff.train.recipe import APART, TOGETHER, ObjectiveOptions
+
+BUCKETS = 5  # noise levels are told apart in fifths
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One micro-batch on its way into the network.
+
+    Args:
+        noisy: tokens (B, N, C). noise: the eps they were mixed with. levels: noise level of each row (B,).
+        sigmas: what the network is told: (B,), or (B, N) where some tokens are given. wanted: (B, N) bool, tokens that
+            are to be learned; given ones are False and have level 0.
+    """
+
+    noisy: Joint[torch.Tensor]
+    noise: Joint[torch.Tensor]
+    levels: Joint[torch.Tensor]
+    sigmas: Joint[torch.Tensor]
+    wanted: Joint[torch.Tensor]
+
+
+def draw_structure(tasks: Mapping[str, float], generator: torch.Generator) -> str:
+    """What a micro-batch is: "together", or one of "t2v", "t2a", "isolated", by the shares of the tasks."""
+    names = ("together", *APART)
+    shares = [sum(tasks.get(t, 0.0) for t in TOGETHER), *(tasks.get(t, 0.0) for t in APART)]
+    return names[int(torch.multinomial(torch.tensor(shares), 1, generator=generator))]
+
+
+def draw_task(tasks: Mapping[str, float], generator: torch.Generator) -> str:
+    """Task of one row among those with both modalities."""
+    shares = torch.tensor([tasks.get(t, 0.0) for t in TOGETHER])
+    return TOGETHER[int(torch.multinomial(shares, 1, generator=generator))]
+
+
+def given_tokens(task: str, positions: Positions, generator: torch.Generator) -> Joint[torch.Tensor]:
+    """Bool masks (N_v,), (N_a,) of the tokens that a task gives.
+
+    extend: the first 15 to 75 % of both. image: the first frame, in a quarter of the cases the last one too.
+    retake: all but a span of 20 to 60 % of picture, sound or both. inpaint: all but a rectangle, with the sound in
+    half the cases.
+    """
+    seconds = Joint(positions.video[:, 0].cpu(), positions.audio[:, 0].cpu())
+    none = seconds.map(lambda s: torch.zeros(len(s), dtype=torch.bool))
+    length = max(float(s.max()) for _, s in seconds.items() if len(s))
+    a, b, c = torch.rand(3, generator=generator, device=generator.device).tolist()
+    if task == "a2v":
+        return Joint(none.video, ~none.audio)
+    if task == "v2a":
+        return Joint(~none.video, none.audio)
+    if task == "extend":
+        return seconds.map(lambda s: s < (0.15 + 0.6 * a) * length)
+    if task == "image":
+        video = seconds.video
+        return Joint((video == video.min()) | ((video == video.max()) & (a < 0.25)), none.audio)
+    if task == "retake":
+        span = (0.2 + 0.4 * a) * length
+        start = b * (length - span)
+        kept = seconds.map(lambda s: (s < start) | (s > start + span))
+        return (kept, Joint(kept.video, ~none.audio), Joint(~none.video, kept.audio))[int(3 * c)]
+    if task == "inpaint":
+        return Joint(_outside_a_rectangle(positions, generator), ~none.audio if c < 0.5 else none.audio)
+    return none
+
+
+def _outside_a_rectangle(positions: Positions, generator: torch.Generator) -> torch.Tensor:
+    """(N_v,) True outside a rectangle that covers a third to two thirds of each side, at least one token."""
+    inside = torch.ones(len(positions.video), dtype=torch.bool)
+    for axis in (1, 2):
+        places = positions.video[:, axis].cpu()
+        low, high = float(places.min()), float(places.max())
+        share, start = torch.rand(2, generator=generator, device=generator.device).tolist()
+        size = (1 + share) / 3 * (high - low)
+        begin = low + start * (high - low - size)
+        hit = (places >= begin) & (places <= begin + size)
+        inside &= hit if hit.any() else (places - begin).abs() <= (places - begin).abs().min()
+    return ~inside
+
+
+class Objective:
+    """Noises a micro-batch and weighs the network's answer.
+
+    Args:
+        options: of the recipe.
+    """
+
+    def __init__(self, options: ObjectiveOptions) -> None:
+        self.options = options
+        self.scheduler = JointFlowMatchScheduler(
+            options.shift_video, options.shift_audio, options.noise_coupling, prediction_type=options.prediction_type)
+
+    def noised(self, clean: Joint[torch.Tensor], positions: Positions, generators: Sequence[torch.Generator],
+               tasks: Mapping[str, float] | None = None, time: float | None = None) -> Noised:
+        """Draw noise, level and task of each row from the row's own generator; clean tokens (B, N, C).
+
+        With `time` in (0, 1) every row has this base time, shifted for each modality, in place of a drawn level.
+        """
+        tasks = tasks if tasks is not None and any(tasks.get(t) for t in TOGETHER) else {"joint": 1.0}
+        o, both = self.options, clean.video is not None and clean.audio is not None
+        levels, noise, given = [], [], []
+        for row, generator in enumerate(generators):
+            drawn = self.scheduler.sample_sigmas(1, generator, None, o.logit_mean, o.logit_std, o.uniform_share)
+            if time is not None:
+                base = torch.full((1,), time, device=generator.device)
+                drawn = Joint(shift_time(base, o.shift_video), shift_time(base, o.shift_audio))
+            levels.append(Joint(*(getattr(drawn, m) if getattr(clean, m) is not None else None for m in MODALITIES)))
+            noise.append(clean.map(lambda x, r=row, g=generator: torch.randn(x[r].shape, generator=g, device=g.device)))
+            task = draw_task(tasks, generator) if both and tasks != {"joint": 1.0} else "joint"
+            given.append(given_tokens(task, positions, generator))
+        level = levels[0].map(lambda *rows: torch.cat(rows), *levels[1:])
+        eps = noise[0].map(lambda *rows: torch.stack(rows), *noise[1:])
+        known = clean.map(lambda x, *rows: torch.stack(rows).to(x.device), *given)
+        sigmas = level.map(lambda s, k: s if not k.any() else s[:, None].masked_fill(k, 0.0), known)
+        return Noised(self.scheduler.add_noise(clean, eps, sigmas), eps, level, sigmas, known.map(torch.logical_not))
+
+    def row_losses(self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised) -> Joint[torch.Tensor]:
+        """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where all is given."""
+        floor = self.options.loss_floor
+
+        def one(out: torch.Tensor, x: torch.Tensor, eps: torch.Tensor, level: torch.Tensor,
+                wanted: torch.Tensor) -> torch.Tensor:
+            if self.options.prediction_type == "velocity":
+                square = (out.float() - (eps - x).float()).square().mean(-1)  # (B, N)
+            else:
+                square = (out.float() - x.float()).square().mean(-1) / level.clamp(min=floor)[:, None].square()
+            return (square * wanted).sum(1) / wanted.sum(1).clamp(min=1)
+
+        return output.map(one, clean, n.noise, n.levels, n.wanted)
+
+
+def parts_of(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor]:
+    """For the log: loss of the rows that learned something, by modality and by noise bucket."""
+    parts: dict[str, torch.Tensor] = {}
+    for m, loss in losses.items():
+        wanted, level = getattr(n.wanted, m), getattr(n.levels, m)
+        learns = wanted.any(1)
+        parts[m] = loss[learns]
+        bucket = (level * BUCKETS).long().clamp(max=BUCKETS - 1)
+        for k in range(BUCKETS):
+            parts[f"{m}/t{k / BUCKETS:.1f}"] = loss[learns & (bucket == k)]
+    return parts
+
+
+def supervised(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor]:
+    """Share of each row's tokens that carry a loss (B,), by modality; 0 for one that took no part."""
+    rows = len(next(loss for _, loss in losses.items()))
+    absent = {f"supervised/{m}": torch.zeros(rows) for m in MODALITIES}
+    return absent | {f"supervised/{m}": getattr(n.wanted, m).float().mean(1) for m, _ in losses.items()}
+
+
+class LossBalance(nn.Module):
+    """Weights of the modalities: a module, so that what it learns is trained and saved like the rest.
+
+    fixed: w_m. ema: w_m / running mean of L_m, scaled to the same sum. uncertainty: w_m (exp(-s_m) L_m + s_m) with
+    learned s_m (Kendall et al., arXiv 1705.07115 eq. 10, constants dropped).
+    """
+
+    def __init__(self, kind: str, weights: Mapping[str, float], decay: float = 0.99) -> None:
+        super().__init__()
+        self.kind, self.decay = kind, decay
+        self.weights = {m: float(weights.get(m, 1.0)) for m in MODALITIES}
+        self.register_buffer("means", torch.ones(2))
+        self.register_buffer("seen", torch.zeros(2))
+        if kind == "uncertainty":
+            self.log_variance = nn.Parameter(torch.zeros(2))
+
+    def forward(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scalar losses by modality -> their weighted sum."""
+        total = torch.zeros(())
+        norm = self._norm(losses)
+        for m, loss in losses.items():
+            i, weight = MODALITIES.index(m), self.weights[m]
+            if self.kind == "uncertainty":
+                total = total.to(loss) + weight * (torch.exp(-self.log_variance[i]) * loss + self.log_variance[i])
+            else:
+                total = total.to(loss) + weight * norm[m] * loss
+        return total
+
+    def _norm(self, losses: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        if self.kind != "ema":
+            return dict.fromkeys(losses, 1.0)
+        inverse = {m: 1 / self.means[MODALITIES.index(m)].clamp(min=1e-6) for m in losses}
+        scale = len(inverse) / sum(inverse.values())
+        return {m: value * scale for m, value in inverse.items()}
+
+    @torch.no_grad()
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Take in a step's mean loss of each modality; the first one sets the mean."""
+        for m, value in means.items():
+            i = MODALITIES.index(m)
+            keep = self.decay if self.seen[i] else 0.0
+            self.means[i] = keep * self.means[i] + (1 - keep) * value
+            self.seen[i] = 1.0
+
+
+def router_loss(routing: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Mean balance loss over layers (1 at balance) and, for the log, it and the experts' load."""
+    if not routing:
+        return None, {}
+    stats = [RoutingStats(r) for r in routing]
+    balance = torch.stack([balance_loss(s).mean() for s in stats]).mean()
+    reports = [load_report(s) for s in stats]
+    return balance, {"experts/balance": balance.detach(),
+                     "experts/max_over_mean": torch.stack([r.max_over_mean.max() for r in reports]),
+                     "experts/dead": torch.stack([r.dead.sum().float() for r in reports])}

@@ -1,0 +1,50 @@
+"""What a recipe will do, before it does it: buckets, steps, trainable weights by branch, memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from avdiff.core.memory_table import memory_tables
+from avdiff.train.adapters import branch_of
+from avdiff.train.feed import Feed
+
+if TYPE_CHECKING:
+    from avdiff.train.finetune import FinetuneTask
+
+
+def describe_plan(task: FinetuneTask) -> str:
+    """Lines for `--dry-run`.
+
+    Raises:
+        ValueError: a step needs more clips of one bucket than there are.
+    """
+    o = task.recipe.training
+    feed = Feed(task.dataset, task.collate, o.train_batch_size, o.gradient_accumulation_steps, groups=task.groups)
+    lines = [f"{len(task.dataset)} clips, {feed.steps_per_epoch} steps of {feed.rows_per_step} clips in an epoch, "
+             f"{o.max_train_steps} steps = {o.max_train_steps / feed.steps_per_epoch:.1f} epochs on one process", ""]
+    for (clip, *modalities), count in Counter(task.groups).most_common():
+        left_out = " (fewer than a batch: never used)" if count < o.train_batch_size else ""
+        lines.append(f"bucket {clip.num_frames} frames, {clip.width}x{clip.height}, {float(clip.seconds):.2f} s, "
+                     f"{' + '.join(modalities)}: {clip.video_tokens} video and {clip.audio_tokens} audio tokens, "
+                     f"{count} clips{left_out}")
+    trained, frozen = Counter[str](), Counter[str]()
+    for name, parameter in task._named():
+        (trained if parameter.requires_grad else frozen)[branch_of(name)] += parameter.numel()
+    tables = sum(t.num_rows * t.dim for _, t in memory_tables(task.transformer))
+    lines += ["", f"{'branch':10}{'trained':>14}{'frozen':>14}"]
+    lines += [f"{b:10}{trained[b]:14,}{frozen[b]:14,}" for b in sorted(trained | frozen)]
+    lines.append(f"{'tables':10}{tables if task.rows else 0:14,}{0 if task.rows else tables:14,}")
+    lines += ["", f"memory of weights, gradients, moments and average: {weight_bytes(task) / 2**30:.2f} GB, "
+              "without activations"]
+    return "\n".join(lines)
+
+
+def weight_bytes(task: FinetuneTask) -> int:
+    """Bytes of fp32 weights, and for trained ones of gradient, two moments and the average."""
+    copies = 3 + bool(task.recipe.training.ema_decay)
+    total = 0
+    for module in task.modules.values():
+        total += sum(p.numel() * (1 + copies * p.requires_grad) for p in module.parameters())
+        total += sum(b.numel() for b in module.buffers())
+    return 4 * total
