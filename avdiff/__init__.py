@@ -7,10 +7,14 @@ move but its name may not change.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+PRESENTER = os.path.join(
+    os.path.dirname(__file__), "bundled"
+)  # the embedded model: AVDiffPipeline.from_pretrained(PRESENTER)
 
 _HOME = {
     "AVAudioVAE": "avdiff.models.audio_vae",
@@ -21,17 +25,22 @@ _HOME = {
     "AVVocoder": "avdiff.models.vocoder",
     "CaptionEncoder": "avdiff.models.text_encoder",
     "ClipSpec": "avdiff.clip",
+    "FaceReader": "avdiff.models.face_reader",
     "Guidance": "avdiff.guidance",
     "Joint": "avdiff.latents",
     "JointFlowMatchScheduler": "avdiff.schedulers.joint_flow_match",
     "JointLatents": "avdiff.latents",
+    "LipNetwork": "avdiff.models.lip_network",
+    "PhoneRecogniser": "avdiff.models.recogniser",
+    "PhoneTimer": "avdiff.models.reader",
+    "PronunciationReader": "avdiff.models.reader",
     "read_clip": "avdiff.data.media",
     "write_clip": "avdiff.data.media",
     # diffusers looks up the base classes of a saved component by name in the library that it is recorded under.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["PRESENTER", "__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
@@ -59,6 +68,11 @@ if TYPE_CHECKING:
     from avdiff.latents import Joint as Joint
     from avdiff.latents import JointLatents as JointLatents
     from avdiff.models.audio_vae import AVAudioVAE as AVAudioVAE
+    from avdiff.models.face_reader import FaceReader as FaceReader
+    from avdiff.models.lip_network import LipNetwork as LipNetwork
+    from avdiff.models.reader import PhoneTimer as PhoneTimer
+    from avdiff.models.reader import PronunciationReader as PronunciationReader
+    from avdiff.models.recogniser import PhoneRecogniser as PhoneRecogniser
     from avdiff.models.text_encoder import CaptionEncoder as CaptionEncoder
     from avdiff.models.transformer import AVTransformer as AVTransformer
     from avdiff.models.video_vae import AVVideoVAE as AVVideoVAE

@@ -28,14 +28,15 @@ def as_fps(fps: Fraction | float | int | str) -> Fraction:
     """
     text = str(fps)
     try:  # no exponents: Fraction("1e999999999") would build that number
-        exact = fps if isinstance(fps, Fraction) else Fraction(text if len(text) < 32 and "e" not in text.lower() else "?")
+        plain = len(text) < 32 and "e" not in text.lower()
+        exact = fps if isinstance(fps, Fraction) else Fraction(text if plain else "?")
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"fps={text[:40]}: needs a positive number such as 25, 29.97 or '30000/1001'") from error
     exact = NTSC.get(exact, exact)
     near = exact.limit_denominator(1001)  # a float of an NTSC rate such as 24000 / 1001 is within 1e-15 of it
     exact = near if abs(near - exact) < Fraction(1, 10**9) else exact
     if not 0 < exact <= 1000:
-        raise ValueError(f"fps={fps!r}: needs a frame rate above 0 and at most 1000")
+        raise ValueError(f"fps={text[:40]}: needs a frame rate above 0 and at most 1000")
     return exact
 
 

@@ -298,15 +298,13 @@ class AVDiffPipeline(DiffusionPipeline):
     def _estimate(self, state: JointLatents, known: Joint[torch.Tensor], sigmas: Joint[torch.Tensor],
                   conditions: dict[str, Conditions], progress: float, attention_kwargs: dict | None) -> Joint[torch.Tensor]:
         """Guided estimate of the clean tokens at one step."""
-        dtype = self.transformer.dtype
         levels = known.map(lambda m, s: s[:, None] * (~m).to(s.dtype), sigmas)
         # One level for a whole clip is the common case, and much cheaper to modulate than one for each token.
         levels = levels.map(lambda s: s[:, 0] if bool((s == s[:, :1]).all()) else s)
-        video, audio = (None if x is None else x.to(dtype) for x in (state.video, state.audio))
         estimates = {}
         for name in self._guidance.passes(progress):
             with self.transformer.cache_context(name):
-                out = self.transformer(video, audio, levels.video, levels.audio, conditions=conditions[name],
+                out = self.transformer(state.video, state.audio, levels.video, levels.audio, conditions=conditions[name],
                                        isolated=name == "isolated", attention_kwargs=attention_kwargs)
             estimates[name] = Joint(out.video, out.audio).map(lambda x: x.float())
         return self._guidance.combine(estimates)

@@ -150,9 +150,9 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="not a safetensors file"):
             MappedRows(tmp_path / name)
-    with pytest.raises(ValueError, match="'other'.*holds \\['rows'\\]"):
+    with pytest.raises(ValueError, match=r"'other'.*holds \['rows'\]"):
         MappedRows(good, "other")
-    with pytest.raises(ValueError, match="needs \\(90, 8\\)"):
+    with pytest.raises(ValueError, match=r"needs \(90, 8\)"):
         MemoryTable(90, 8, mapped=MappedRows(good))
 
 
@@ -200,9 +200,9 @@ def test_batch_of_two_equals_two_singles_and_constant_gate() -> None:
 
 def test_table_of_another_hash_is_refused_at_load() -> None:
     other = Engram(16, NgramHash(51, 101, 4, 3, layer=1, layers=(0, 1)), 4)
-    with pytest.raises(ValueError, match="vocab_size=51.*vocab_size=50"):
+    with pytest.raises(ValueError, match=r"vocab_size=51.*vocab_size=50"):
         other.load_state_dict(engram().state_dict())
-    with pytest.raises(ValueError, match="needs 0..50"):
+    with pytest.raises(ValueError, match=r"needs 0\.\.50"):
         Engram(16, NgramHash(51, 101), 4).lookup(torch.tensor([[3, 51]]))
     engram().load_state_dict(engram().state_dict())
 
@@ -230,7 +230,8 @@ def test_memory_is_saved_with_its_model(tmp_path: Path) -> None:
     model = Remembers()
     model.save_pretrained(tmp_path)
     loaded = Remembers.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
     half = Remembers.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).memory
     assert half.lookup(torch.tensor([[1, 2]])).values.dtype == torch.bfloat16 == half.table.rows.dtype
     # One table inside the checkpoint can be mapped where it lies.

@@ -56,8 +56,13 @@ def slow_twin(moe, x, modality=None):
 
 
 CASES = [
-    ("grouped", torch.float32, {}), ("loop", torch.float32, {}), ("loop", torch.float64, {}),
-    ("cast_loop", torch.float64, {}), ("auto", torch.float64, {"top_k": 1}), ("grouped", torch.float32, {"top_k": 3, "shared_expert_hidden": 8}),
+    ("grouped", torch.float32, {}),
+    ("cast_loop", torch.float32, {}),
+    ("loop", torch.float32, {}),
+    ("loop", torch.float64, {}),
+    ("cast_loop", torch.float64, {}),
+    ("auto", torch.float64, {"top_k": 1}),
+    ("grouped", torch.float32, {"top_k": 3, "shared_expert_hidden": 8}),
     ("loop", torch.float64, {"modalities": 2, "selection_bias": True, "shared_expert_hidden": 8}),
 ]
 
@@ -277,7 +282,7 @@ def test_selection_bias_moves_the_load_and_not_the_weights():
     plain = make_moe(modalities=2)
     assert torch.equal(moe(x, modality)[0], plain(x, modality)[0])  # starts at zero
     before = load_report(RoutingStats(moe(x, modality)[1])).max_over_mean
-    for rate in (5e-3,) * 200 + (5e-4,) * 60:
+    for rate in (5e-3,) * 150 + (1e-3,) * 150 + (2e-4,) * 100:
         with torch.no_grad():
             stats = RoutingStats(moe(x, modality)[1])
         moe.router.update_bias(stats.counts, rate)

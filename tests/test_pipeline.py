@@ -66,7 +66,11 @@ def test_save_and_load_is_bit_equal(pipe, tmp_path) -> None:
         assert index[name][0] == "avdiff", index[name]
     again = AVDiffPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    same(call(again), call(pipe))
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            for key, value in component.state_dict().items():
+                assert torch.equal(again.components[name].state_dict()[key], value), f"{name}.{key}"
+    same(call(again), call(pipe), atol=1e-4)  # memory-mapped weights are aligned otherwise, so sums round otherwise
 
 
 def test_missing_modality_costs_nothing_and_is_none(pipe) -> None:

@@ -84,6 +84,21 @@ def test_solver_has_its_order_on_the_gaussian_flow(solver, order, prediction):
         assert math.log2(coarse / middle) == pytest.approx(order, abs=0.3)
 
 
+def test_second_order_is_exact_for_a_linear_velocity_on_uneven_steps():
+    """v = a + b t integrates to a t + b t^2 / 2; all but the first step, which has no past, must hit it."""
+    scheduler = JointFlowMatchScheduler(solver="ab2", prediction_type="velocity")
+    path = torch.tensor([1.0, 0.9, 0.55, 0.5, 0.2, 0.15])
+    scheduler.set_timesteps(sigmas=Joint(path, path))
+    state, slope, offset = make_state(), make_state(seed=1).latents, make_state(seed=2).latents
+    for i, t in enumerate(path):
+        if i == 1:
+            start = state
+        state = scheduler.step(offset.map(lambda a, b: a + b * t, slope), i, state)  # noqa: B023 (used at once)
+    wanted = start.latents.map(lambda z, a, b: z - a * 0.9 - b * 0.9**2 / 2, offset, slope)
+    torch.testing.assert_close(state.video, wanted.video, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.audio, wanted.audio, atol=1e-5, rtol=1e-5)
+
+
 def test_second_order_is_closer_at_the_same_cost():
     start = make_state(dtype=torch.float64)
     answer = start.latents.map(lambda z, m, c: m + c * z, MEAN, SPREAD)
@@ -161,8 +176,13 @@ def test_solver_memory_never_leaks_into_another_run():
     sample(used, make_state(batch=3), 9)
     assert torch.equal(sample(used, make_state(seed=4), 6).video, fresh.video)
     output, state = make_state(seed=6).latents, make_state()
+    half = JointFlowMatchScheduler(solver="ab2")
+    half.set_timesteps(6)
+    half.step(make_state(seed=7).latents, 2, state)  # a run that was broken off
+    half.set_timesteps(6)
     euler = JointFlowMatchScheduler()
     euler.set_timesteps(6)
+    assert torch.equal(half.step(output, 3, state).video, euler.step(output, 3, state).video)
     # Starting over without set_timesteps, and jumping ahead: no past that fits, so an Euler step.
     assert torch.equal(used.step(output, 0, state).video, euler.step(output, 0, state).video)
     assert torch.equal(used.step(output, 3, state).video, euler.step(output, 3, state).video)

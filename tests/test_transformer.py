@@ -12,7 +12,7 @@ from avdiff.clip import Clock, ClipSpec
 from avdiff.latents import Joint
 from avdiff.models import presets
 from avdiff.models.conditions import Positions, Script, overlap_matrix, window_mask
-from avdiff.models.transformer import AVTransformer
+from avdiff.models.transformer import AVTransformer, clean_estimate
 
 CLIP = ClipSpec(num_frames=9)
 
@@ -72,11 +72,12 @@ def test_batch_is_a_set(experts: int) -> None:
     assert_joint_close(run(model, rows(inputs, torch.tensor([1]))), whole.map(lambda x: x[1:2]))
 
 
-def test_fresh_model_predicts_the_mean_and_ignores_its_zero_parts() -> None:
+def test_fresh_model_gives_the_linear_estimate_and_ignores_its_zero_parts() -> None:
     torch.manual_seed(0)
     model = AVTransformer(**presets.tiny()).eval()
     inputs = make_inputs(model)
-    assert all(not x.any() for _, x in run(model, inputs).items())  # output heads start at zero
+    z, t = inputs["hidden_states"], inputs["timestep"][:, None, None]
+    torch.testing.assert_close(run(model, inputs).video, z * (1 - t) / ((1 - t) ** 2 + t**2))  # output heads start at zero
     torch.nn.init.normal_(model.proj_out_video.weight)
     torch.nn.init.normal_(model.proj_out_audio.weight)
     before = run(model, inputs)
@@ -197,6 +198,18 @@ def test_presets_have_their_size(preset: str, low: float, high: float) -> None:
     with torch.device("meta"):
         model = AVTransformer(**presets.PRESETS[preset]())
     assert low < sum(p.numel() for p in model.parameters()) < high
+
+
+def test_estimate_has_unit_error_scale_and_keeps_given_tokens() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(4, 5000, 1, generator=g), torch.randn(4, 5000, 1, generator=g)
+    sigma = torch.tensor([0.0, 0.1, 0.5, 1.0])
+    z = (1 - sigma[:, None, None]) * x + sigma[:, None, None] * eps
+    nothing = torch.zeros_like(z)
+    torch.testing.assert_close(clean_estimate(z, nothing + 7, sigma)[0], x[0])
+    scale = clean_estimate(z, nothing + 1, sigma) - clean_estimate(z, nothing, sigma)
+    residual = (x - clean_estimate(z, nothing, sigma)).std(dim=(1, 2))
+    torch.testing.assert_close(residual[1:], scale[1:, 0, 0], atol=0.02, rtol=0.03)
 
 
 def test_windows_and_overlaps() -> None:

@@ -213,10 +213,10 @@ class VocoderTask(Task):
         self.vocoder, self.dataset, self.held_out, self.vae = vocoder, dataset, held_out, vae
         self.decoded_share, self.latent_noise = decoded_share, latent_noise
         self.refine_steps = refine_steps
-        self.weights = {"log": 1.0, "convergence": 0.5, "aligned": 0.2, "mel": 0.5, "start_log": 0.5,
-                        "start_convergence": 0.25, "start_aligned": 0.3, "start_mel": 0.5, "magnitude": 0.5, "pitch": 0.1,
-                        **(weights or {})}
-        self.spectral = SpectralLoss()
+        self.weights = {"log": 1.0, "convergence": 0.5, "mel": 0.5, "start_log": 0.6, "start_convergence": 0.3,
+                        "start_aligned": 0.3, "magnitude": 0.5, "pitch": 0.1, **(weights or {})}
+        self.start_loss = SpectralLoss((128, 512), aligned_size=512)  # pulse shapes and low harmonics of the start
+        self.spectral = SpectralLoss((256, 1024, 2048))
         self.modules = {"vocoder": vocoder}
         if vae is not None:
             vae.requires_grad_(False).eval()
@@ -245,15 +245,19 @@ class VocoderTask(Task):
         target = batch.sound[:, 0]
         start, magnitude = self.vocoder.predict(mel, Pitch(batch.phase, batch.hertz, batch.voiced), generator)
         parts = {f"start_{name}": value for name, value in
-                 self.spectral(self.vocoder.overlap_add(start), target).items()}
+                 self.start_loss(self.vocoder.overlap_add(start), target).items()}
         refined = self.vocoder.overlap_add(self.vocoder.refine(start, magnitude, self.refine_steps))
         parts |= self.spectral(refined, target)
-        floor = self.spectral.floor
-        heard = self.vocoder.frames.magnitude(target)
+        parts["mel"] = self.mel_distance(refined, target)
+        floor, heard = self.spectral.floor, self.vocoder.frames.magnitude(target)
         parts["magnitude"] = ((magnitude + floor).log() - (heard + floor).log()).abs().mean(dim=(1, 2))
         parts["pitch"] = self.pitch_loss(mel, batch)
         total = sum(self.weights[name] * value for name, value in parts.items())
         return Loss(total.mean(), parts)
+
+    def mel_distance(self, wave: Tensor, target: Tensor) -> Tensor:
+        """L1 between the log-mels of (B, S) and (B, S): (B,)."""
+        return (self.vocoder.frames(wave) - self.vocoder.frames(target)).abs().mean(dim=(1, 2))
 
     def pitch_loss(self, mel: Tensor, batch: Voiced) -> Tensor:
         """Cross-entropy of pitch where voiced, and of voicing: (B,)."""
@@ -270,6 +274,7 @@ class VocoderTask(Task):
         report = {}
         kinds = {"true": true} if self.vae is None else {"true": true, "decoded": self.vae(true).sample}
         for name, mel in kinds.items():
-            parts = self.spectral(self.vocoder(mel)[:, 0], self.held_out[:, 0])
-            report |= {f"{name}_{term}": float(parts[term].mean()) for term in ("log", "convergence", "mel")}
+            wave, target = self.vocoder(mel)[:, 0], self.held_out[:, 0]
+            parts = {**self.spectral(wave, target), "mel": self.mel_distance(wave, target)}
+            report |= {f"{name}_{term}": float(value.mean()) for term, value in parts.items()}
         return report

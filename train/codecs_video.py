@@ -1,21 +1,19 @@
-"""Train the video autoencoder: python -m avdiff.train.codecs_video --output_dir runs/video_vae
+"""Training task of the video autoencoder: clips of presenters in a store of frames -> `VideoVAETask`.
 
-Reads like a recipe: clips of presenters (or of a user's folder, as a store of frames) -> `VideoVAETask` -> `fit`. Half of the
-256 values of a frame pair could be wasted on sharpness nobody sees; the loss weighs the mouth, edges, and latents that
-are disturbed by noise, because a generator will never hit a latent exactly.
+A frame pair has 256 values, so the loss says what they are for: the mouth and edges weigh more than the rest, and
+latents are disturbed by noise, because a generator never hits a latent exactly.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -26,7 +24,8 @@ from avdiff.data.corpus.speech import SpeechBank
 from avdiff.data.corpus.visemes import viseme_track
 from avdiff.evaluation.video_metrics import gradient_energy, mouth_boxes, psnr
 from avdiff.models.video_vae import AVVideoVAE
-from avdiff.train.task import Loss, Task
+from avdiff.train.muon import MuonAdam, muon_groups
+from avdiff.train.task import FitOptions, Loss, Task
 
 FPS = 25
 
@@ -49,8 +48,10 @@ def speech_clip(bank: SpeechBank, seed: int, split: str, num_frames: int, size: 
         mouths = viseme_track(utterance.phones, times)
     poses = pose_track(rng, times, utterance.phones)
     pairs = list(zip(mouths, poses, strict=True))
-    return {"video": np.stack([render_face(identity, m, p, size) for m, p in pairs]),
-            "lip_points": np.stack([lip_points(identity, m, p) for m, p in pairs])}
+    return {
+        "video": np.stack([render_face(identity, m, p, size) for m, p in pairs]),
+        "lip_points": np.stack([lip_points(identity, m, p) for m, p in pairs]),
+    }
 
 
 def event_clip(seed: int, num_frames: int, size: int) -> dict[str, np.ndarray]:
@@ -59,12 +60,15 @@ def event_clip(seed: int, num_frames: int, size: int) -> dict[str, np.ndarray]:
     event = sample_event(rng, float(rng.uniform(2, 4)))
     middle = float(rng.choice(np.asarray(event.impacts))) + float(rng.normal(0, 0.2)) if event.impacts else 1.0
     times = np.maximum(middle + (np.arange(num_frames) - num_frames / 2) / FPS, 0)
-    return {"video": np.stack([render_event(event, float(t), size) for t in times]),
-            "lip_points": np.zeros((num_frames, 20, 2), np.float32)}
+    return {
+        "video": np.stack([render_event(event, float(t), size) for t in times]),
+        "lip_points": np.zeros((num_frames, 20, 2), np.float32),
+    }
 
 
-def corpus_clips(bank: SpeechBank, seed: int, split: str, num_frames: int, size: int, event_share: float = 0.12,
-                 ) -> Iterator[dict[str, np.ndarray]]:
+def corpus_clips(
+    bank: SpeechBank, seed: int, split: str, num_frames: int, size: int, event_share: float = 0.12
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless clips of a split, presenters and, by `event_share`, sounding objects."""
     while True:
         if np.random.default_rng([seed, 9]).random() < event_share:
@@ -133,9 +137,18 @@ class VideoVAETask(Task):
         decoder_only: keep the encoder, and so the latents, as they are.
     """
 
-    def __init__(self, model: AVVideoVAE, dataset: Any, held_out: Any, mouth_weight: float = 4.0, edge_weight: float = 1.0,
-                 square_weight: float = 2.0, kl_weight: float = 1e-4, latent_noise: float = 0.3,
-                 decoder_only: bool = False) -> None:
+    def __init__(
+        self,
+        model: AVVideoVAE,
+        dataset: Any,
+        held_out: Any,
+        mouth_weight: float = 4.0,
+        edge_weight: float = 1.0,
+        square_weight: float = 2.0,
+        kl_weight: float = 1e-4,
+        latent_noise: float = 0.3,
+        decoder_only: bool = False,
+    ) -> None:
         self.modules = {"vae": model}
         self.model, self.dataset, self.held_out = model.to(memory_format=torch.channels_last), dataset, held_out
         self.mouth_weight, self.edge_weight, self.square_weight = mouth_weight, edge_weight, square_weight
@@ -145,13 +158,15 @@ class VideoVAETask(Task):
     def loss(self, batch: dict[str, Tensor], phase: str, generator: torch.Generator) -> Loss:
         video, weight = self.pairs(batch["video"]), self.weights(batch)
         size = video.shape[0]
-        moments = self.model.encoder(video.flatten(0, 1).contiguous(memory_format=torch.channels_last), size, {}).float()
+        moments = self.model.encoder(
+            video.flatten(0, 1).contiguous(memory_format=torch.channels_last), size, {}
+        ).float()
         mean, logvar = moments.chunk(2, dim=1)  # (B*T, 16, h, w)
         logvar = logvar.clamp(-10, 4)
         z = mean + torch.exp(0.5 * logvar) * self.disturbance(mean, size, generator, posterior=True)
         z = z + mean.std(dim=(0, 2, 3), keepdim=True) * self.disturbance(mean, size, generator, posterior=False)
         decoded = self.model.decoder(z.contiguous(memory_format=torch.channels_last), size, {})
-        error = decoded.view(video.shape) - video  # (B, T, 6, H, W), bf16: as exact as 8-bit pixels
+        error = decoded.view(video.shape) - video  # (B, T, 6, H, W), bf16 under autocast: as exact as 8-bit pixels
         heavy = error * weight
         right, down = heavy[..., 1:] - heavy[..., :-1], heavy[..., 1:, :] - heavy[..., :-1, :]
         square = (heavy * error).mean(dtype=torch.float32)
@@ -161,14 +176,20 @@ class VideoVAETask(Task):
         parts = {"rec": rec, "kl": kl, "square": square, "edge": edge}
         return Loss(rec + self.kl_weight * kl, {name: value.view(1) for name, value in parts.items()})
 
+    def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer:
+        """Muon for the kernels between pixels and latents, AdamW for those at the ends and for vectors."""
+        groups = muon_groups(self.modules, ends=("conv_in", "conv_out", "down.0"))
+        betas, decay = (options.adam_beta1, options.adam_beta2), options.adam_weight_decay
+        return MuonAdam(groups, options.learning_rate, betas, decay, options.adam_epsilon)
+
     @staticmethod
     def pairs(video: Tensor) -> Tensor:
         """uint8 (B, F, H, W, 3) -> (B, T, 6, H, W) in [-1, 1], the first frame with itself."""
         doubled = torch.cat([video[:, :1], video], dim=1)
-        return rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2).to(torch.bfloat16).div_(127.5).sub_(1)
+        return rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2).to(_working_dtype(video)).div_(127.5).sub_(1)
 
     def weights(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, T, 1, H, W) bf16: 1, more in the mouth box; the lone first frame counts half, as it stands there twice."""
+        """(B, T, 1, H, W): 1, more in the mouth box; the lone first frame counts half, as it is there twice."""
         height, width = batch["video"].shape[2:4]
         boxes = batch["boxes"][:, ::2].to(torch.float32)  # (B, T, 4): a pair shares the box of its second frame
         x = (torch.arange(width, device=boxes.device) + 0.5) / width
@@ -177,19 +198,27 @@ class VideoVAETask(Task):
         inside = ((y >= top) & (y < bottom))[..., :, None] & ((x >= left) & (x < right))[..., None, :]
         weight = 1 + self.mouth_weight * inside.float()
         weight[:, 0] *= 0.5
-        return weight.unsqueeze(2).to(torch.bfloat16)
+        return weight.unsqueeze(2).to(_working_dtype(weight))
 
     def disturbance(self, like: Tensor, size: int, generator: torch.Generator, posterior: bool) -> Tensor:
         """Unit noise, or noise whose s.d. is drawn per clip: 0 for a third, up to `latent_noise` for the others."""
         noise = torch.randn(like.shape, generator=generator, device=like.device)
         if posterior:
             return noise
-        level = (torch.rand(size, 1, generator=generator, device=like.device) * 1.5 - 0.5).clamp(min=0) * self.latent_noise
+        level = (torch.rand(size, 1, generator=generator, device=like.device) * 1.5 - 0.5).clamp(
+            min=0
+        ) * self.latent_noise
         return noise * level.expand(size, like.shape[0] // size).reshape(-1, 1, 1, 1)
 
     def validate(self) -> dict[str, float]:
         """PSNR, mouth PSNR and sharpness of held-out clips, and PSNR with 0.15 s.d. of noise on the latents."""
         return round_trip_metrics(self.model, self.held_out, count=min(64, len(self.held_out)))
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """What autocast computes in on the device of `x`, or fp32."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 def _mean_size(x: Tensor) -> Tensor:
@@ -199,7 +228,9 @@ def _mean_size(x: Tensor) -> Tensor:
 
 def decode_uint8(frames: Tensor) -> np.ndarray:
     """(B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)."""
-    return rearrange(frames.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "b c f h w -> b f h w c").cpu().numpy()
+    return (
+        rearrange(frames.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "b c f h w -> b f h w c").cpu().numpy()
+    )
 
 
 def round_trip_metrics(model: AVVideoVAE, store: Any, count: int, noise: float = 0.15) -> dict[str, float]:
@@ -213,7 +244,10 @@ def round_trip_metrics(model: AVVideoVAE, store: Any, count: int, noise: float =
             spread = z.std(dim=(0, 2, 3, 4), keepdim=True)
             noisy = z + noise * spread * torch.randn(z.shape, generator=torch.Generator().manual_seed(index)).to(z)
             clean, rough = (decode_uint8(model.decode(latent).sample)[0] for latent in (z, noisy))
-        rows.append({"psnr": psnr(video, clean), "mouth_psnr": psnr(video, clean, boxes), "noisy_psnr": psnr(video, rough),
-                     "noisy_mouth_psnr": psnr(video, rough, boxes),
-                     "mouth_gradient": gradient_energy(clean, boxes) / gradient_energy(video, boxes)})
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        row = {"psnr": psnr(video, clean), "noisy_psnr": psnr(video, rough)}
+        if (boxes[:, 2] > boxes[:, 0]).all():  # a presenter, not an object
+            row |= {"mouth_psnr": psnr(video, clean, boxes), "noisy_mouth_psnr": psnr(video, rough, boxes)}
+            row["mouth_gradient"] = gradient_energy(clean, boxes) / gradient_energy(video, boxes)
+        rows.append(row)
+    names = sorted({name for row in rows for name in row})
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}

@@ -35,7 +35,8 @@ from avdiff.train.fit import FitSummary, Loss, Task, fit, row_generators
 from avdiff.train.loss import BUCKETS, LossBalance, Noised, Objective, draw_structure, parts_of, router_loss, supervised
 from avdiff.train.options import help_text, list_recipes, load_options, to_toml
 from avdiff.train.plan import describe_plan
-from avdiff.train.recipe import Recipe
+from avdiff.train.recipe import Recipe, taught
+from avdiff.train.watch import Watch
 
 RECIPES = Path(__file__).parents[1] / "samples" / "recipes"
 
@@ -63,6 +64,9 @@ class FinetuneTask(Task):
         self.held_out = None if held_out is None else TrainingClips(held_out, None)
         self._choose_weights()
         self.rows = self._row_optimizer()
+        trained = {adapters.branch_of(n) for n, p in self._named() if p.requires_grad} - {"other"}
+        unlearned = {m for m in MODALITIES if m not in taught(recipe.objective)}
+        self.watch = Watch(taught(recipe.objective), sorted(trained - unlearned))
         self._seen: dict[str, list[float]] = {}
         self._metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
@@ -71,7 +75,7 @@ class FinetuneTask(Task):
     def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
         """Velocity loss of each modality that takes part, plus the experts' balance."""
         tasks = self.recipe.objective.tasks
-        side = torch.Generator().manual_seed(mix(generator.initial_seed()))  # row 0 draws from the seed itself
+        side = torch.Generator().manual_seed(self.common_seed)  # ranks must agree: they add up their experts' load
         clean, structure = self._structure(batch, side)
         positions = _positions(batch["clip"], str(self.device))
         first = next(x for _, x in clean.items())
@@ -183,6 +187,10 @@ class FinetuneTask(Task):
         deltas = adapters.delta_norms(self.transformer) if self.recipe.adapter.rank else {}
         return {f"adapter_norm/{branch}": norm for branch, norm in deltas.items()} | self._metrics
 
+    def warnings(self, values: Mapping[str, float]) -> Iterable[str]:
+        """What the log line says about modalities and branches that should learn."""
+        return self.watch.read(values)
+
     def validate(self) -> dict[str, float]:
         """Held-out loss by modality and noise level: always the same clips, noise and levels, joint generation."""
         if self.held_out is None or not len(self.held_out):
@@ -202,7 +210,7 @@ class FinetuneTask(Task):
                 for m, loss in self.objective.row_losses(output, clean, noised).items():
                     for key in (m, f"{m}/t{time:.1f}"):
                         entry = sums.setdefault(key, [0.0, 0.0])
-                        entry[0] += float(loss.sum())
+                        entry[0] += float(loss.detach().sum())
                         entry[1] += len(loss)
         self.last_metrics = {key: total / count for key, (total, count) in sorted(sums.items())}
         return self.last_metrics

@@ -136,6 +136,7 @@ class Run:
         row = (micro * self.world + self.rank) * self.options.train_batch_size
         seed = mix(self.options.seed, self.step, self.task.phases.index(phase)) + row
         generator = torch.Generator(self.task.device).manual_seed(seed)
+        self.task.common_seed = mix(self.options.seed, self.step, self.task.phases.index(phase), micro)
         with self.accelerator.autocast():
             loss = self.task.loss(batch, phase, generator)
         self._last_loss = loss.total.item()
@@ -199,6 +200,8 @@ class Run:
         values["samples_per_second"] = steps * self.feed.rows_per_step / elapsed
         values["data_wait"] = min(1.0, waited * steps / elapsed)
         self._tell(values)
+        for sentence in self.task.warnings(values):
+            self.log.warn(self.step, sentence)
 
     def validate(self) -> None:
         """Measure with the averaged weights; keep them in `best` if the chosen metric never was better."""

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 MOST = 3  # units in a chunk: "use" starts with j u: on one letter, "x" is k s
 BAND = 5  # units by which an alignment may leave the diagonal
@@ -86,4 +87,4 @@ def _best(word: str, units: list[str], cost: _Costs) -> list[str] | None:
     if m not in reach:
         return None
     ends = (0, *reach[m][1])
-    return ["".join(units[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return ["".join(units[a:b]) for a, b in pairwise(ends)]

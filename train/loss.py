@@ -215,11 +215,14 @@ class LossBalance(nn.Module):
 
 
 def router_loss(routing: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """Mean balance loss over layers (1 at balance) and, for the log, it and the experts' load."""
+    """Mean balance loss over layers (1 at balance) and, for the log, it and the experts' load.
+
+    The load is that of all ranks, so that two processes ask for the same balance as one with their rows together.
+    """
     if not routing:
         return None, {}
     stats = [RoutingStats(r) for r in routing]
-    balance = torch.stack([balance_loss(s).mean() for s in stats]).mean()
+    balance = torch.stack([balance_loss(s, s.all_reduce()).mean() for s in stats]).mean()
     reports = [load_report(s) for s in stats]
     return balance, {"experts/balance": balance.detach(),
                      "experts/max_over_mean": torch.stack([r.max_over_mean.max() for r in reports]),

@@ -86,17 +86,19 @@ class Logbook:
         """Append one line to the file and, without a progress bar, print it."""
         if not self.active:
             return
-        line = json.dumps({"step": step, **{k: _plain(v) for k, v in values.items()}})
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, (line + "\n").encode())
-        finally:
-            os.close(handle)
+        self._append({"step": step, **{k: _plain(v) for k, v in values.items()}})
         if not self._bar:
             # Buckets and gradient norms are for the file: a console line should be read, not searched.
-            brief = {k: v for k, v in values.items() if k.count("/") <= 1 and not k.startswith(("grad_norm", "experts"))}
+            details = ("grad_norm", "experts")
+            brief = {k: v for k, v in values.items() if k.count("/") <= 1 and not k.startswith(details)}
             shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in brief.items())
             self._console.print(f"step {step}/{self.steps} {self._left(step)}{shown}", markup=False)
+
+    def warn(self, step: int, text: str) -> None:
+        """A warning: to the console, and as a line of its own to the file."""
+        if self.active:
+            self._append({"step": step, "warning": text})
+            self.say(f"warning at step {step}: {text}")
 
     def say(self, text: str) -> None:
         """A sentence for the person at the console."""
@@ -108,6 +110,13 @@ class Logbook:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, (json.dumps(line) + "\n").encode())
+        finally:
+            os.close(handle)
 
     def _left(self, step: int) -> str:
         done = step - self._first

@@ -1,9 +1,10 @@
 """Train the pronunciation reader: letters -> phonemes, phones -> seconds, and the forms that words take in sentences.
 
-    python -m avdiff.train.reader forms --bank BANK              # -> avdiff/bundled/lexicon/forms
-    python -m avdiff.train.reader words --output_dir RUN         # the network with its memory, on the lexicon alone
-    python -m avdiff.train.reader times --bank BANK --output_dir RUN
-    python -m avdiff.train.reader score --bank BANK --words DIR --times DIR
+    python -m avdiff.train.reader words --output_dir RUN_W       # the network with its memory, on the lexicon alone
+    python -m avdiff.train.reader times --bank BANK --output_dir RUN_T
+    python -m avdiff.train.reader ship --words RUN_W/final/reader --times RUN_T/final/timer    # half precision, bundled
+    python -m avdiff.train.reader forms --bank BANK              # words in sentences -> avdiff/bundled/lexicon/forms
+    python -m avdiff.train.reader score --bank BANK --json OUT
 
 Words are held out by hash: one in twenty for the score and one in twenty for validation; neither is ever trained.
 """
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -28,10 +30,15 @@ from avdiff.core.engram import MemoryRead
 from avdiff.core.row_optim import RowAdagrad
 from avdiff.data.corpus.phones import encode_phones, inventory
 from avdiff.data.corpus.speech import LANGUAGES, SpeechBank, Utterance
+from avdiff.data.lexicon import FOLDER as LEXICON
 from avdiff.data.lexicon import load_lexicon
+from avdiff.data.networks import FOLDER as BUNDLED
+from avdiff.data.networks import Networks
+from avdiff.data.reading import read
 from avdiff.models.reader import PAD, PhoneTimer, PronunciationReader
 from avdiff.train.fit import FitOptions, FitSummary, Loss, Task, fit
 from avdiff.train.letters import align_words
+from avdiff.train.sentences import MINED, mine_forms, reading_error, sentence_scores, write_forms
 
 SPELT = ("en", "es", "fr", "hi", "it", "pt")
 REPEATS = {"en": 3, "hi": 2}  # per epoch: English spelling is the hardest, Hindi has the fewest words
@@ -121,10 +128,10 @@ class WordTask(Task):
         if read is not None:
             kept = torch.rand(len(letters), 1, 1, generator=generator, device=letters.device) >= TABLE_DROPOUT
             read = MemoryRead(read.keys, read.values * kept)
-        logits = self.reader(letters, languages, chunks, read)
-        each = F.cross_entropy(logits.float().transpose(1, 2), chunks, reduction="none", label_smoothing=0.05)
         present = letters != PAD
-        return Loss((each * present).sum() / present.sum(), {"chunk": (each * present).sum(1) / present.sum(1)})
+        logits = self.reader(letters, languages, chunks, read)[present]
+        each = F.cross_entropy(logits.float(), chunks[present], reduction="none", label_smoothing=0.05)
+        return Loss(each.mean(), {"chunk": each})
 
     def read(self, letters: torch.Tensor, languages: torch.Tensor) -> MemoryRead | None:
         """What the memory gives under this task's setting."""
@@ -147,7 +154,7 @@ class WordTask(Task):
         """State of the table's optimizer."""
         return {} if self.rows is None else self.rows.flat_state()
 
-    def load_extra_state_dict(self, state: dict[str, torch.Tensor]) -> None:  # type: ignore[override]
+    def load_extra_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of `extra_state_dict`."""
         if self.rows is not None:
             self.rows.load_flat_state(state)
@@ -189,7 +196,7 @@ class TimeTask(Task):
         self.collate = self._collate
 
     def _collate(self, items: list[Utterance]) -> dict[str, torch.Tensor]:
-        ids, marks, seconds = zip(*(encode_timed(u) for u in items), strict=True)
+        ids, marks, seconds = map(list, zip(*(encode_timed(u) for u in items), strict=True))
         return {"phones": pad_sequence(ids, True, len(inventory()[0])), "marks": pad_sequence(marks, True),
                 "seconds": pad_sequence(seconds, True),
                 "languages": torch.tensor([LANGUAGES.index(u.lang) for u in items])}
@@ -214,7 +221,7 @@ class TimeTask(Task):
 
 
 def encode_timed(utterance: Utterance) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Phone ids, marks and seconds at natural speed (P,); 0 seconds for the silence at both ends, which is not spoken."""
+    """Phone ids, marks and seconds at natural speed (P,); 0 for the silence at both ends, which is not spoken."""
     ids, marks = encode_phones(utterance.phones)
     seconds = torch.tensor([max(p.end - p.start, 0.01) * utterance.speed for p in utterance.phones])
     seconds[0] = seconds[-1] = 0.0
@@ -243,14 +250,51 @@ def train_words(arguments: argparse.Namespace) -> FitSummary:
     network = sum(p.numel() for p in task.reader.parameters())
     print(f"network {network:,} parameters, memory {task.reader.memory.table.num_rows:,} rows, "
           f"{len(task.dataset):,} packs of {PACK} words")
-    summary = fit(task, options)
-    print({k: round(v, 2) for k, v in word_scores(task, task.held_out).items()})
-    return summary
+    return fit(task, options)
 
 
 def train_times(arguments: argparse.Namespace) -> FitSummary:
     """The recipe of the lengths."""
     return fit(TimeTask(SpeechBank(arguments.bank, decoded=True), arguments.seed), options_from(arguments))
+
+
+def ship(arguments: argparse.Namespace) -> None:
+    """Write both networks in half precision where the package loads them from."""
+    PronunciationReader.from_pretrained(arguments.words).half().save_pretrained(BUNDLED / "words")
+    PhoneTimer.from_pretrained(arguments.times).half().save_pretrained(BUNDLED / "times")
+    for file in BUNDLED.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def write_all_forms(arguments: argparse.Namespace) -> None:
+    """Mine the training sentences; the older forms are out of the way meanwhile."""
+    train, networks = SpeechBank(arguments.bank, "train"), Networks.load()
+    for language in MINED:
+        forms = mine_forms(train, language, networks)
+        write_forms(LEXICON / "forms", language, forms)
+        print(f"{language}: {len(forms)} forms")
+
+
+def score(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of the model card: words held out, sentences of the bank's test split, lengths, speed."""
+    networks = Networks.load()
+    held_out = [(w, x) for x in SPELT for w in load_lexicon(x).words if fold(w, x) == "test"]
+    right: dict[str, list[bool]] = defaultdict(list)
+    began = time.process_time()
+    for language in SPELT:
+        words = [w for w, x in held_out if x == language]
+        for word, phonemes in zip(words, networks.spell(words, language), strict=True):
+            right[language].append(phonemes == (load_lexicon(language).find(word) or "").replace(" ", ""))
+    speed = len(held_out) / (time.process_time() - began)
+    bank = SpeechBank(arguments.bank)
+    errors = [reading_error(read(u.text, u.lang, networks=networks), u) for u in bank if u.split == "test"]
+    result = {"held_out_words": {x: round(100 * sum(r) / len(r), 2) for x, r in right.items()},
+              "words_per_cpu_second": round(speed), "sentences": sentence_scores(bank, networks),
+              "length_error": {"mean": sum(errors) / len(errors), "absolute": sum(map(abs, errors)) / len(errors)}}
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1), encoding="utf8")
+    return result
 
 
 def main(argv: Iterable[str] | None = None) -> None:
@@ -259,8 +303,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     words = commands.add_parser("words")
     add_options(words, max_train_steps=9000, train_batch_size=8, learning_rate=2e-3, lr_warmup_steps=200,
-                ema_decay=0.998, validation_steps=1000, checkpointing_steps=1000, log_every=100,
-                resume_from_checkpoint="latest")
+                ema_decay=0.998, validation_steps=1000, checkpointing_steps=500, log_every=100,
+                resume_from_checkpoint="latest", mixed_precision="bf16")
     words.add_argument("--memory", choices=MEMORIES, default="trained")
     words.add_argument("--constant_gate", type=float, default=None)
     words.add_argument("--cache", default=str(Path.home() / ".cache" / "avdiff" / "reader" / "aligned.json"))
@@ -268,10 +312,16 @@ def main(argv: Iterable[str] | None = None) -> None:
     add_options(times, max_train_steps=2000, train_batch_size=32, learning_rate=3e-3, lr_warmup_steps=100,
                 ema_decay=0.995, validation_steps=500, checkpointing_steps=1000, log_every=100,
                 resume_from_checkpoint="latest")
-    for sub in (times,):
+    ship_ = commands.add_parser("ship")
+    ship_.add_argument("--words", required=True)
+    ship_.add_argument("--times", required=True)
+    forms, score_ = commands.add_parser("forms"), commands.add_parser("score")
+    score_.add_argument("--json", default=None)
+    for sub in (times, forms, score_):
         sub.add_argument("--bank", default=None)
     arguments = parser.parse_args(None if argv is None else list(argv))
-    {"words": train_words, "times": train_times}[arguments.command](arguments)
+    {"words": train_words, "times": train_times, "ship": ship, "forms": write_all_forms, "score": score}[
+        arguments.command](arguments)
 
 
 if __name__ == "__main__":

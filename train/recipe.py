@@ -162,6 +162,13 @@ class Recipe:
             raise ValueError(f"branch_rank={a.branch_rank}: has no effect with rank=0; set rank")
 
 
+def taught(objective: ObjectiveOptions) -> tuple[str, ...]:
+    """Modalities that are trained and that some task of the mix generates."""
+    others = {"video": ("t2a", "v2a"), "audio": ("t2v", "a2v")}
+    shares = objective.tasks.items()
+    return tuple(m for m in objective.modalities if any(s > 0 and t not in others[m] for t, s in shares))
+
+
 def _shares(name: str, table: dict[str, float], keys: tuple[str, ...]) -> None:
     for key, value in table.items():
         if key not in keys:

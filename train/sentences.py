@@ -1,4 +1,4 @@
-"""What the bank's sentences teach beyond single words: the forms of words in context, and how well sentences are read."""
+"""What the bank's sentences teach beyond single words: forms of words in context; and how well sentences are read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import numpy as np
 
 from avdiff.data.corpus.phones import SILENCE, parse_ipa
 from avdiff.data.corpus.speech import SpeechBank, Utterance
-from avdiff.data.lexicon import load_lexicon
 from avdiff.data.linking import Spoken, following_class, link
-from avdiff.data.reading import Reading, pronounce, pronounce_word
+from avdiff.data.networks import Networks
+from avdiff.data.reading import Reading, pronounce, pronounce_words
 from avdiff.data.text import split_text
 
+Counts = dict[tuple[str, str], Counter[str]]
 BREAKS = {"hi": r"[,?!;:—…]+"}  # a full stop is part of Hindi's "r."
 MINED = ("en", "es", "fr", "hi", "it", "pt")
+CLOSE = 2  # a form seen once must be this near to the expected one
 LEAST = 0.6  # a form must be this share of a word's uses in its place
 
 
@@ -34,7 +36,7 @@ def standard_accent(utterance: Utterance) -> bool:
     return utterance.lang != "en" or utterance.voice.startswith("a")
 
 
-def mine_forms(utterances: Iterable[Utterance], language: str) -> dict[tuple[str, str], str]:
+def mine_forms(utterances: Iterable[Utterance], language: str, networks: Networks) -> dict[tuple[str, str], str]:
     """(word, what follows) -> phonemes, for the words whose form in sentences is neither the lexicon's nor a rule's."""
     seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     plain: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -46,7 +48,7 @@ def mine_forms(utterances: Iterable[Utterance], language: str) -> dict[tuple[str
         if [len(g) for g in groups] != [len(s) for s in spoken] or sum(map(len, groups)) < 2:
             continue
         for words, forms in zip(groups, spoken, strict=True):
-            own = [Spoken(w, pronounce_word(w, language)) for w in words]
+            own = [Spoken(w, p) for w, p in zip(words, pronounce_words(words, language, networks), strict=True)]
             ruled = link(own, language)
             for i, (word, form) in enumerate(zip(words, forms, strict=True)):
                 following = following_class(forms[i + 1] if i + 1 < len(forms) else None)
@@ -55,14 +57,15 @@ def mine_forms(utterances: Iterable[Utterance], language: str) -> dict[tuple[str
     return _choose(seen, plain)
 
 
-def _choose(seen: dict[tuple[str, str], Counter[str]], plain: dict[tuple[str, str], Counter[str]]) -> dict[tuple[str, str], str]:
+def _choose(seen: Counts, plain: Counts) -> dict[tuple[str, str], str]:
     """The usual form of each word in each place, where rules do not give it; "any" where all places agree."""
     forms: dict[tuple[str, str], str] = {}
     for (word, following), counts in seen.items():
         form, n = counts.most_common(1)[0]
-        if n / counts.total() >= LEAST and plain[word, following].most_common(1)[0][0] != form:
+        near = edit_distance(form, plain[word, following].most_common(1)[0][0]) <= CLOSE
+        if (n > 1 or near) and n / counts.total() >= LEAST and plain[word, following].most_common(1)[0][0] != form:
             forms[word, following] = form
-    places = defaultdict(dict)
+    places: dict[str, dict[str, str]] = defaultdict(dict)
     for (word, following), form in forms.items():
         places[word][following] = form
     out: dict[tuple[str, str], str] = {}
@@ -106,21 +109,23 @@ def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
     return int(row[-1])
 
 
-def sentence_scores(bank: SpeechBank, split: str = "test") -> dict[str, dict[str, float]]:
-    """By language, in per cent: phones right (1 - distance / length), the same with their marks, sentences all right."""
-    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(5))
+def sentence_scores(bank: SpeechBank, networks: Networks, split: str = "test") -> dict[str, dict[str, float]]:
+    """By language, in per cent: phones right (1 - distance / length), the same with marks, sentences all right."""
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
     for u in bank:
         if u.split != split or not standard_accent(u):
             continue
         truth = parse_ipa("".join(u.tokens.symbols))
-        groups = pronounce(split_text(u.text, u.lang), u.lang)
+        groups = pronounce(split_text(u.text, u.lang), u.lang, networks)
         guess = [p for words, _ in groups for w in words for p in parse_ipa(w.phonemes)]
         truth = [p for p in truth if p[0] != SILENCE]
         phones = edit_distance([s for s, _ in truth], [s for s, _ in guess])
         marked = edit_distance(truth, guess)
-        totals[u.lang] += (len(truth), phones, marked, phones == 0, 1)
-    return {language: {"phones": 100 * (1 - t[1] / t[0]), "marked": 100 * (1 - t[2] / t[0]),
-                       "sentences": 100 * t[3] / t[4], "count": t[4]} for language, t in sorted(totals.items())}
+        counts = (len(truth), phones, marked, phones == 0, 1)
+        totals[u.lang] = [a + b for a, b in zip(totals[u.lang], counts, strict=True)]
+    names = ("phones", "marked", "sentences", "count")
+    return {language: dict(zip(names, (100 * (1 - t[1] / t[0]), 100 * (1 - t[2] / t[0]), 100 * t[3] / t[4], t[4]),
+                               strict=True)) for language, t in sorted(totals.items())}
 
 
 def reading_error(reading: Reading, utterance: Utterance) -> float:

@@ -203,6 +203,8 @@ def replacing(target: Path) -> Iterator[Path]:
     """Yield an empty temporary directory that takes the place of `target` if all goes well (an export)."""
     with writing(target) as temporary:
         yield temporary
+        for path in temporary.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)  # safetensors writes for the owner alone
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
 

@@ -42,6 +42,7 @@ class Task:
         groups: None, or a key per item; a micro-batch never mixes keys (buckets of equal shape).
         phases: the optimizers, in the order in which each step runs them; GANs have ("generator", "discriminator").
         device: set by `fit` before anything else happens.
+        common_seed: set by `fit` before each `loss`: seed for what a micro-batch shares, the same on all ranks.
     """
 
     modules: dict[str, nn.Module]
@@ -51,6 +52,7 @@ class Task:
     phases: tuple[str, ...] = ("main",)
     ema_modules: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")
+    common_seed: int = 0
 
     def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
         """Loss of one micro-batch (tensors are on the device, bf16 autocast is on if asked for).
@@ -89,6 +91,10 @@ class Task:
     def report(self) -> dict[str, float]:
         """Further values for each log line (norms of adapters, load of experts)."""
         return {}
+
+    def warnings(self, values: Mapping[str, float]) -> Iterable[str]:
+        """Sentences for the console and the log when the values of a log line show trouble."""
+        return ()
 
     def norm_group(self, name: str) -> str:
         """Key under which a parameter's gradient norm is logged; `name` is "module.path.to.weight"."""

@@ -1,5 +1,5 @@
-"""Engram: a memory that is looked up by n-grams and let in by a gate (Cheng et al. 2026, "Conditional Memory via Scalable
-Lookup"; hash and gate as in the published code).
+"""Engram: a memory that is looked up by n-grams and let in by a gate (Cheng et al. 2026, "Conditional Memory via
+Scalable Lookup"; hash and gate as in the published code).
 
 The keys are known before denoising starts, so a prompt is looked up once and its rows, already projected, serve all
 denoising steps and guidance passes. Only the gate depends on the hidden state.
@@ -180,7 +180,8 @@ class MemoryRead:
 
     def at(self, index: torch.Tensor) -> MemoryRead:
         """Reads of the positions `index` (B, Q): from phonemes to clock ticks. Worth doing once a prompt."""
-        return MemoryRead(*(x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])) for x in (self.keys, self.values)))
+        place = index[..., None].expand(-1, -1, self.keys.shape[-1])
+        return MemoryRead(self.keys.gather(1, place), self.values.gather(1, place))
 
     def to(self, device: torch.device | str) -> MemoryRead:
         """Copy on another device."""

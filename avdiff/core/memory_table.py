@@ -1,7 +1,7 @@
 """Rows of an Engram memory: in RAM, or memory-mapped from a safetensors file, bit for bit the same.
 
-A table is far too large for a dense gradient and often for RAM. It is a buffer, not a parameter; `avdiff.core.row_optim`
-trains the rows that a forward touched and nothing else.
+A table is far too large for a dense gradient and often for RAM. It is a buffer, not a parameter;
+`avdiff.core.row_optim` trains the rows that a forward touched and nothing else.
 
 Shape legend: R rows of the table, D channels of a row, U unique rows of one look-up.
 """
@@ -38,8 +38,8 @@ _PROBES = 64  # rows whose residency is asked for before a read
 class MappedRows:
     """Read-only rows of one tensor in a safetensors file; several processes share the pages of one mapping.
 
-    Warm rows are gathered straight from the mapping. If any of a sample of rows is not in the page cache, all wanted rows
-    are read with sorted, parallel preads: 9 to 23 times faster than page faults one after the other.
+    Warm rows are gathered straight from the mapping. If any of a sample of rows is not in the page cache, all wanted
+    rows are read with sorted, parallel preads: several times faster than page faults one after the other.
 
     Args:
         path: safetensors file. name: tensor of shape (R, D) in it, float32, float16, bfloat16 or float8_e4m3.
@@ -124,7 +124,8 @@ class MemoryTable(nn.Module):
                  mapped: MappedRows | None = None) -> None:
         super().__init__()
         if mapped is not None and mapped.shape != (num_rows, dim):
-            raise ValueError(f"mapped table: {mapped.path} holds {mapped.shape} rows x channels; needs {(num_rows, dim)}")
+            raise ValueError(f"mapped table: {mapped.path} holds {mapped.shape} (rows, channels); "
+                             f"needs {(num_rows, dim)}")
         self.num_rows, self.dim, self.mapped = num_rows, dim, mapped
         self.collecting = False  # switched on by the row optimizer that trains this table
         self.pending: list[PendingRows] = []

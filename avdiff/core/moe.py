@@ -199,9 +199,9 @@ class Experts(nn.Module):
 
     Args:
         dim: D. hidden: H, width of one expert. num_experts: E.
-        implementation: "grouped" runs `F.grouped_mm`; it needs bf16, fp16 or fp32, and D and H at multiples of 16 bytes.
-            "loop" runs a matmul per expert, everywhere (fp64, forward-mode AD). "cast_loop" does so with a hand-written
-            backward, for autocast on a CPU. "auto" takes the fastest that can run.
+        implementation: "grouped" runs `F.grouped_mm`; it needs bf16, fp16 or fp32, and D and H at multiples of 16
+            bytes. "loop" runs a matmul per expert, everywhere (fp64, forward-mode AD). "cast_loop" does so with a
+            hand-written backward, for autocast on a CPU. "auto" takes the fastest that can run.
     """
 
     def __init__(self, dim: int, hidden: int, num_experts: int, implementation: str = "auto") -> None:
@@ -228,10 +228,7 @@ class Experts(nn.Module):
         Returns:
             (S, D) in the dtype of the matmuls (the autocast dtype under autocast).
         """
-        if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
-            dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = torch.promote_types(x.dtype, self.gate_up.dtype)
+        dtype = self.dtype_for(x)
         path = self._choose(x.device.type, dtype) if self.implementation == "auto" else self.implementation
         if path == "cast_loop":
             return _CastLoop.apply(x.to(dtype), self.gate_up, self.down, counts.tolist())
@@ -241,6 +238,12 @@ class Experts(nn.Module):
         offsets = counts.cumsum(0).to(torch.int32)  # rows after offsets[-1] would be uninitialised: there are none
         gate, up = F.grouped_mm(x, gate_up, offs=offsets).chunk(2, dim=-1)  # (S, H) each
         return F.grouped_mm(F.silu(gate) * up, down, offs=offsets)
+
+    def dtype_for(self, x: Tensor) -> torch.dtype:
+        """Type of the matmuls on x: autocast's where it is on (grouped_mm is not on its list), else the wider one."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return torch.promote_types(x.dtype, self.gate_up.dtype)
 
     def _choose(self, device: str, dtype: torch.dtype) -> str:
         if device == "cpu" and dtype != self.gate_up.dtype:
@@ -264,9 +267,9 @@ def _loop(x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor
 class _CastLoop(torch.autograd.Function):
     """The loop for weights of another dtype than x, as under autocast.
 
-    Casting fp32 weights of all experts, and their gradients back, costs more memory traffic than the matmuls of a few
-    tokens are worth. Here an expert is cast when its turn comes and is still in cache when it is used; its gradient goes
-    straight to its place.
+    To cast the fp32 weights of all experts, and their gradients back, takes as long as the matmuls of a few tokens.
+    Here an expert is cast when its turn comes, so that it is still in cache when it is used; its gradient goes straight
+    to its place.
     """
 
     @staticmethod
@@ -353,16 +356,10 @@ class MoE(nn.Module):
         slots = experts.flatten()  # (S,)
         order = slots.argsort(stable=True)  # slot at each sorted row
         counts = torch.bincount(slots, minlength=self.router.num_experts)  # (E,)
-        rows = tokens.index_select(0, order // self.router.top_k)  # (S, D) sorted by expert
-        rows = self.experts(rows, counts)
-        y = self._combine(rows, order, weights)  # (T, D)
+        owner = order // self.router.top_k  # token of each sorted row
+        rows = self.experts(tokens.to(self.experts.dtype_for(tokens)).index_select(0, owner), counts)  # (S, D)
+        rows = rows * weights.flatten().index_select(0, order).unsqueeze(-1).to(rows.dtype)
+        y = rows.new_zeros(tokens.shape).index_add(0, owner, rows)  # (T, D)
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.to(x.dtype).view_as(x), stats
-
-    @staticmethod
-    def _combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sum over the K rows of each token: rows (S, D) sorted by expert, weights (T, K) -> (T, D)."""
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        own = rows.index_select(0, place).unflatten(0, weights.shape)  # (T, K, D)
-        return (own * weights.unsqueeze(-1).to(rows.dtype)).sum(1)

@@ -71,7 +71,8 @@ class RowOptimizer(torch.optim.Optimizer):
             rows, grads = entry
             values = table.rows[rows].float()
             values -= self._update(self._state(key, table.rows), rows, grads, group)
-            table.rows[rows] = values if table.rows.dtype == torch.float32 else _round_up_or_down(values, self.generator)
+            whole = table.rows.dtype == torch.float32
+            table.rows[rows] = values if whole else _round_up_or_down(values, self.generator)
         self._gathered = None
         return loss
 
@@ -164,7 +165,7 @@ class RowAdam(RowOptimizer):
 
 
 def clip_with_rows(parameters: Iterable[torch.Tensor], rows: RowOptimizer | None, max_norm: float) -> torch.Tensor:
-    """Clip dense gradients and row gradients by their common norm, as if the table were a parameter; returns the norm."""
+    """Clip dense and row gradients by their common norm, as if the table were a parameter; returns the norm."""
     dense = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None])
     if rows is not None:

@@ -1,7 +1,7 @@
 """Japanese and Chinese: words and their sounds from segmenters' readings, in the speech bank's symbols.
 
-fugashi with unidic-lite (MIT, BSD) segments Japanese and says how each word is pronounced in kana; jieba and pypinyin (both
-MIT) do the same for Chinese in pinyin. Kana and pinyin are regular, so two small tables turn them into phonemes.
+fugashi with unidic-lite (MIT, BSD) segments Japanese and says how each word is pronounced in kana; jieba and pypinyin
+(both MIT) do the same for Chinese in pinyin. Kana and pinyin are regular, so two small tables turn them into phonemes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from unicodedata import normalize
 
 # --------------------------------------------------------------------------------------------------- Japanese
 _VOWELS = dict(zip("アイウエオ", "aiɯeo", strict=True))
-_ROWS = {"カキクケコ": "k", "ガギグゲゴ": "ɡ", "サシスセソ": "s", "ザジズゼゾ": "ʣ", "タチツテト": "t", "ダヂヅデド": "d",
-         "ナニヌネノ": "n", "ハヒフヘホ": "h", "バビブベボ": "b", "パピプペポ": "p", "マミムメモ": "m", "ラリルレロ": "ɾ"}
+_ROWS = {"カキクケコ": "k", "ガギグゲゴ": "ɡ", "サシスセソ": "s", "ザジズゼゾ": "ʣ", "タチツテト": "t",
+         "ダヂヅデド": "d", "ナニヌネノ": "n", "ハヒフヘホ": "h", "バビブベボ": "b", "パピプペポ": "p",
+         "マミムメモ": "m", "ラリルレロ": "ɾ"}
 _IRREGULAR = {
-    "シ": "ɕi", "ス": "sɨ", "ジ": "ʥi", "ズ": "zɨ", "チ": "ʨi", "ツ": "ʦɨ", "ヂ": "ʥi", "ヅ": "zɨ", "ニ": "ɲi", "ヒ": "çi",
-    "フ": "ɸɯ", "ヤ": "ja", "ユ": "jɯ", "ヨ": "jo", "ワ": "βa", "ヰ": "i", "ヱ": "e", "ヲ": "o", "ン": "ɴ", "ッ": "ʔ", "ー": "ː",
-    "ヴ": "vɯ", "ヶ": "ke", "ヵ": "ka", "ヮ": "βa",
+    "シ": "ɕi", "ス": "sɨ", "ジ": "ʥi", "ズ": "zɨ", "チ": "ʨi", "ツ": "ʦɨ", "ヂ": "ʥi", "ヅ": "zɨ", "ニ": "ɲi",
+    "ヒ": "çi", "フ": "ɸɯ", "ヤ": "ja", "ユ": "jɯ", "ヨ": "jo", "ワ": "βa", "ヰ": "i", "ヱ": "e", "ヲ": "o", "ン": "ɴ",
+    "ッ": "ʔ", "ー": "ː", "ヴ": "vɯ", "ヶ": "ke", "ヵ": "ka", "ヮ": "βa",
 }
-_PALATAL = {"シ": "ɕ", "ジ": "ʥ", "チ": "ʨ", "ヂ": "ʥ", "ニ": "ɲ", "ヒ": "ç", "フ": "ɸʲ", "ヴ": "vʲ", "テ": "tʲ", "デ": "dʲ"}
+_PALATAL = {"シ": "ɕ", "ジ": "ʥ", "チ": "ʨ", "ヂ": "ʥ", "ニ": "ɲ", "ヒ": "ç", "フ": "ɸʲ", "ヴ": "vʲ", "テ": "tʲ",
+            "デ": "dʲ"}
 _SMALL = dict(zip("ァィゥェォャュョ", "aiɯeoaɨo", strict=True))
 _NASALS = (("mbp", "m"), ("kɡ", "ŋ"), ("tdnzɾ", "n"), ("ʨʥɲ", "ɲ"))
 
@@ -46,7 +48,7 @@ def kana_table() -> dict[str, str]:
                 table[kana + small] = stem + (vowel if palatal else {"ィ": "i"}.get(small, _SMALL[small]))
     table |= {"ウ" + small: "β" + _SMALL[small] for small in "ァィェォ"} | {"イェ": "je"}
     table |= {"ヴ" + small: "v" + _SMALL[small] for small in "ァィェォ"} | {"ヴュ": "vʲɨ"}
-    return table | {small: vowel for small, vowel in _SMALL.items()}
+    return table | _SMALL
 
 
 def read_kana(kana: str) -> str:
@@ -69,7 +71,7 @@ def settle_nasals(phonemes: str) -> str:
 
 @cache
 def _tagger() -> Any:
-    import fugashi
+    import fugashi  # type: ignore[import-untyped]
     return fugashi.Tagger()
 
 
@@ -79,18 +81,22 @@ def segment_japanese(text: str) -> list[tuple[str, str]]:
 
 
 def _kana(word: Any) -> str:
-    spoken = getattr(word.feature, "pron", None) or getattr(word.feature, "kana", None) or ""
-    return spoken if spoken and spoken != "*" else word.surface if re.fullmatch(r"[ぁ-ゖァ-ヺー]+", word.surface) else ""
+    spoken = getattr(word.feature, "pron", None) or getattr(word.feature, "kana", None)
+    if spoken and spoken != "*":
+        return str(spoken)
+    return word.surface if re.fullmatch(r"[ぁ-ゖァ-ヺー]+", word.surface) else ""
 
 
 # --------------------------------------------------------------------------------------------------- Chinese
-_INITIALS = dict(zip("b p m f d t n l g k h j q x zh ch sh r z c s".split(),
-                     "p pʰ m f t tʰ n l k kʰ x ʨ ʨʰ ɕ ꭧ ꭧʰ ʂ ɻ ʦ ʦʰ s".split(), strict=True))
+_INITIALS = {"b": "p", "p": "pʰ", "m": "m", "f": "f", "d": "t", "t": "tʰ", "n": "n", "l": "l", "g": "k", "k": "kʰ",
+             "h": "x", "j": "ʨ", "q": "ʨʰ", "x": "ɕ", "zh": "ꭧ", "ch": "ꭧʰ", "sh": "ʂ", "r": "ɻ",
+             "z": "ʦ", "c": "ʦʰ", "s": "s"}
 # "T" is where the tone goes: after the vowels, before a final nasal.
-_FINALS = {"a": "aT", "o": "woT", "e": "ɤT", "ai": "aiT", "ei": "eiT", "ao": "auT", "ou": "ouT", "an": "aTn", "en": "əTn",
-           "ang": "aTŋ", "eng": "əTŋ", "ong": "ʊTŋ", "er": "ɚT", "i": "iT", "ia": "jaT", "ie": "jeT", "iao": "jauT",
-           "iou": "jouT", "ian": "jɛTn", "in": "iTn", "iang": "jaTŋ", "ing": "iTŋ", "iong": "jʊTŋ", "u": "uT", "ua": "waT",
-           "uo": "woT", "uai": "waiT", "uei": "weiT", "uan": "waTn", "uen": "wəTn", "uang": "waTŋ", "ueng": "wəTŋ",
+_FINALS = {"a": "aT", "o": "woT", "e": "ɤT", "ai": "aiT", "ei": "eiT", "ao": "auT", "ou": "ouT", "an": "aTn",
+           "en": "əTn", "ang": "aTŋ", "eng": "əTŋ", "ong": "ʊTŋ", "er": "ɚT", "i": "iT", "ia": "jaT", "ie": "jeT",
+           "iao": "jauT", "iou": "jouT", "ian": "jɛTn", "in": "iTn", "iang": "jaTŋ", "ing": "iTŋ", "iong": "jʊTŋ",
+           "u": "uT", "ua": "waT", "uo": "woT", "uai": "waiT", "uei": "weiT", "uan": "waTn", "uen": "wəTn",
+           "uang": "waTŋ", "ueng": "wəTŋ",
            "v": "yT", "ve": "ɥeT", "van": "ɥɛTn", "vn": "yTn", "ê": "ɛT", "io": "joT", "m": "m", "n": "n", "ng": "ŋ"}
 _ARROWS = {"1": "→", "2": "↗", "3": "↓", "4": "↘", "": "", "5": ""}
 
@@ -105,7 +111,7 @@ def read_pinyin(initial: str, final: str) -> str:
 
 @cache
 def _jieba() -> Any:
-    import jieba
+    import jieba  # type: ignore[import-untyped]
     jieba.setLogLevel(logging.ERROR)
     jieba.initialize()
     return jieba
@@ -122,11 +128,6 @@ def read_chinese(word: str) -> str:
     Tones are those of the characters, as in the bank: it writes no tone sandhi and leaves that to the voice.
     """
     from pypinyin import Style, lazy_pinyin
-    initials = lazy_pinyin(word, style=Style.INITIALS, strict=True, errors=_drop)
-    finals = lazy_pinyin(word, style=Style.FINALS_TONE3, strict=True, errors=_drop)
+    initials = lazy_pinyin(word, style=Style.INITIALS, strict=True, errors="ignore")
+    finals = lazy_pinyin(word, style=Style.FINALS_TONE3, strict=True, errors="ignore")
     return "".join(read_pinyin(i, f) for i, f in zip(initials, finals, strict=True))
-
-
-def _drop(characters: str) -> list[str]:
-    """What is no Chinese character has no pinyin."""
-    return []

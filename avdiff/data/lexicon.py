@@ -20,8 +20,9 @@ class Lexicon:
     """Words of one language, most frequent first.
 
     Args:
-        words: word -> phonemes of the word by itself. forms: word -> {what follows: phonemes inside a sentence}, for the
-            words that change there (function words lose their stress, final consonants link).
+        words: word -> phonemes of the word by itself.
+        forms: word -> {what follows: phonemes inside a sentence}, for the words that change there (function words lose
+            their stress, final consonants link).
     """
 
     language: str
@@ -32,10 +33,13 @@ class Lexicon:
         """Phonemes of a word as written or in lower case, or None."""
         return self.words.get(word) or self.words.get(word.lower())
 
-    def form(self, word: str, following: str) -> str | None:
-        """Phonemes inside a sentence, if they differ; `following` is a class of `avdiff.data.linking`."""
-        forms = self.forms.get(word.lower())
-        return None if forms is None else forms.get(following, forms.get("any"))
+    def form(self, word: str, following: str) -> tuple[str, bool] | None:
+        """Phonemes inside a sentence, if they differ, and whether they hold for this very place; `following` is a class
+        of `avdiff.data.linking`."""
+        forms = self.forms.get(word.lower(), {})
+        if following in forms:
+            return forms[following], True
+        return (forms["any"], False) if "any" in forms else None
 
     @cached_property
     def ranks(self) -> dict[str, int]:

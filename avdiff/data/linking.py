@@ -1,7 +1,7 @@
 """Words by themselves -> words in a sentence: what neighbours do to each other's sounds.
 
-The rules are those by which the bank's sentences differ from its lexicon; each is one line of phonetics. Words that change
-by themselves inside a sentence (function words lose their stress) are in the lexicon's `forms`.
+The rules are those by which the bank's sentences differ from its lexicon; each is one line of phonetics. Words that
+change by themselves inside a sentence (function words lose their stress) are in the lexicon's `forms`.
 """
 
 from __future__ import annotations
@@ -51,18 +51,23 @@ def _english(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
 
 
 def _spanish(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
-    """b d ɡ soften after a vowel; a final n takes the place of the next consonant."""
+    """b d ɡ soften unless a nasal or a pause comes before, a final d before a vowel; a final n takes the place of what
+    follows."""
     phonemes = word.phonemes
-    if before is not None and before.phonemes[-1:] in VOWELS:
+    if before is not None and before.phonemes[-1:] not in "mnŋɲ":
         phonemes = re.sub(r"^([ˈˌ]?)([bdɡ])", lambda m: m[1] + {"b": "β", "d": "ð", "ɡ": "ɣ"}[m[2]], phonemes)
-    if after is not None and phonemes.endswith("n"):
-        first = after.phonemes.lstrip(_MARKS)[:1]
-        phonemes = phonemes[:-1] + ("m" if first in "pbm" else "ŋ" if first in "kɡx" else "n")
+    first = after.phonemes.lstrip(_MARKS)[:1] if after is not None else ""
+    if phonemes.endswith("n") and first:
+        phonemes = phonemes[:-1] + ("m" if first in "pbm" else "ŋ" if first in "kɡ" else "n")
+    if phonemes.endswith("d") and first and first in VOWELS:
+        phonemes = phonemes[:-1] + "ð"
     return phonemes
 
 
 def _french(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
     """Liaison: a silent final s, x or z sounds as z before a vowel."""
+    if word.text == "vingt" and before is not None and before.text == "quatre":
+        return "vˈɛ̃"  # its t sounds in 21 to 29, never in 81 to 99
     if word.settled or after is None or following_class(after.phonemes) != "vowel" or after.text[:1] in "hH":
         return word.phonemes
     silent = word.text.lower()[-1:] in "sxz" and word.phonemes[-1:] not in "sz"
@@ -71,14 +76,16 @@ def _french(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
 
 def _portuguese(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
     """Final unstressed vowels glide into the next vowel; a final s is voiced by what follows, r becomes a tap."""
-    follows = following_class(after.phonemes) if after is not None else "end"
-    if follows == "vowel":
-        glides = {"ʊ": "w", "y": "j", "s": "z", "r": "ɾ"}
-        if len(word.phonemes) > 2 or word.phonemes[-1:] in "sr":
-            return word.phonemes[:-1] + glides.get(word.phonemes[-1:], word.phonemes[-1:])
-    elif follows == "voiced" and word.phonemes.endswith("s"):
-        return word.phonemes[:-1] + "z"
-    return word.phonemes
+    stem, last = word.phonemes[:-1], word.phonemes[-1:]
+    first = after.phonemes.lstrip(_MARKS)[:1] if after is not None else ""
+    if last == "s" and first and first in VOWELS + VOICED + "x":
+        return stem + "z"
+    if not first or first not in VOWELS:
+        return word.phonemes
+    if last == "r":
+        return stem + "ɾ"
+    glides = last in "ʊy" and len(stem) > 1 and stem[-1] not in VOWELS
+    return stem + {"ʊ": "w", "y": "j"}[last] if glides else word.phonemes
 
 
 _RULES: dict[str, Callable[[Spoken, Spoken | None, Spoken | None], str]] = {

@@ -41,6 +41,7 @@ __all__ = [
     "MediaError",
     "MediaInfo",
     "contact_sheet",
+    "has_codec",
     "probe",
     "read_clip",
     "resample_audio",
@@ -102,6 +103,15 @@ def write_wav(path: str | Path, audio: Any, sample_rate: int, metadata: dict[str
     if Path(path).suffix.lower() != ".wav":
         raise MediaError(f"path={path}: needs a name that ends in .wav")
     write_clip(path, None, None, audio, sample_rate, metadata)
+
+
+def has_codec(name: str, mode: str = "w") -> bool:
+    """Whether this PyAV can write ("w") or read ("r") a codec, by FFmpeg's name for it."""
+    try:
+        av.Codec(name, mode)  # type: ignore[arg-type]
+    except (ValueError, av.FFmpegError):
+        return False
+    return True
 
 
 def _encode(

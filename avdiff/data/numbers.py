@@ -31,8 +31,8 @@ _SIGNS: dict[str, dict[str, str]] = {
            "+": "プラス", "=": "イコール", "°": "度"},
     "pt": {"%": "por cento", "$": "dólares", "€": "euros", "£": "libras", "¥": "ienes", "₹": "rúpias", "&": "e",
            "+": "mais", "=": "igual a", "°": "graus"},
-    "zh": {"%": "百分之", "$": "美元", "€": "欧元", "£": "英镑", "¥": "元", "₹": "卢比", "&": "和", "+": "加", "=": "等于",
-           "°": "度"},
+    "zh": {"%": "百分之", "$": "美元", "€": "欧元", "£": "英镑", "¥": "元", "₹": "卢比", "&": "和", "+": "加",
+           "=": "等于", "°": "度"},
 }
 _MONEY = "$€£¥₹"
 _HOURS = {"en": "", "es": "", "fr": "heures", "hi": "", "it": "", "ja": "時", "pt": "", "zh": "点"}
@@ -41,14 +41,15 @@ _MINUTES = {"ja": "分", "zh": "分"}
 # and follows the language.
 _COMMA_DECIMAL = frozenset(("es", "fr", "it", "pt"))
 
-HINDI = (
+_HINDI_WORDS = (
     "शून्य एक दो तीन चार पाँच छह सात आठ नौ दस ग्यारह बारह तेरह चौदह पंद्रह सोलह सत्रह अठारह उन्नीस बीस इक्कीस बाईस तेईस "
     "चौबीस पच्चीस छब्बीस सत्ताईस अट्ठाईस उनतीस तीस इकतीस बत्तीस तैंतीस चौंतीस पैंतीस छत्तीस सैंतीस अड़तीस उनतालीस चालीस "
     "इकतालीस बयालीस तैंतालीस चौवालीस पैंतालीस छियालीस सैंतालीस अड़तालीस उनचास पचास इक्यावन बावन तिरेपन चौवन पचपन छप्पन "
     "सत्तावन अट्ठावन उनसठ साठ इकसठ बासठ तिरेसठ चौंसठ पैंसठ छियासठ सड़सठ अड़सठ उनहत्तर सत्तर इकहत्तर बहत्तर तिहत्तर चौहत्तर "
     "पचहत्तर छिहत्तर सतहत्तर अठहत्तर उन्यासी अस्सी इक्यासी बयासी तिरासी चौरासी पचासी छियासी सत्तासी अट्ठासी नवासी नब्बे "
     "इक्यानवे बानवे तिरानवे चौरानवे पचानवे छियानवे सत्तानवे अट्ठानवे निन्यानवे"
-).split()
+)
+HINDI = _HINDI_WORDS.split()
 _HINDI_STEPS = ((10**7, "करोड़"), (10**5, "लाख"), (10**3, "हज़ार"), (100, "सौ"))
 _CHINESE = "零一二三四五六七八九"
 _CHINESE_STEPS = ((10**8, "亿"), (10**4, "万"))
@@ -148,21 +149,22 @@ def _chinese(number: int) -> str:
     for size, name in _CHINESE_STEPS:
         if number >= size:
             rest = number % size
-            zero = "零" if 0 < rest < size // 10 else ""
-            return _chinese(number // size) + name + zero + (_chinese(rest) if rest else "")
-    out, zero = "", False
+            gap = "零" if 0 < rest < size // 10 else ""
+            return _chinese(number // size) + name + gap + (_chinese(rest) if rest else "")
+    out, zero = "", False  # zero: a place was left empty
     for place, name in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
         digit, number = divmod(number, place)
         if digit:
-            out += ("零" if zero else "") + ("" if place == 10 and digit == 1 and not out else _CHINESE[digit]) + name
-        zero = bool(out) and not digit and place > 1 or (zero and not digit)
+            count = "" if place == 10 and digit == 1 and not out else _CHINESE[digit]
+            out += ("零" if zero else "") + count + name
+        zero = not digit and (zero or (bool(out) and place > 1))
     return out or _CHINESE[0]
 
 
 @cache
 def _converter() -> Callable[..., str]:
-    from num2words import num2words
-    return num2words  # type: ignore[no-any-return]
+    from num2words import num2words  # type: ignore[import-untyped]
+    return num2words
 
 
 def _num2words(number: int, language: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from unicodedata import name
 
 import numpy as np
 
@@ -17,9 +19,15 @@ from avdiff.data.corpus.visemes import Phone
 from avdiff.data.eastern import read_chinese, read_kana, segment_chinese, segment_japanese, settle_nasals
 from avdiff.data.lexicon import load_lexicon
 from avdiff.data.linking import Spoken, following_class, link
-from avdiff.data.speaker import fallback, phone_seconds
-from avdiff.data.text import Piece, check_language, split_text
+from avdiff.data.networks import Networks, default_networks
+from avdiff.data.text import LATIN, Piece, check_language, split_text
 
+_SCRIPTS = ("LATIN", "DEVANAGARI", "HIRAGANA", "KATAKANA", "CJK")
+SPELT = (*LATIN, "hi")  # languages whose unknown words the network reads
+_ELIDED = {"fr": {"l": "l", "d": "d", "j": "ʒ", "m": "m", "t": "t", "s": "s", "n": "n", "c": "s", "qu": "k"},
+           "it": {"l": "l", "d": "d", "m": "m", "t": "t", "s": "s", "v": "v", "c": "ʧ", "un": "un", "gl": "ʎ"}}
+_DIGITS = "零一二三四五六七八九十百千万億"
+_CLOCK = {"四時": "ヨジ", "七時": "シチジ", "九時": "クジ"}  # hours that are not read digit by digit
 LEAD, TAIL = 0.12, 0.30  # seconds of silence before and after, as in the speech bank
 LONGEST = 4000  # characters of one reading
 
@@ -66,8 +74,9 @@ class Reading:
         """
         edges = sum(p.end - p.start for p in (self.phones[0], self.phones[-1]))
         if seconds - edges < 0.03 * (len(self.phones) - 2):
-            raise ValueError(f"seconds={seconds}: too short for {len(self.phones) - 2} phones; "
-                             f"needs at least {edges + 0.03 * (len(self.phones) - 2):.2f}, natural is {self.duration:.2f}")
+            least = edges + 0.03 * (len(self.phones) - 2)
+            raise ValueError(f"seconds={seconds}: too short for {len(self.phones) - 2} phones; needs at least "
+                             f"{least:.2f}, natural is {self.duration:.2f}")
         first, last = self.phones[0].end, self.phones[-1].start
         return self.warped([first, last], [first, seconds - (self.duration - last)])
 
@@ -79,8 +88,9 @@ class Reading:
             ValueError: not one entry a word, or times that run backwards.
         """
         if len(word_times) != len(self.words):
-            raise ValueError(f"word_times: {len(word_times)} entries; needs one for each of the {len(self.words)} words "
-                             f"{[w.text for w in self.words][:12]}, None where it is free")
+            names = ", ".join(word.text for word in self.words[:12])
+            raise ValueError(f"word_times: {len(word_times)} entries; needs one, or None, for each of the "
+                             f"{len(self.words)} words ({names})")
         old: list[float] = [0.0]
         new: list[float] = [0.0]
         for word, times in zip(self.words, word_times, strict=True):
@@ -90,7 +100,7 @@ class Reading:
                     new.append(float(wanted))
                 elif wanted != new[-1]:  # the word begins where the last one ended
                     new[-1] = max(new[-1], float(wanted)) if len(old) > 1 else 0.0
-        if not all(a < b for a, b in zip(new, new[1:], strict=False)):
+        if not all(a < b for a, b in pairwise(new)):
             raise ValueError(f"word_times={list(word_times)}: times must be in seconds, ascending, and above 0")
         return self.warped(old, new)
 
@@ -101,17 +111,19 @@ class Reading:
                 return t + new[-1] - old[-1]
             return float(np.interp(t, [0.0, *old], [0.0, *new]))
         words = tuple(replace(w, start=move(w.start), end=move(w.end)) for w in self.words)
-        return replace(self, words=words, phones=tuple(p._replace(start=move(p.start), end=move(p.end)) for p in self.phones))
+        phones = tuple(p._replace(start=move(p.start), end=move(p.end)) for p in self.phones)
+        return replace(self, words=words, phones=phones)
 
 
 def read(text: str, language: str | None = None, seconds: float | None = None, speed: float = 1.0,
-         word_times: Sequence[tuple[float, float] | None] | None = None) -> Reading:
+         word_times: Sequence[tuple[float, float] | None] | None = None, networks: Networks | None = None) -> Reading:
     """Pronounce a text.
 
     Args:
         text: in any of the eight languages' own scripts, numbers included. language: code; None detects it.
         seconds: total length. speed: 1 is natural, 2 twice as fast; not together with `seconds`.
         word_times: (start, end) in seconds for each spoken word, or None for a free one.
+        networks: None takes those that ship with the package.
 
     Raises:
         ValueError: nothing to say, an unknown language, or times that do not fit.
@@ -121,54 +133,115 @@ def read(text: str, language: str | None = None, seconds: float | None = None, s
     if len(text) > LONGEST:
         raise ValueError(f"text: {len(text)} characters; needs at most {LONGEST}, so read it in parts")
     language = check_language(language, text)
-    groups = pronounce(split_text(text, language), language)
+    networks = networks or default_networks()
+    groups = pronounce(split_text(text, language), language, networks)
     if not groups:
         raise ValueError(f"text={text[:60]!r}: holds no word of {language} that could be spoken")
-    reading = _time(text, language, groups, speed)
+    reading = _time(text, language, groups, speed, networks)
     if seconds is not None:
         reading = reading.stretched(seconds)
     return reading if word_times is None else reading.timed(word_times)
 
 
-def pronounce(pieces: Sequence[Piece], language: str) -> list[tuple[list[Spoken], str]]:
+def pronounce(pieces: Sequence[Piece], language: str, networks: Networks) -> list[tuple[list[Spoken], str]]:
     """Pieces -> groups of linked words, each with the pause that follows it ("" at the end)."""
     groups: list[tuple[list[str], str]] = []
     words: list[str] = []
     for piece in pieces:
         if piece.is_word:
-            words += _segment(piece.text, language)
+            words += _segment(piece.text, own_language(piece.text, language))
         elif words:
             groups.append((words, piece.text))
             words = []
     groups += [(words, "")] if words else []
-    alone = sum(len(ws) for ws, _ in groups) == 1
-    spoken = [([Spoken(w, p) for w in ws if (p := pronounce_word(w, language))], mark) for ws, mark in groups]
+    sounds = iter(pronounce_words([w for ws, _ in groups for w in ws], language, networks))
+    spoken = [([Spoken(w, p) for w in ws if (p := next(sounds))], mark) for ws, mark in groups]
+    alone = sum(len(ws) for ws, _ in spoken) == 1
     return [(ws if alone else _in_sentence(ws, language), mark) for ws, mark in spoken if ws]
 
 
-def pronounce_word(word: str, language: str) -> str:
-    """Phonemes of a word by itself; "" if it has no sound."""
+def pronounce_words(words: Sequence[str], language: str, networks: Networks) -> list[str]:
+    """Phonemes of each word by itself, "" for what is no word. Japanese words may carry their kana after a tab.
+
+    Raises:
+        ValueError: a word in a script of none of the eight languages.
+    """
+    found = [_look_up(word, own_language(word, language)) for word in words]
+    for word, phonemes in zip(words, found, strict=True):
+        if phonemes is None and not _is_readable(word):
+            surface = word.partition("\t")[0]
+            raise ValueError(f"text: {surface!r} is in a script that none of the eight languages uses")
+    for own in dict.fromkeys(own_language(word, language) for word in words):
+        unknown = [i for i, w in enumerate(words) if found[i] is None and own_language(w, language) == own]
+        spelt = networks.spell([words[i].partition("\t")[0].lower() for i in unknown], own) if own in SPELT else []
+        for i, phonemes in zip(unknown, spelt, strict=False):
+            found[i] = phonemes
+    return [phonemes or "" for phonemes in found]
+
+
+def _is_readable(word: str) -> bool:
+    """False for a word whose letters are all foreign to the eight languages; what has no letters is no word."""
+    letters = [c for c in word if c.isalpha()]
+    return not letters or any(name(c, "").startswith(_SCRIPTS) for c in letters)
+
+
+def own_language(word: str, language: str) -> str:
+    """A word in another script is read in that script's language; Latin letters among others as English."""
+    if re.search("[\u0900-\u097f]", word):
+        return "hi"
+    if re.search("[\u3040-\u30ff\u3400-\u9fff]", word) and language not in ("ja", "zh"):
+        return "ja" if re.search("[\u3040-\u30ff]", word) else "zh"
+    return "en" if language not in LATIN and re.search("[A-Za-z]", word.partition("\t")[0]) else language
+
+
+def _look_up(word: str, language: str) -> str | None:
+    """Phonemes by lexicon, kana or pinyin; None leaves the word to the network."""
     surface, _, kana = word.partition("\t")
+    if language == "ja" and kana:
+        return settle_nasals(read_kana(kana))
     known = load_lexicon(language).find(surface)
-    if known is not None and "\t" not in word:
-        return known
-    if language == "ja":
-        return known or (settle_nasals(read_kana(kana)) if kana else _foreign(surface))
-    if language == "zh":
-        return known or read_chinese(surface) or _foreign(surface)
-    return fallback(surface, language)
+    if known is None and "'" in surface and language in _ELIDED:
+        return _elided(surface, language)
+    if known is None and language == "ja":
+        known = read_kana(surface) or None
+    if known is None and language == "zh":
+        known = read_chinese(surface) or None
+    return known
+
+
+def _elided(word: str, language: str) -> str | None:
+    """ "l'homme", "dell'arte": the elided word without its vowel, then the other, if both are known."""
+    first, _, rest = word.lower().partition("'")
+    lexicon = load_lexicon(language)
+    whole = next((p for vowel in "aeo" if (p := lexicon.words.get(first + vowel))), "")
+    start = _ELIDED[language].get(first) or whole[:-1].translate({ord("ˈ"): None, ord("ˌ"): None})
+    known = lexicon.find(rest)
+    return start + known if start and known else None
 
 
 def _segment(run: str, language: str) -> list[str]:
-    """Words of a run without spaces; Japanese words carry their kana after a tab."""
+    """Words of a run without spaces. Japanese words that are not in the lexicon carry their kana."""
     if language == "ja":
-        return [f"{word}\t{kana}" for word, kana in segment_japanese(run)]
+        return _segment_japanese(run)
     return segment_chinese(run) if language == "zh" else [run]
 
 
-def _foreign(word: str) -> str:
-    """A Latin-script word in Japanese or Chinese text is read as English."""
-    return pronounce_word(word, "en") if re.search("[A-Za-z]", word) else ""
+def _segment_japanese(run: str) -> list[str]:
+    """Neighbours that make one lexicon word are joined; a lone character inside a compound is read by context."""
+    known, tokens = load_lexicon("ja").words, segment_japanese(run)
+    out: list[str] = []
+    i = 0
+    while i < len(tokens):
+        counted = i > 0 and tokens[i - 1][0][-1] in _DIGITS  # what follows a number counts something
+        names = ["".join(t for t, _ in tokens[i : i + n]) for n in range(1, min(4, len(tokens) - i) + 1)]
+        whole = [n for n, name in enumerate(names, 1) if n == 1 or name in known or name in _CLOCK]
+        joined = 1 if counted else whole[-1]
+        surface = names[joined - 1]
+        inside = i > 0 and len(surface) == 1 and bool(re.match("[\u3400-\u9fff]", tokens[i - 1][0][-1]))
+        kana = _CLOCK.get(surface, tokens[i][1])
+        out.append(surface if surface in known and not inside else f"{surface}\t{kana}")
+        i += joined
+    return out
 
 
 def _in_sentence(words: list[Spoken], language: str) -> list[Spoken]:
@@ -177,23 +250,26 @@ def _in_sentence(words: list[Spoken], language: str) -> list[Spoken]:
     for i, word in enumerate(words):
         following = following_class(words[i + 1].phonemes if i + 1 < len(words) else None)
         form = lexicon.form(word.text, following)
-        out.append(word if form is None else Spoken(word.text, form, settled=True))
+        out.append(word if form is None else Spoken(word.text, form[0], settled=form[1]))
     return link(out, language)
 
 
-def _time(text: str, language: str, groups: Sequence[tuple[list[Spoken], str]], speed: float) -> Reading:
-    symbols: list[tuple[str, int]] = []
+def _time(text: str, language: str, groups: Sequence[tuple[list[Spoken], str]], speed: float,
+          networks: Networks) -> Reading:
+    symbols: list[tuple[str, int]] = []  # phones and marks
     spans: list[tuple[Spoken, int, int]] = []
     for words, mark in groups:
         for word in words:
-            phones = parse_ipa(word.phonemes)
-            spans.append((word, len(symbols), len(symbols) + len(phones)))
-            symbols += phones
+            own = parse_ipa(word.phonemes)
+            if not own:  # a lone length mark
+                continue
+            spans.append((word, len(symbols), len(symbols) + len(own)))
+            symbols += own
         if mark:
             symbols.append((SILENCE, 0))
     if symbols[-1][0] == SILENCE:
         symbols.pop()  # the pause at the end is the tail
-    lengths = phone_seconds(symbols, language) / speed
+    lengths = networks.seconds([(SILENCE, 0), *symbols, (SILENCE, 0)], language)[1:-1] / speed
     edges = LEAD + np.concatenate([[0.0], np.cumsum(lengths)])
     phones = [Phone(SILENCE, 0.0, LEAD, 0)]
     phones += [Phone(s, float(a), float(b), m) for (s, m), a, b in zip(symbols, edges, edges[1:], strict=False)]

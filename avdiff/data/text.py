@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import log
 from unicodedata import normalize
 
 from avdiff.data.lexicon import LANGUAGES, load_lexicon
@@ -11,7 +12,7 @@ from avdiff.data.numbers import spell_numbers
 
 LATIN = ("en", "es", "fr", "it", "pt")
 _WORD = r"[\w\u0300-\u036f\u0900-\u0963\u0966-\u097f\u200c\u200d'’]+"
-_PAUSES = {",": ",", ";": ",", ":": ",", "、": ",", "،": ",", "—": ",", "–": ",", "(": ",", ")": ",", "...": ".", "…": ".",
+_PAUSES = {",": ",", ";": ",", ":": ",", "、": ",", "،": ",", "—": ",", "–": ",", "(": ",", ")": ",", "...": ".",
            ".": ".", "。": ".", "।": ".", "॥": ".", "!": "!", "?": "?", "\n": "."}
 _PIECE = re.compile(rf"({_WORD})|(\.\.\.|[{re.escape(''.join(p for p in _PAUSES if len(p) == 1))}])")
 _HIDDEN = re.compile(r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff\ufe00-\ufe0f]")
@@ -40,14 +41,7 @@ def normalise(text: str) -> str:
     text = _HIDDEN.sub("", normalize("NFKC", text.replace("…", ".")))
     for quotes, plain in (("’‘ʼ`´", "'"), ("“”„«»\"", " ")):
         text = re.sub(f"[{quotes}]", plain, text)
-    text = re.sub(r"(?<!\w)'|'(?!\w)", lambda m: m[0] if _keeps_apostrophe(text, m) else " ", text)
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
-
-
-def _keeps_apostrophe(text: str, match: re.Match[str]) -> bool:
-    """A quote around words goes, an apostrophe that belongs to a word ("l'", "po'") stays."""
-    before = text[: match.start()]
-    return bool(re.search(r"\w$", before)) and before.count("'") % 2 == 0
 
 
 def detect_language(text: str) -> str:
@@ -56,8 +50,9 @@ def detect_language(text: str) -> str:
         return "ja"
     if re.search(r"[\u0900-\u097f]", text):
         return "hi"
-    if re.search(r"[\u3400-\u9fff]", text):
-        return "zh"
+    if han := set(re.findall(r"[\u3400-\u9fff]", text)):
+        japanese, chinese = (set("".join(load_lexicon(x).words)) for x in ("ja", "zh"))
+        return "ja" if len(han & japanese - chinese) > len(han & chinese - japanese) else "zh"
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", normalise(text).lower())
     if not words:
         return "en"
@@ -66,7 +61,6 @@ def detect_language(text: str) -> str:
 
 def _likelihood(words: list[str], text: str, language: str) -> float:
     """Log probability of the words, by rank in the lexicon and by letter pairs."""
-    from math import log
     lexicon = load_lexicon(language)
     score = 8.0 * sum(text.count(letter) > 0 for letter in _GIVEAWAYS.get(language, ""))
     for word in words:
@@ -93,7 +87,7 @@ def check_language(language: str | None, text: str) -> str:
 
 
 def split_text(text: str, language: str) -> list[Piece]:
-    """Words and pauses in order; numbers spelt out. Japanese and Chinese stay in runs without spaces (see `eastern`)."""
+    """Words and pauses in order; numbers spelt out. Japanese and Chinese stay in runs without spaces."""
     spelt = spell_numbers(normalise(text), language)
     if language in LATIN:
         spelt = spell_letters(spelt, language)

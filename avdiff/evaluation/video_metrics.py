@@ -1,7 +1,7 @@
 """How well pictures are kept: PSNR, sharpness in the mouth box, and whether the mouth opens when it should.
 
-Frames are uint8 (F, H, W, 3); points and boxes are shares of the picture, x to the right and y down. Nothing here knows a
-generating model.
+Frames are uint8 (F, H, W, 3); points and boxes are shares of the picture, x to the right and y down. Nothing here knows
+a generating model.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def best_lag(one: Sequence[float] | np.ndarray, two: Sequence[float] | np.ndarra
 class OpeningProbe:
     """Reads the mouth opening off pixels: kernel ridge regression on a small patch around the mouth.
 
-    A probe is fitted to originals once and then shown originals (the ceiling) and round trips alike. The patch is placed
-    by a box that is the same for a whole clip, so that the box itself does not tell the opening.
+    A probe is fitted to originals once and then shown originals (the ceiling) and round trips alike. The patch is
+    placed by a box that is the same for a whole clip, so that the box itself does not tell the opening.
     """
 
     centre: np.ndarray  # (D,)
@@ -91,8 +91,13 @@ class OpeningProbe:
     weights: np.ndarray  # (M + 1,)
 
     @classmethod
-    def fit(cls, clips: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], anchors: int = 1500,
-            ridge: float = 1e-3, seed: int = 0) -> OpeningProbe:
+    def fit(
+        cls,
+        clips: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+        anchors: int = 1500,
+        ridge: float = 1e-3,
+        seed: int = 0,
+    ) -> OpeningProbe:
         """Fit to (frames (F, H, W, 3), lip points (F, K, 2), opening (F,)) of many clips.
 
         Raises:

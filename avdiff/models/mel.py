@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +12,16 @@ from torchaudio.functional import melscale_fbanks
 
 LOG_FLOOR = 3e-5  # -90 dB below a full-scale sine: room noise of the corpus stays visible, digital silence is bounded
 LOG_MEAN, LOG_STD = -6.8, 2.2  # over the training split of the speech bank; close to zero mean and unit variance
+
+
+@contextmanager
+def _default_fp32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class LogMel(nn.Module):
@@ -23,12 +36,29 @@ class LogMel(nn.Module):
             from 0 Hz to half the sample rate.
     """
 
+    bank: Tensor
+    window: Tensor
+    spread: Tensor
+
     def __init__(self, sample_rate: int = 24000, n_fft: int = 960, hop_length: int = 240, n_mels: int = 100) -> None:
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
-        bank = melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate, norm=None, mel_scale="slaney")
+        with _default_fp32():  # `from_pretrained(dtype=...)` changes the default while it builds
+            bank = melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate, norm=None,
+                                   mel_scale="slaney")
+            window = torch.hann_window(n_fft)
         self.register_buffer("bank", bank, persistent=False)  # (n_fft / 2 + 1, n_mels)
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.register_buffer("window", window, persistent=False)
+        spread = bank / bank.sum(dim=0) / bank.sum(dim=1, keepdim=True).clamp_min(1e-6)
+        self.register_buffer("spread", spread.T.contiguous(), persistent=False)  # (n_mels, n_fft / 2 + 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LogMel:
+        """Follow the model to another device, but stay in fp32: 90 dB do not fit a half-precision filter bank."""
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     def magnitude(self, waveform: Tensor) -> Tensor:
         """(..., S) in [-1, 1], S a multiple of the hop -> (..., S / hop, n_fft / 2 + 1); a full-scale sine reads 1."""
@@ -38,7 +68,7 @@ class LogMel(nn.Module):
         flat = waveform.float().reshape(-1, waveform.shape[-1])
         side = (self.n_fft - self.hop_length) // 2
         padded = F.pad(flat[:, None], (side, side), mode="reflect")[:, 0]
-        spectrum = torch.stft(padded, self.n_fft, self.hop_length, window=self.window.float(), center=False,
+        spectrum = torch.stft(padded, self.n_fft, self.hop_length, window=self.window, center=False,
                               return_complex=True).abs()  # (N, bins, T)
         scaled = spectrum.transpose(1, 2) * (4.0 / self.n_fft)
         return scaled.reshape(*waveform.shape[:-1], -1, self.n_fft // 2 + 1)
@@ -46,7 +76,20 @@ class LogMel(nn.Module):
     def forward(self, waveform: Tensor) -> Tensor:
         """(..., S) in [-1, 1] -> (..., S / hop, n_mels), about zero mean and unit variance on speech."""
         with torch.autocast(waveform.device.type, enabled=False):  # a level in bf16 is known to 0.4 % only
-            return self.normalise(self.magnitude(waveform) @ self.bank.float())
+            return self.normalise(self.magnitude(waveform) @ self.bank)
+
+    def envelope(self, log_mel: Tensor, iterations: int = 0) -> Tensor:
+        """Normalised log-mel (..., n_mels) -> a magnitude spectrum that it may stand for (..., n_fft / 2 + 1).
+
+        Without iterations it is the smooth one; each iteration (non-negative least squares by multiplicative updates,
+        Lee and Seung 2001) makes its mel agree better with the one given.
+        """
+        with torch.autocast(log_mel.device.type, enabled=False):
+            target = self.amplitude(log_mel)
+            magnitude = target @ self.spread + 1e-8
+            for _ in range(iterations):
+                magnitude = magnitude * (target @ self.bank.T + 1e-9) / (magnitude @ self.bank @ self.bank.T + 1e-9)
+            return magnitude
 
     @staticmethod
     def normalise(mel: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Two small networks that pronounce: letters -> phonemes, and phones -> seconds.
 
-Letters and phonemes of a word are aligned beforehand (`avdiff.train.reader`): each letter yields a chunk of zero to a few
-phoneme symbols. The network reads all letters at once, then names the chunks from left to right, each in the light of the
-last, so that a word gets one main stress. An Engram memory over letter n-grams of each language keeps spellings that no
-rule explains.
+Letters and phonemes of a word are aligned beforehand (`avdiff.train.letters`): each letter yields a chunk of zero to a
+few phoneme symbols. The network reads all letters at once, then names the chunks from left to right, each in the light
+of the last, so that a word gets one main stress. An Engram memory over letter n-grams of each language keeps spellings
+that no rule explains.
 
 Shape legend: B words, T letters, P phones, D width, K chunks of the inventory.
 """
@@ -27,11 +27,29 @@ from avdiff.models.script_encoder import ConvBlock
 PAD, UNKNOWN = 0, 1  # letter ids; chunk 0 is the empty chunk and also the one before the first
 
 
+class LetterBlock(ConvBlock):
+    """The same block with its short depthwise convolution as shifted products: on CPU three times as fast to train."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        kernel = self.depthwise.weight[:, 0].to(x.dtype)  # (D, 5)
+        reach = kernel.shape[1] // 2
+        wide = F.pad(x, (0, 0, reach, reach))
+        h = sum((wide[:, k : k + x.shape[1]] * kernel[:, k] for k in range(kernel.shape[1])), self.depthwise.bias)
+        h = rms_norm(h.to(x.dtype))
+        return x + self.contract(F.gelu(self.expand(h)))
+
+
+def drop(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Dropout of whole channels of a word: (B, T, D), one draw for all letters."""
+    return F.dropout1d(x.transpose(1, 2), rate, training).transpose(1, 2) if training else x
+
+
 class PronunciationReader(ModelMixin, ConfigMixin):
     """Spelt words -> phonemes.
 
     Args:
-        languages: codes; the place in the list is the id. letters: every letter known. chunks: every chunk, the first "".
+        languages: codes; the place is the id. letters: every letter known. chunks: every chunk, the first one "".
         dim, num_blocks: width D and convolution blocks. chunk_dim: width of a chunk's vector, for input and output.
         table_size, memory_heads, memory_dim, max_order: the memory; orders 2..max_order, ending one letter ahead.
         constant_gate: gate of the memory, None for the learned one (a control for experiments).
@@ -39,8 +57,9 @@ class PronunciationReader(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, languages: Sequence[str] = ("en",), letters: str = "ab", chunks: Sequence[str] = ("", "a", "b"),
-                 dim: int = 128, num_blocks: int = 4, chunk_dim: int = 64, table_size: int = 12000, memory_heads: int = 2,
-                 memory_dim: int = 12, max_order: int = 4, constant_gate: float | None = None, dropout: float = 0.1) -> None:
+                 dim: int = 128, num_blocks: int = 4, chunk_dim: int = 64, table_size: int = 12000,
+                 memory_heads: int = 2, memory_dim: int = 12, max_order: int = 4, constant_gate: float | None = None,
+                 dropout: float = 0.1) -> None:
         super().__init__()
         self.letter_ids = {letter: i + 2 for i, letter in enumerate(letters)}
         self.stride = len(letters) + 2  # keys of the memory: one set of letters for each language
@@ -48,7 +67,7 @@ class PronunciationReader(ModelMixin, ConfigMixin):
         self.language = nn.Embedding(len(languages), dim)
         hashing = NgramHash(self.stride * len(languages), table_size, max_order, memory_heads)
         self.memory = Engram(dim, hashing, memory_dim, constant_gate=constant_gate)
-        self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(LetterBlock(dim) for _ in range(num_blocks))
         self.attention = Attention(dim, heads=4, dim_head=dim // 4)
         self.chunk = nn.Embedding(len(chunks), chunk_dim)
         self.decoder = nn.GRU(dim + chunk_dim, dim, batch_first=True)
@@ -63,7 +82,8 @@ class PronunciationReader(ModelMixin, ConfigMixin):
         known = self.letter_ids
         rows = [torch.tensor([known.get(c, UNKNOWN) for c in word] or [UNKNOWN]) for word in words]
         codes = list(self.config.languages)
-        return pad_sequence(rows, batch_first=True, padding_value=PAD), torch.tensor([codes.index(x) for x in languages])
+        letters = pad_sequence(rows, batch_first=True, padding_value=PAD)
+        return letters, torch.tensor([codes.index(x) for x in languages])
 
     def read_memory(self, letters: torch.Tensor, languages: torch.Tensor) -> MemoryRead:
         """Look the letter n-grams up: read (B, T, D), where place t knows the letters up to t + 1."""
@@ -78,18 +98,18 @@ class PronunciationReader(ModelMixin, ConfigMixin):
         x = (self.letter(letters) + self.language(languages)[:, None]) * mask
         x = self.blocks[0](x) * mask
         if read is not None:
-            x = x + self.memory(x, read)
+            x = (x + self.memory(x, read)) * mask  # beyond a word's end there is nothing to remember
         for block in self.blocks[1:-1]:
-            x = block(F.dropout(x, self.dropout, self.training)) * mask
+            x = block(drop(x, self.dropout, self.training)) * mask
         x = x + self.attention(rms_norm(x), attention_mask=mask[:, None, None, :, 0])
         return self.blocks[-1](x * mask) * mask
 
     def forward(self, letters: torch.Tensor, languages: torch.Tensor, chunks: torch.Tensor,
                 read: MemoryRead | None) -> torch.Tensor:
         """Teacher-forced logits (B, T, K) for the right chunks (B, T)."""
-        x = F.dropout(self.encode(letters, languages, read), self.dropout, self.training)
+        x = drop(self.encode(letters, languages, read), self.dropout, self.training)
         before = F.pad(self.chunk(chunks[:, :-1]), (0, 0, 1, 0))
-        state, _ = self.decoder(torch.cat([x, F.dropout(before, 2 * self.dropout, self.training).to(x.dtype)], dim=-1))
+        state, _ = self.decoder(torch.cat([x, drop(before, 2 * self.dropout, self.training).to(x.dtype)], dim=-1))
         return self._logits(state, x)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ What is special in it:
 - noise levels are separate for each modality, per sample or per token: a given modality has level 0;
 - spoken words enter on the clock, with an Engram memory over phoneme n-grams; descriptions by text cross-attention;
 - mixture-of-experts feed-forwards where the config asks; their routing statistics are an output, never state;
-- it predicts clean data (x0).
+- it predicts clean data (x0), as the best linear guess plus what the network adds to it.
 
 Shape legend: B batch, N_v / N_a / N_s tokens, C_v / C_a values per token, D_v / D_a widths, L caption tokens.
 """
@@ -29,7 +29,7 @@ from torch import nn
 from avdiff.core.engram import Engram, MemoryRead, NgramHash
 from avdiff.core.modulation import TimestepEmbedding, rms_norm
 from avdiff.core.rope import rotary_phases
-from avdiff.latents import Joint
+from avdiff.latents import Joint, per_token
 from avdiff.models.blocks import Branch, DualBlock, SharedStream, StepRows, split_ticks
 from avdiff.models.conditions import Conditions, Positions, Script, window_mask
 from avdiff.models.script_encoder import ScriptEncoder
@@ -76,7 +76,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         video_hidden: int = 512, audio_hidden: int = 512, video_experts: int = 0, audio_experts: int = 0,
         shared_rate: float = 12.5, shared_layers: tuple[int, ...] = (0, 3, 6),
         shared_hidden: int = 256, shared_experts: int = 8, top_k: int = 2,
-        num_phonemes: int = 96, num_marks: int = 8, script_dim: int = 128, mels_per_token: int = 4,
+        num_phonemes: int = 128, num_marks: int = 8, script_dim: int = 128, mels_per_token: int = 4,
         memory_layers: tuple[int, ...] = (1,), memory_rows: int = 2048, memory_orders: int = 3, memory_heads: int = 4,
         memory_head_dim: int = 16, window: float | None = 0.2,
     ) -> None:
@@ -129,7 +129,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         | part                                  | start                                              |
         | matrices                              | normal, sd 1 / sqrt(fan_in)                        |
         | projections back into a residual line | the same, divided by sqrt(2 * num_layers) (GPT-2)  |
-        | time rows, partner gates, output head | zero: modulation off, first estimate is the mean   |
+        | time rows, partner gates, output head | zero: modulation off, first estimate is linear     |
         | Engram value projection               | zero: a fresh memory changes nothing               |
         """
         for name, module in self.named_modules():
@@ -209,7 +209,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         """Estimate clean latents.
 
         Args:
-            hidden_states: noisy video tokens (B, N_v, C_v), or None for a clip without picture.
+            hidden_states: noisy video tokens (B, N_v, C_v), or None for a clip without picture. Keep them in fp32: half
+                precision would be felt in the last steps.
             audio_hidden_states: noisy audio tokens (B, N_a, C_a), or None for a clip without sound.
             timestep, audio_timestep: noise levels in [0, 1], (B,) or per token (B, N).
             text, text_mask, positions, script: see `prepare`; or `conditions` made by it.
@@ -221,8 +222,9 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         if conditions is None:
             conditions = self.prepare(text, text_mask, positions, script, given.shape[0])
         c = conditions.narrowed(audio=audio_hidden_states is not None, ticks=self.tick_time is not None and not isolated)
-        video = None if hidden_states is None else self.proj_in_video(hidden_states)
-        audio = None if audio_hidden_states is None else self.proj_in_audio(audio_hidden_states)
+        working = self.proj_in_video.weight.dtype
+        video = None if hidden_states is None else self.proj_in_video(hidden_states.to(working))
+        audio = None if audio_hidden_states is None else self.proj_in_audio(audio_hidden_states.to(working))
         embedded = Joint(
             None if video is None else self.time["video"](timestep),
             None if audio is None else self.time["audio"](audio_timestep),
@@ -249,8 +251,10 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         audio, _ = split_ticks(audio, c.num_ticks)
         if video is not None:
             video = self.proj_out_video(self._modulate_out("video", video, embedded.video[0]))
+            video = clean_estimate(hidden_states, video, timestep)
         if audio is not None:
             audio = self.proj_out_audio(self._modulate_out("audio", audio, embedded.audio[0]))
+            audio = clean_estimate(audio_hidden_states, audio, audio_timestep)
         if not return_dict:
             return (video, audio, routing)
         return AVTransformerOutput(video=video, audio=audio, routing=routing)
@@ -278,3 +282,15 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
     def _modulate_out(self, name: str, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         shift, scale = self.out_modulation[name](embedding).chunk(2, dim=-1)
         return (rms_norm(x) * (1 + scale) + shift).to(x.dtype)
+
+
+def clean_estimate(noisy: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """x0 = c_skip z + c_out F, fp32, for noisy tokens z (B, N, C), network output F and noise level t (B,) or (B, N).
+
+    Preconditioning of Karras et al. 2022 (arXiv:2206.00364, eq. 7) for z = (1-t) x + t eps with unit-variance data:
+    c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t / sqrt((1-t)^2 + t^2) the size of its error,
+    so F has unit variance at every noise level, and a token with t = 0 comes back as it is.
+    """
+    t = per_token(sigma.float(), noisy)
+    power = (1 - t) ** 2 + t**2
+    return noisy.float() * ((1 - t) / power) + output.float() * (t / power.sqrt())

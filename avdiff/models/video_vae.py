@@ -1,18 +1,20 @@
 """AVVideoVAE: a small causal video autoencoder, 32x32 pixels and two frames to 16 values.
 
-The network is a 2-D convolutional one over *frame pairs*: a pair is folded into channels (space-time pixel-unshuffle), so
-every large product runs at 16x16 or smaller for a 128 px frame. Time enters at the coarsest level only, through causal
-taps on earlier pairs. Without normalisation over space or time, a slice of a clip with the right memory, or a tile with
-enough margin, gives what the whole gives.
+The network is a 2-D convolutional one over *frame pairs*: a pair is folded into channels (space-time pixel-unshuffle),
+so that even the finest convolutions run at a quarter of the picture's size. Time enters at the coarsest level only,
+through causal taps on earlier pairs. Nothing is normalised over space or time, so a slice of a clip with the right
+memory, or a tile with enough margin, gives what the whole gives.
 
 The first frame stands alone: it is treated as the pair (f0, f0), and every further latent covers two frames
-(2j-1, 2j), the layout of causal video VAEs (MAGVIT-v2, LTX-2). Blocks are those of TAESD (plain convolutions with a skip),
+(2j-1, 2j), the layout of causal video VAEs (MAGVIT-v2, LTX-2). Blocks are plain convolutions with a skip, as in TAESD,
 with a per-position RMS norm at the coarse levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
+Pyramid = list[tuple[int, int]]  # (channels, blocks) of each level, in the order of the data
 Memory = dict[int, Tensor]  # slot of a temporal layer -> the last inputs it saw, (B, taps - 1, C, h, w)
 
 
@@ -39,6 +42,13 @@ class PositionNorm(nn.Module):
         return x * (scale * self.weight.view(1, -1, 1, 1)).to(x.dtype)
 
 
+def _zeros(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with all parameters 0, so that a residual branch starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class ConvBlock(nn.Module):
     """x + W2 silu(W1 * norm(x)), W1 3x3 and W2 1x1: (N, C, h, w) -> same. Starts as the identity."""
 
@@ -46,9 +56,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.norm = PositionNorm(channels) if norm else nn.Identity()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = _zeros(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(F.silu(self.conv(self.norm(x))))
@@ -57,7 +65,8 @@ class ConvBlock(nn.Module):
 class TimeBlock(nn.Module):
     """Adds what the last `taps` pairs say, causally: x_t + W2 silu(sum_k W1_k norm(x)_{t-k}).
 
-    Before the first pair the first pair is repeated. `memory[slot]` carries the last `taps - 1` inputs from slice to slice.
+    Before the first pair the first pair is repeated. `memory[slot]` carries the last `taps - 1` inputs on to the next
+    slice.
     """
 
     def __init__(self, channels: int, taps: int, slot: int) -> None:
@@ -65,9 +74,7 @@ class TimeBlock(nn.Module):
         self.taps, self.slot = taps, slot
         self.norm = PositionNorm(channels)
         self.mix = nn.Conv2d(channels * taps, channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = _zeros(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, batch: int, memory: Memory) -> Tensor:
         y = rearrange(self.norm(x), "(b t) c h w -> b t c h w", b=batch)
@@ -101,15 +108,17 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Pairs (B*T, 6, H, W) -> moments (B*T, 2*latent, H/32, W/32). Levels run fine to coarse."""
 
-    def __init__(self, in_channels: int, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...],
-                 patch: int, norm_levels: int, taps: int) -> None:
+    def __init__(
+        self, in_channels: int, latent_channels: int, shape: Pyramid, patch: int, norm_levels: int, taps: int, slot: int
+    ) -> None:
         super().__init__()
         self.patch = patch
-        last = len(channels) - 1
+        channels, last = [c for c, _ in shape], len(shape) - 1
         widths = [2 * in_channels * patch**2, *(4 * c for c in channels[:-1])]
         self.down = nn.ModuleList(nn.Conv2d(w, c, 1) for w, c in zip(widths, channels, strict=True))
-        self.levels = nn.ModuleList(Level(c, n, last - i < norm_levels, taps, 0 if i == last else None)
-                                    for i, (c, n) in enumerate(zip(channels, layers, strict=True)))
+        self.levels = nn.ModuleList(
+            Level(c, n, last - i < norm_levels, taps, slot if i == last else None) for i, (c, n) in enumerate(shape)
+        )
         self.norm_out = PositionNorm(channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 1)
 
@@ -123,14 +132,24 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B*T, latent, H/32, W/32) -> pairs (B*T, 6, H, W). Levels run coarse to fine."""
 
-    def __init__(self, out_channels: int, latent_channels: int, channels: tuple[int, ...], layers: tuple[int, ...],
-                 patch: int, norm_levels: int, taps: int, slot: int) -> None:
+    def __init__(
+        self,
+        out_channels: int,
+        latent_channels: int,
+        shape: Pyramid,
+        patch: int,
+        norm_levels: int,
+        taps: int,
+        slot: int,
+    ) -> None:
         super().__init__()
         self.patch = patch
+        channels = [c for c, _ in shape]
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 1)
-        self.levels = nn.ModuleList(Level(c, n, i < norm_levels, taps, None if i else slot)
-                                    for i, (c, n) in enumerate(zip(channels, layers, strict=True)))
-        self.up = nn.ModuleList(nn.Conv2d(c, 4 * d, 1) for c, d in zip(channels, channels[1:], strict=False))
+        self.levels = nn.ModuleList(
+            Level(c, n, i < norm_levels, taps, None if i else slot) for i, (c, n) in enumerate(shape)
+        )
+        self.up = nn.ModuleList(nn.Conv2d(c, 4 * d, 1) for c, d in pairwise(channels))
         self.conv_out = nn.Conv2d(channels[-1], 2 * out_channels * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor, batch: int, memory: Memory) -> Tensor:
@@ -158,16 +177,16 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = False
-    _no_split_modules = ["Level"]
+    _no_split_modules: ClassVar[list[str]] = ["Level"]
 
     @register_to_config
     def __init__(
         self,
         in_channels: int = 3,
         latent_channels: int = 16,
-        encoder_channels: tuple[int, ...] = (96, 160, 256),
+        encoder_channels: tuple[int, ...] = (96, 160, 192),
         encoder_layers: tuple[int, ...] = (2, 1, 1),
-        decoder_channels: tuple[int, ...] = (256, 160, 96, 48),
+        decoder_channels: tuple[int, ...] = (192, 160, 96, 48),
         decoder_layers: tuple[int, ...] = (2, 3, 3, 2),
         stem_patch: int = 8,
         head_patch: int = 4,
@@ -177,17 +196,21 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         temporal_compression_ratio: int = 2,
     ) -> None:
         super().__init__()
-        for name, patch, levels in (("stem_patch", stem_patch, len(encoder_channels)),
-                                    ("head_patch", head_patch, len(decoder_channels))):
+        for name, patch, levels in (
+            ("stem_patch", stem_patch, len(encoder_channels)),
+            ("head_patch", head_patch, len(decoder_channels)),
+        ):
             if patch * 2 ** (levels - 1) != spatial_compression_ratio:
-                raise ValueError(f"{name}={patch}: with {levels} levels it needs "
-                                 f"{spatial_compression_ratio // 2 ** (levels - 1)} for a ratio of {spatial_compression_ratio}")
+                fits = spatial_compression_ratio // 2 ** (levels - 1)
+                raise ValueError(
+                    f"{name}={patch}: {levels} levels and a ratio of {spatial_compression_ratio} need {fits}"
+                )
         if temporal_compression_ratio != 2:
             raise ValueError(f"temporal_compression_ratio={temporal_compression_ratio}: needs 2, frames go in pairs")
-        self.encoder = Encoder(in_channels, latent_channels, tuple(encoder_channels), tuple(encoder_layers),
-                               stem_patch, norm_levels, time_taps)
-        self.decoder = Decoder(in_channels, latent_channels, tuple(decoder_channels), tuple(decoder_layers),
-                               head_patch, norm_levels, time_taps, slot=encoder_layers[-1])
+        down = list(zip(encoder_channels, encoder_layers, strict=True))
+        up = list(zip(decoder_channels, decoder_layers, strict=True))
+        self.encoder = Encoder(in_channels, latent_channels, down, stem_patch, norm_levels, time_taps, 0)
+        self.decoder = Decoder(in_channels, latent_channels, up, head_patch, norm_levels, time_taps, encoder_layers[-1])
         self.register_buffer("latents_mean", torch.zeros(latent_channels))
         self.register_buffer("latents_std", torch.ones(latent_channels))
         self.spatial_compression_ratio = spatial_compression_ratio
@@ -257,7 +280,7 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_tiling, self.tile_size, self.tile_stride = True, size, stride
 
     def _tiled(self, work: Callable[[Tensor], Tensor], x: Tensor, unit: int, out_unit: int) -> Tensor:
-        """Apply `work` to tiles of `x`, whose cell of the latent grid has `unit` samples and in the result `out_unit`."""
+        """Apply `work` to tiles of `x`; a cell of the latent grid is `unit` samples there, `out_unit` in the result."""
         ratio = self.spatial_compression_ratio
         size, stride = self.tile_size // ratio, self.tile_stride // ratio
         rows, columns = x.shape[-2] // unit, x.shape[-1] // unit
@@ -269,8 +292,10 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                     shape = (*tile.shape[:-2], rows * out_unit, columns * out_unit)
                     total, weight = tile.new_zeros(shape), tile.new_zeros(shape[-2:])
                 fade = _tile_fade(tile, (size - stride) * out_unit)
-                area = (slice(top * out_unit, top * out_unit + tile.shape[-2]),
-                        slice(left * out_unit, left * out_unit + tile.shape[-1]))
+                area = (
+                    slice(top * out_unit, top * out_unit + tile.shape[-2]),
+                    slice(left * out_unit, left * out_unit + tile.shape[-1]),
+                )
                 total[..., area[0], area[1]] += tile * fade
                 weight[area] += fade
         assert total is not None and weight is not None
@@ -301,12 +326,18 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: not five axes, or another number of channels.
         """
         if z.ndim != 5 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"z has shape {tuple(z.shape)}: needs (batch, {self.config.latent_channels}, time, rows, columns)")
+            fits = f"(batch, {self.config.latent_channels}, time, rows, columns)"
+            raise ValueError(f"z has shape {tuple(z.shape)}: needs {fits}")
         sample = self._over_batch(self._decode_any, z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
-                generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
         """Round trip: video (B, 3, 1+2k, H, W) -> same."""
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
@@ -330,7 +361,8 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _check_video(self, x: Tensor) -> None:
         if x.ndim != 5 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}: needs (batch, {self.config.in_channels}, frames, height, width)")
+            fits = f"(batch, {self.config.in_channels}, frames, height, width)"
+            raise ValueError(f"x has shape {tuple(x.shape)}: needs {fits}")
         frames, ratio = x.shape[2], self.spatial_compression_ratio
         if frames % 2 == 0:
             raise ValueError(f"num_frames={frames}: needs 2*k+1; nearest are {max(1, frames - 1)} and {frames + 1}")

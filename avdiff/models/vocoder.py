@@ -30,6 +30,7 @@ from avdiff.models.mel import LogMel
 from avdiff.models.pitch import BINS, bin_hertz, smooth_path
 
 LOUDEST = 6.0  # filters may lie this far (nepers) above the envelope that the mel gives
+FITS = 6  # updates that fit the envelope to the mel
 
 
 class Pitch(NamedTuple):
@@ -82,15 +83,13 @@ class AVVocoder(ModelMixin, ConfigMixin):
         self.pitch = PitchReader(mel_bins, pitch_width, pitch_layers)
         self.enter = nn.Linear(mel_bins + 2, width)
         self.blocks = nn.ModuleList(TimeBlock(width, expansion, kernel) for _ in range(layers))
-        self.heads = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 6 * (n_fft // 2 + 1)))
-        bias = self.heads[1].bias.detach().view(6, -1)
+        shapes = nn.Linear(width, 6 * (n_fft // 2 + 1))
+        self.heads = nn.Sequential(nn.LayerNorm(width), shapes)
+        bias = shapes.bias.detach().view(6, -1)
         bias.zero_()
         bias[0], bias[2], bias[3] = -0.5, -1.0, -4.0  # pulses and noise share the envelope, the free part starts faint
-        bias[5] = -0.5
-        self.heads[1].weight.detach().mul_(0.3)
-        bank = self.frames.bank  # (bins, M)
-        spread = bank / bank.sum(dim=0) / bank.sum(dim=1, keepdim=True).clamp_min(1e-6)
-        self.register_buffer("spread", spread.T.contiguous(), persistent=False)  # (M, bins): mel -> envelope
+        bias[5] = -0.2
+        shapes.weight.detach().mul_(0.3)
 
     def forward(self, mel: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Normalised log-mel (B, C, T, mel_bins) -> waveform (B, C, T * hop_length), about [-1, 1].
@@ -130,8 +129,9 @@ class AVVocoder(ModelMixin, ConfigMixin):
         for block in self.blocks:
             x = block(x)
         shape = self.heads(x).float().unflatten(-1, (6, -1)).unbind(dim=-2)  # six of (N, T, bins)
-        envelope = self.envelope(mel)
-        voice = torch.polar((envelope + shape[0].clamp(max=LOUDEST)).exp(), shape[1]) * pulses
+        smooth = (self.frames.envelope(mel) + 1e-6).log()
+        envelope = (self.frames.envelope(mel, FITS) + 1e-6).log()
+        voice = torch.polar((smooth + shape[0].clamp(max=LOUDEST)).exp(), shape[1]) * pulses
         h_noise = (envelope + shape[2].clamp(max=LOUDEST)).exp()
         free = torch.polar((envelope + shape[3].clamp(max=LOUDEST)).exp(), shape[4])
         rest = (2 * (envelope + shape[5].clamp(max=LOUDEST))).exp()
@@ -148,11 +148,6 @@ class AVVocoder(ModelMixin, ConfigMixin):
             moved = consistent if before is None else consistent + momentum * (consistent - before)
             current, before = magnitude * _unit(moved), consistent
         return current
-
-    def envelope(self, mel: Tensor) -> Tensor:
-        """Log-mel (N, T, M) -> log of the smooth magnitude spectrum that it stands for (N, T, n_fft / 2 + 1)."""
-        with torch.autocast(mel.device.type, enabled=False):
-            return (LogMel.amplitude(mel) @ self.spread + 1e-6).log()
 
     def pulse_train(self, pitch: Pitch) -> Tensor:
         """Band-limited pulses (N, T * hop): every harmonic with amplitude sqrt(hertz / 150), phase k * fundamental.
@@ -202,7 +197,10 @@ def _unit(spectrum: Tensor) -> Tensor:
 def _add(frames: Tensor, hop: int) -> Tensor:
     """(N, T, 4 hop) overlapping by three quarters -> (N, (T + 3) hop)."""
     parts = frames.unflatten(2, (4, hop))  # (N, T, 4, hop)
-    return sum(F.pad(parts[:, :, k], (0, 0, k, 3 - k)) for k in range(4)).flatten(1)
+    total = F.pad(parts[:, :, 0], (0, 0, 0, 3))
+    for k in range(1, 4):
+        total = total + F.pad(parts[:, :, k], (0, 0, k, 3 - k))
+    return total.flatten(1)
 
 
 def _extend(phase: Tensor) -> Tensor:

@@ -260,7 +260,7 @@ QUOTES = (
 _SPOKEN = re.compile("|".join(f"{re.escape(a)}((?:(?!{re.escape(b)}).)+){re.escape(b)}" for a, b in QUOTES), re.DOTALL)
 # single straight quotes also mark apostrophes: they quote only where no word touches them outside or is cut by them
 _SINGLE = re.compile(r"(?<!\w)'(\S(?:[^']|(?<=\w)'(?=\w))*?)'(?!\w)", re.DOTALL)
-_OPEN = re.compile(r"(?<![\d\w])[\"“„«「]\s*([^\"“”„«»「」]+)$", re.DOTALL)
+_OPEN = re.compile(r"(?<![\d\w\"])[\"“„«「]\s*([^\"“”„«»「」]+)$", re.DOTALL)
 _VERBS = (
     r"says?|said|saying|speaks?|speaking|tells? us|announces?|asks?|replies|whispers?|shouts?|dice|diciendo|dicen|"
     r"dit|disant|diz|dizendo|कहत[ाीे] है|बोलत[ाीे] है|说|說|と言う|言う"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -167,7 +167,7 @@ class PresenterCorpus(Dataset):
             "text": text,
             "captions": captions,
             "caption": captions[int(phrase.integers(len(captions)))],
-            "phones": passage.phones,
+            "phones": tile(passage.phones, float(clip.seconds)),
             "mouth": mouth,
             "lip_points": np.stack([lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]),
             "attributes": attributes,
@@ -186,7 +186,7 @@ class PresenterCorpus(Dataset):
         return item
 
     def _passage(self, rng: np.random.Generator, plan: Plan) -> tuple[Passage, ClipSpec]:
-        """Sentences of one voice, and the clip that holds them; the sound is `SPARE_SECONDS` longer than asked for."""
+        """Sentences of one voice, and the clip that holds them; sound and phones reach `SPARE_SECONDS` further."""
         shortest, longest = self.options.range
         lead, tail = rng.uniform(*LEAD_SECONDS), rng.uniform(*TAIL_SECONDS)
         wanted = rng.uniform(shortest, longest)
@@ -196,8 +196,7 @@ class PresenterCorpus(Dataset):
         lead = room * lead / (lead + tail) if shortest == longest else min(lead, room)
         # nothing above depends on the frame rate; only here is the clip rounded up to whole groups of frames
         clip = self._clip(seconds)
-        passage = join_pieces(pieces, pauses, lead, round((seconds + SPARE_SECONDS) * SAMPLE_RATE))
-        return replace(passage, phones=tile(passage.phones, float(clip.seconds))), clip
+        return join_pieces(pieces, pauses, lead, round((seconds + SPARE_SECONDS) * SAMPLE_RATE)), clip
 
     def _pieces(self, rng: np.random.Generator, plan: Plan, room: float) -> tuple[list[Piece], list[float], float]:
         """Sentences of one voice, the pause before each, and their length together."""

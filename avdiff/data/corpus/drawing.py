@@ -35,6 +35,7 @@ _FACES = {  # half widths of cheek (y 12), jaw (y 24) and chin (y 33)
     "oval": (25.4, 19.0, 9.5), "round": (26.4, 21.8, 11.5), "square": (26.0, 22.6, 13.0), "heart": (25.2, 17.2, 8.0),
     "long": (24.6, 19.4, 10.5),
 }
+_NOSES = {"button": (4.3, 2.7), "straight": (3.5, 3.7), "wide": (5.8, 2.7), "pointed": (2.9, 4.5)}  # half width, height
 EYE_Y = -4.0
 
 
@@ -197,10 +198,10 @@ def _draw_cheeks(canvas: skia.Canvas, who: Identity, pose: Pose) -> None:
 
 def _draw_nose(canvas: skia.Canvas, who: Identity, pose: Pose) -> None:
     skin, size = who.skin_rgb, who.nose_size
-    wide = {"button": 4.2, "straight": 3.8, "wide": 5.6, "pointed": 3.4}[who.nose] * size
+    wide, tall = (size * half for half in _NOSES[who.nose])
     _shift(canvas, pose, 1.0)
-    canvas.drawOval(oval(0, 7.6, wide, 2.6 * size), fill(tone(skin, 0.80)))
-    canvas.drawOval(oval(-0.4, 6.2, wide * 0.92, 2.7 * size), fill(tone(skin, 1.07)))
+    canvas.drawOval(oval(0, 10.2 - tall, wide, tall), fill(tone(skin, 0.80)))
+    canvas.drawOval(oval(-0.4, 8.8 - tall, wide * 0.92, tall), fill(tone(skin, 1.07)))
     canvas.restore()
 
 

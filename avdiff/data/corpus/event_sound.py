@@ -36,9 +36,9 @@ BODIES: dict[str, Body] = {
     "stone floor": Body(320, (1, 2.3, 4.8), 0.016, 0.5, 0.004, 0.6),
     "metal floor": Body(245, (1, 1.68, 2.83, 4.62, 7.7), 0.38, 0.3, 0.003, 0.8),
     "drum": Body(150, (1, 1.59, 2.14, 2.30, 2.65, 2.92, 3.5), 0.22, 0.7, 0.020, 0.5),
-    "brass bell": Body(620, (0.5, 1, 1.2, 1.5, 2, 2.67, 3, 4.2), 1.3, 0.2, 0.003, 0.9),
-    "silver bell": Body(1350, (1, 1.18, 2.0, 2.74, 3.76, 5.1), 0.9, 0.2, 0.002, 1.0),
-    "wine glass": Body(980, (1, 2.32, 4.25, 6.63, 9.38), 0.75, 0.15, 0.002, 1.0),
+    "brass bell": Body(620, (0.5, 1, 1.2, 1.5, 2, 2.67, 3, 4.2), 1.3, 0.45, 0.004, 0.9),
+    "silver bell": Body(1350, (1, 1.18, 2.0, 2.74, 3.76, 5.1), 0.9, 0.4, 0.003, 1.0),
+    "wine glass": Body(980, (1, 2.32, 4.25, 6.63, 9.38), 0.75, 0.4, 0.003, 1.0),
     "hands": Body(900, (1, 1.45), 0.006, 1.0, 0.011, 0.55),
     "wood door": Body(135, (1, 1.8, 2.7, 3.9, 5.8, 8.1), 0.048, 0.7, 0.006, 0.4),
     "metal door": Body(190, (1, 1.6, 2.4, 3.7, 5.2, 7.4), 0.30, 0.5, 0.004, 0.7),
@@ -46,6 +46,7 @@ BODIES: dict[str, Body] = {
 TAIL = 5.0  # decays rung out: e^-5 is -43 dB
 MOST_SECONDS = 1.6
 PEAK = (0.35, 0.85)
+DAMPED = 0.25  # what the touch of a new strike leaves of the earlier ringing
 SOFT = 0.25  # hardness of the softer of the two strikes that are mixed
 
 
@@ -92,8 +93,12 @@ def event_audio(event: Event, samples: int, rate: int = 24000) -> np.ndarray:
         for i, (body, share) in enumerate(bodies_of(event))
         for hardness in (SOFT, 1.0)
     ]
+    damping = np.geomspace(1.0, DAMPED, round(0.001 * rate))
     for time, speed in zip(event.impacts, event.speeds, strict=True):
         first = round(time * rate)
+        contact = track[first : first + len(damping)]
+        contact *= damping[: len(contact)]
+        track[first + len(damping) :] *= DAMPED
         hard = max(0.0, (speed - SOFT) / (1 - SOFT))
         for sound, hardness in sounds:  # between a soft and a hard strike
             part = sound[: max(0, samples - first)]

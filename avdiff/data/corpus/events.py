@@ -26,7 +26,7 @@ FLOORS = ("wooden", "stone", "metal")
 SIZES = {"small": 0.75, "medium": 1.0, "large": 1.35}
 BOUNCE = {"rubber": 0.78, "plastic": 0.80, "wood": 0.62, "metal": 0.68, "glass": 0.72}  # speed kept in a bounce
 REST_FLIGHT = 0.13  # s; a flight shorter than this is no bounce any more: the ball stays
-WIND_UP = 0.34  # s from rest to the first strike
+SWING = 0.17  # s from the height of a swing to contact
 MOST_IMPACTS = 6
 
 
@@ -180,21 +180,21 @@ def ball_height(event: Event, time: float) -> float:
 
 
 def strike_distance(event: Event, time: float) -> float:
-    """Distance of a striker in [0, 1.1]: 0 exactly at each impact, about 0.6 at rest."""
-    times = event.impacts
-    if time <= times[0]:
-        away = (times[0] - time) / WIND_UP
-        return float(
-            np.sin(np.pi * 0.5 * min(away * 2, 1.0))
-            if away < 0.5
-            else 0.6 + 0.4 * np.cos(np.pi * min(away - 0.5, 0.5)) ** 2
-        )
-    index = int(np.searchsorted(times, time, side="right")) - 1
-    since = time - times[index]
-    if index + 1 < len(times):
-        gap = times[index + 1] - times[index]
-        return float(min(1.0, 0.45 + gap) * np.sin(np.pi * since / gap))
-    return float(0.6 * np.sin(np.pi * 0.5 * min(since / 0.22, 1.0)))
+    """Distance of a striker in [0, 1]: 0 exactly at each impact, 0.6 at rest.
+
+    Near an impact it is the same before and after, so that the frame nearest in time is also nearest in the picture.
+    """
+    times = np.asarray(event.impacts)
+    index = int(np.searchsorted(times, time, side="right"))
+    if 0 < index < len(times):
+        gap = float(times[index] - times[index - 1])
+        if gap < 2 * SWING:  # too quick a beat for the whole swing: the same speed at contact, less height
+            return float(gap / (2 * SWING) * np.sin(np.pi * (time - times[index - 1]) / gap))
+    away = float(np.abs(times - time).min())
+    if away < SWING:
+        return float(np.sin(np.pi * 0.5 * away / SWING))
+    outside = time < times[0] or time > times[-1]
+    return 0.8 + 0.2 * float(np.cos(np.pi * min((away - SWING) / 0.25, 1.0))) if outside else 1.0
 
 
 def since_impact(event: Event, time: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from avdiff.data.corpus.drawing import render_face
 from avdiff.data.corpus.identity import Identity, identity_key, identity_split, sample_identity
 from avdiff.data.corpus.motion import Pose, pose_track
-from avdiff.data.corpus.mouth import lip_points, mouth_opening
+from avdiff.data.corpus.mouth import lip_points, mouth_opening, mouth_opening_from_pixels
 
-__all__ = ["Identity", "Pose", "identity_key", "identity_split", "lip_points", "mouth_opening", "pose_track",
-           "render_face", "sample_identity"]
+__all__ = ["Identity", "Pose", "identity_key", "identity_split", "lip_points", "mouth_opening",
+           "mouth_opening_from_pixels", "pose_track", "render_face", "sample_identity"]

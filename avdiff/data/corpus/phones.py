@@ -153,10 +153,15 @@ def _pause(parts: list[_Part], symbol: str, first: float, last: float, start: fl
     return _share(parts, first, last, SPACE_BEFORE)
 
 
-def merge_tokens(tokens: Tokens, audio: np.ndarray, rate: int) -> tuple[Phone, ...]:
-    """Tokens and their audio (S,) -> phones that tile [0, S / rate] seconds without gaps, silence included."""
+def merge_tokens(tokens: Tokens, audio: np.ndarray, rate: int, shift: float = 0.0) -> tuple[Phone, ...]:
+    """Tokens and their audio (S,) -> phones that tile [0, S / rate] seconds without gaps, silence included.
+
+    Args:
+        shift: seconds added to the times of all tokens.
+    """
     seconds = len(audio) / rate
-    parts = _merge_marks(tokens.symbols, tokens.starts, tokens.ends)
+    starts, ends = ([max(0.0, t + shift) for t in times] for times in (tokens.starts, tokens.ends))
+    parts = _merge_marks(tokens.symbols, starts, ends)
     loud, hop = _loud_frames(audio, rate)
     phones: list[Phone] = []
     clock = 0.0

@@ -170,12 +170,11 @@ def viseme_track(phones: Sequence[Phone], times: np.ndarray) -> np.ndarray:
     times = np.asarray(times, np.float64)
     track = _blend(_pulls(phones), times)
     jaw, teeth, tuck = (PARAMS.index(name) for name in ("jaw", "teeth", "tuck"))
-    for phone in phones:
-        name = viseme_of(phone.symbol)[0]
-        if name not in ("PP", "FF"):
-            continue
-        contact = _contact(phone, times)
-        for column in (jaw,) if name == "PP" else (jaw, teeth, tuck):
-            track[:, column] += contact * (TARGETS[name][column] - track[:, column])
+    for name, columns in (("FF", (jaw, teeth, tuck)), ("PP", (jaw,))):  # closed lips have the last word
+        for phone in phones:
+            if viseme_of(phone.symbol)[0] == name:
+                contact = _contact(phone, times)
+                for column in columns:
+                    track[:, column] += contact * (TARGETS[name][column] - track[:, column])
     track[:, jaw] = (track[:, jaw] - _TOUCH) / (1 - _TOUCH)  # lips that are that close touch
     return np.clip(track, 0.0, 1.0).astype(np.float32)

@@ -1,0 +1,71 @@
+"""The README tells the truth: its commands and its Python run, with a tiny model in the presenter's place."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import tiny_pipeline
+
+import avdiff
+from avdiff import cli
+from avdiff.data.media import probe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, and a tiny model where the presenter's weights are looked for."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(avdiff, "PRESENTER", str(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_commands_run(workplace: Path) -> None:
+    ran = 0
+    for program, *arguments in commands():
+        if program == "make":
+            assert set(arguments) <= MAKE_TARGETS, arguments
+        elif program == "avdiff" and "--help" not in arguments:
+            with pytest.raises(SystemExit) as ended:
+                cli.main(arguments)
+            assert ended.value.code == 0, arguments
+            ran += 1
+        else:
+            assert program == "avdiff", program
+            assert arguments[0] in cli.PASSED_ON
+    assert ran >= 3
+
+
+def test_python_runs(workplace: Path) -> None:
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    info = probe(workplace / "out.mp4")
+    assert info.video_seconds is not None and info.audio_seconds is not None
+    assert abs(info.video_seconds - info.audio_seconds) < 0.04
+
+
+def test_continuous_integration_runs_the_test_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert ["make", "test"] in commands()
+
+
+def test_paths_it_names_exist() -> None:
+    named = re.findall(r"`((?:avdiff|pipelines|train|samples|tests)/[\w/.]*)`", README)
+    assert len(named) > 8
+    for name in named:
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,43 @@
+"""Audio cannot fail silently: what the numbers of a run say when a modality or a branch stops learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+PATIENCE = 3  # log windows in a row: one window without a task is chance
+
+
+class Watch:
+    """Reads each log line and warns once per trouble, again only after it went away.
+
+    Args:
+        modalities: those that are trained. branches: those with trainable weights; both are expected to learn.
+    """
+
+    def __init__(self, modalities: Iterable[str], branches: Iterable[str]) -> None:
+        self.modalities, self.branches = tuple(modalities), tuple(branches)
+        self._usual: dict[str, float] = {}
+        self._bad: dict[str, int] = {}
+
+    def read(self, values: Mapping[str, float]) -> list[str]:
+        """Warnings for one log line; empty if all is well."""
+        said = []
+        for m in self.modalities:
+            share = values.get(f"supervised/{m}", 0.0)
+            usual = self._usual.setdefault(m, share)
+            if self._lasting(f"share {m}", share < 0.5 * usual or share == 0):
+                said.append(f"{m} supervision fell to {share:.0%} of the tokens (it was {usual:.0%}): check that clips "
+                            f"still come with {m} and that the task mix generates it")
+            else:
+                self._usual[m] = 0.9 * usual + 0.1 * share
+        for b in self.branches:
+            if self._lasting(f"gradient {b}", not values.get(f"grad_norm/{b}", 0.0) > 0):
+                said.append(f"the {b} branch gets no gradient: it is trainable, but nothing in the loss reaches it")
+            key = f"adapter_norm/{b}"
+            if key in values and self._lasting(key, values[key] == 0):
+                said.append(f"the adapter of the {b} branch is still zero: it learns nothing")
+        return said
+
+    def _lasting(self, name: str, bad: bool) -> bool:
+        self._bad[name] = self._bad.get(name, 0) + 1 if bad else 0
+        return self._bad[name] == PATIENCE
