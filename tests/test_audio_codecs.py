@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
 from avdiff.evaluation import audio_metrics
 from avdiff.models.audio_vae import AVAudioVAE
 from avdiff.models.mel import LogMel
 from avdiff.models.pitch import BINS, bin_hertz, hertz_bin, smooth_path
 from avdiff.models.vocoder import AVVocoder, Pitch
+from avdiff.train.codecs_audio import (
+    AudioVAETask,
+    SoundSegments,
+    VocoderTask,
+    VoicedSegments,
+    held_out,
+    measure_latents,
+)
+from avdiff.train.fit import FitOptions, fit
 from avdiff.train.pitch import track
 from avdiff.train.sound_loss import SpectralLoss
 
@@ -206,6 +217,90 @@ def test_tracking_finds_pitch_phase_and_silence(hertz: float) -> None:
     true = 2 * np.pi * hertz * (np.arange(150) * 240 + 119.5) / RATE  # phase of the first harmonic at frame centres
     off = np.angle(np.exp(1j * (found.phase - true)))[10:90]
     assert np.abs(off).max() < 0.1
+
+
+# ------------------------------------------------------------------------------------------------- tasks
+def small_bank(count: int = 4) -> SpeechBank:
+    bank = SpeechBank(REPO_BANK)
+    bank.utterances = bank.utterances[:count]
+    return bank
+
+
+def click(rng: np.random.Generator, samples: int) -> np.ndarray:
+    sound = np.zeros(samples, np.float32)
+    sound[int(rng.integers(samples))] = 0.5
+    return sound
+
+
+def test_segments_repeat_under_a_seed_and_hold_events() -> None:
+    segments = SoundSegments(small_bank(), 9600, click, event_share=0.5)
+    torch.manual_seed(3)
+    first = [segments[k] for k in range(12)]
+    torch.manual_seed(3)
+    second = [segments[k] for k in range(12)]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert {tuple(x.shape) for x in first} == {(1, 9600)}
+    assert max(x.abs().max().item() for x in first) <= 1.0
+    assert any((x.abs() > 0.01).sum() == 1 for x in first)  # a click
+    assert any((x.abs() > 0.01).sum() > 500 for x in first)  # speech
+
+
+def test_voiced_segments_are_cut_in_phase_with_their_sound() -> None:
+    bank = small_bank()
+    tracks = {u.id: track([bank.audio(u)])[0] for u in bank}
+    segments = VoicedSegments(SoundSegments(bank, 24000), tracks)
+    torch.manual_seed(0)
+    inside = slice(8, 92)  # at the ends tracking sees other neighbours
+    checked = 0
+    for k in range(6):
+        item = segments[k]
+        again = track([item.sound[0].numpy()])[0]
+        sure = (item.voiced.numpy()[inside] > 0.95) & (again.voiced[inside] > 0.95)
+        turn = np.exp(1j * (item.phase.numpy() - again.phase))[inside][sure]
+        checked += len(turn)
+        assert len(turn) < 10 or np.abs(np.median(np.angle(turn))) < 0.05
+    assert checked > 100
+
+
+def test_vae_task_learns_and_can_spare_the_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bank = small_bank()
+    vae = AVAudioVAE(**TINY_VAE)
+    segments, held = SoundSegments(bank, 9600, size=64), held_out(bank, 9600, 4)
+    before = AudioVAETask(vae, segments, held).validate()["l1_noise_0.0"]
+    options = {"train_batch_size": 8, "learning_rate": 3e-3, "log_every": 100}
+    fit(AudioVAETask(vae, segments, held), FitOptions(str(tmp_path / "a"), max_train_steps=40, **options))
+    after = AudioVAETask(vae, segments, held).validate()["l1_noise_0.0"]
+    assert after < 0.7 * before
+    encoder = {n: p.clone() for n, p in vae.named_parameters() if n.startswith("encoder")}
+    decoder = vae.decoder_in.weight.clone()
+    fit(AudioVAETask(vae, segments, held, decoder_only=True),
+        FitOptions(str(tmp_path / "b"), max_train_steps=2, **options))
+    assert all(torch.equal(p, encoder[n]) for n, p in vae.named_parameters() if n in encoder)
+    assert not torch.equal(vae.decoder_in.weight, decoder)
+
+
+def test_latent_statistics_make_unit_variance() -> None:
+    torch.manual_seed(1)
+    vae, segments = AVAudioVAE(**TINY_VAE), list(held_out(small_bank(), 19200, 4))
+    measure_latents(vae, segments, 4, batch=3)
+    z = vae.normalise(vae.encode(vae.mel(torch.stack(segments))).latent_dist.mode())
+    torch.testing.assert_close(z.mean(dim=(0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std(dim=(0, 2, 3), correction=0), torch.ones(48), atol=1e-3, rtol=0)
+
+
+def test_vocoder_task_learns(tmp_path: Path, vae: AVAudioVAE) -> None:
+    torch.manual_seed(0)
+    bank = small_bank()
+    tracks = {u.id: track([bank.audio(u)])[0] for u in bank}
+    vocoder = AVVocoder(**TINY_VOCODER)
+    voiced = VoicedSegments(SoundSegments(bank, 9600, size=32), tracks)
+    task = VocoderTask(vocoder, voiced, held_out(bank, 19200, 2), vae, decoded_share=0.25)
+    before = task.validate()
+    fit(task, FitOptions(str(tmp_path), max_train_steps=12, train_batch_size=4, learning_rate=3e-3, log_every=100))
+    after = task.validate()
+    assert after["true_log"] < before["true_log"]
+    assert after["true_mel"] < before["true_mel"]
 
 
 # ------------------------------------------------------------------------------------- losses and metrics

@@ -134,6 +134,14 @@ def test_recogniser_shapes_errors_and_copy(tmp_path: Path) -> None:
         judges.load("lip_network", tmp_path / "nowhere")
 
 
+def test_other_rates_become_the_judge_s() -> None:
+    times = np.arange(48000) / 48000
+    wave = judges.as_waveform(np.stack([np.sin(2 * np.pi * 440 * times)] * 2), 48000, RATE)
+    np.testing.assert_allclose(wave[500:-500], np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)[500:-500], atol=5e-3)
+    with pytest.raises(ValueError, match="a sample rate in Hz"):
+        judges.as_waveform(np.zeros(10), 0, RATE)
+
+
 def test_recogniser_moves_with_the_sound() -> None:
     model = tiny_recogniser().eval()
     wave = torch.randn(1, 48000, generator=torch.Generator().manual_seed(2)) * 0.1
@@ -166,9 +174,8 @@ def test_recogniser_learns_a_sentence_and_its_times() -> None:
     starts = np.array([p.start for p in timed if p.symbol != SILENCE])
     true = np.array([p.start for p in utterance.phones if p.symbol != SILENCE])
     assert len(starts) == len(true) and np.median(np.abs(starts - true)) < 0.03
-    halved = audio.reshape(-1, 2).mean(1)  # the same at another rate, and in stereo
-    again = judges.recognise(np.stack([halved, halved]), RATE // 2, task.recogniser)
-    assert judges.phone_error_rate([(wanted, again)]) < 0.5
+    assert judges.recognise(np.stack([audio, audio]), RATE, task.recogniser) == judges.recognise(
+        audio, RATE, task.recogniser)
     with pytest.raises(ValueError, match="not in the recogniser's inventory"):
         judges.phone_times(audio, RATE, ["@"], task.recogniser)
 

@@ -309,3 +309,23 @@ def test_bad_reads_are_one_sentence(tmp_path: Path) -> None:
     for arguments in ({"fps": 0}, {"size": 0}, {"max_seconds": -1}, {"max_seconds": float("nan")}, {"sample_rate": 7}):
         with pytest.raises(ValueError, match=f"^{next(iter(arguments))}="):
             read_clip(tmp_path / "good.mp4", **arguments)
+
+
+def test_damaged_files_never_surprise(tmp_path: Path) -> None:
+    """Whatever bytes are hit: a clip, or one sentence; never another error."""
+    write_clip(tmp_path / "good.mp4", moving_frames(12), 25, tone(11520), RATE)
+    whole = np.frombuffer((tmp_path / "good.mp4").read_bytes(), np.uint8)
+    rng = np.random.default_rng(0)
+    refusals: list[str] = []
+    for _ in range(60):
+        hurt = whole.copy()
+        start = int(rng.integers(0, len(hurt)))
+        hurt[start : start + int(rng.integers(1, 40))] ^= rng.integers(1, 256, dtype=np.uint8)
+        (tmp_path / "hurt.mp4").write_bytes(hurt.tobytes())
+        for read in (read_clip, probe):
+            try:
+                read(tmp_path / "hurt.mp4")
+            except MediaError as error:
+                refusals.append(str(error))
+    assert refusals
+    assert not [text for text in refusals if "\n" in text]

@@ -76,7 +76,7 @@ def test_resolved_recipe_reads_back(tmp_path):
 
 @pytest.mark.parametrize(("text", "arguments", "answer"), [
     ("nmae = 'x'", [], "key nmae: unknown; did you mean name?"),
-    ("name = 'x'\n[training]\nlearning_rat = 1", [], r"learning_rat in \[training\]: unknown; did you mean learning_rate"),
+    ("name = 'x'\n[training]\nlearning_rat = 1", [], r"rat in \[training\]: unknown; did you mean learning_rate\?"),
     ("name = 'x'\n[sound]\nlearning_rate = 1.0", [], r"key learning_rate in \[sound\]: belongs in \[training\]"),
     ("name = 'x'\n[trainning]\nseed = 1", [], "key trainning: unknown; did you mean training?"),
     ("name = 'x'\n[training]\nseed = 'one'\noutput_dir = 'r'", [], "seed='one': needs a whole number"),

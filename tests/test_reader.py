@@ -12,7 +12,7 @@ import torch
 
 from avdiff.data.corpus.phones import SILENCE, inventory
 from avdiff.data.eastern import read_chinese, read_kana, segment_chinese, segment_japanese
-from avdiff.data.lexicon import LANGUAGES, load_lexicon
+from avdiff.data.lexicon import LANGUAGES, english_plural, load_lexicon
 from avdiff.data.linking import Spoken, link
 from avdiff.data.networks import Networks, default_networks
 from avdiff.data.numbers import HINDI, cardinal, spell_numbers, split_decimal
@@ -198,6 +198,14 @@ def test_unknown_words_are_read_by_the_network() -> None:
     mixed = read("I said नमस्ते and 谢谢", "en")
     assert [w.phonemes for w in mixed.words[2::2]] == ["nəmˈʌsteː", "ɕje↘ɕje↘"]
     assert networks.spell(["łódź"], "en")[0] and networks.spell(["x" * 90], "it")[0]
+
+
+@pytest.mark.parametrize(("word", "phonemes"), [
+    ("ponies", "pˈOniz"), ("foxes", "fˈɑːksᵻz"), ("cats", "kˈæts"), ("emma's", "ˈɛməz"), ("glass", None), ("xs", None),
+])
+def test_plurals_follow_their_stems(word: str, phonemes: str | None) -> None:
+    words = {"pony": "pˈOni", "fox": "fˈɑːks", "cat": "kˈæt", "emma": "ˈɛmə", "glas": "x", "x": "ˈɛks"}
+    assert english_plural(word, words) == phonemes
 
 
 # ------------------------------------------------------------------------------------------------------ networks

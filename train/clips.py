@@ -73,7 +73,8 @@ class Collate:
         ids, mask = tokens["input_ids"].long(), tokens["attention_mask"].long()
         if ids.shape[1] == 0:  # nobody says anything: one place that nobody looks at
             ids, mask = (torch.zeros(len(rows), 1, dtype=torch.long) for _ in range(2))
-        batch = {m: torch.stack([r[m] for r in rows]).float() for m in ("video", "audio") if m in rows[0]}
+        present = [m for m in ("video", "audio") if m in rows[0]]
+        batch: dict[str, Any] = {m: torch.stack([r[m] for r in rows]).float() for m in present}
         script = script_from_phones([r["phones"] for r in rows], clip, [r["warp"] for r in rows])
         return {**batch, "input_ids": ids, "attention_mask": mask, "script": script, "clip": clip}
 

@@ -109,14 +109,17 @@ def digit_errors(ways: dict[str, Route], utterances: Sequence[Utterance]) -> dic
 
 @torch.no_grad()
 def impact_errors(way: Route, count: int, seed: int = 5) -> np.ndarray:
-    """How far (s) the rise of energy moves at impacts of `count` drawn scenes, relative to the original's."""
+    """How far (s) the rise of energy moves at impacts of `count` drawn scenes, relative to the original's.
+
+    Impacts that the original itself does not show within 5 ms, faint ones in the ring of another, are left out.
+    """
     off = []
     for k in range(count):
         event = sample_event(np.random.default_rng([seed, k]), 3.0)
         sound = event_audio(event, 3 * RATE, RATE)
         made = way(whole_tokens(sound))[0, 0].numpy()
         for impact in event.impacts:
-            if 0.1 < impact < 2.8:
+            if 0.1 < impact < 2.8 and abs(onset_seconds(sound, impact) - impact) <= 0.005:
                 off.append(onset_seconds(made, impact) - onset_seconds(sound, impact))
     return np.abs(np.array(off))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,20 +96,26 @@ class AudioVAETask(Task):
     Args:
         vae: model to train. dataset: segments (1, S). held_out: segments (N, 1, S) for validation.
         kl_weight: weight of the KL divergence, mean over latent values. latent_noise: largest noise deviation.
+        decoder_only: leave the encoder as it is, so that latents made earlier stay valid.
     """
 
     def __init__(self, vae: AVAudioVAE, dataset: Dataset[Tensor], held_out: Tensor, kl_weight: float = 1e-3,
-                 latent_noise: float = 0.35) -> None:
+                 latent_noise: float = 0.35, decoder_only: bool = False) -> None:
         self.vae, self.dataset, self.held_out = vae, dataset, held_out
         self.kl_weight, self.latent_noise = kl_weight, latent_noise
-        self.modules = {"audio_vae": vae}
+        self.decoder_only, self.modules = decoder_only, {"audio_vae": vae}
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "kl_weight": self.kl_weight, "latent_noise": self.latent_noise}
+        own = {"kl_weight": self.kl_weight, "latent_noise": self.latent_noise, "decoder_only": self.decoder_only}
+        return {**super().settings(), **own}
+
+    def parameters(self, phase: str) -> Iterator[torch.nn.Parameter]:
+        return (p for name, p in self.vae.named_parameters() if not (self.decoder_only and name.startswith("encoder")))
 
     def loss(self, batch: Tensor, phase: str, generator: torch.Generator) -> Loss:
         mel = self.vae.mel(batch)  # (B, 1, T, M)
-        posterior = self.vae.encode(mel).latent_dist
+        with torch.set_grad_enabled(not self.decoder_only):
+            posterior = self.vae.encode(mel).latent_dist
         scale = posterior.mean.detach().std(dim=(0, 2, 3), keepdim=True)  # (1, C, 1, 1)
         level = torch.rand(len(mel), 2, generator=generator, device=mel.device)  # half the rows get none
         level = torch.where(level[:, :1] < 0.5, level[:, 1:], 0.0).view(-1, 1, 1, 1) * self.latent_noise
@@ -121,6 +127,7 @@ class AudioVAETask(Task):
         rows = absolute + 0.5 * square + self.kl_weight * kl
         return Loss(rows.mean(), {"l1": absolute, "l2": square, "kl": kl})
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """L1 of the round trip, with latent noise of 0, 0.15 and 0.3, and how many channels carry information."""
         mel = self.vae.mel(self.held_out)
@@ -136,10 +143,11 @@ class AudioVAETask(Task):
 
 def measure_latents(vae: AVAudioVAE, segments: Sequence[Tensor] | Dataset[Tensor], count: int, batch: int = 32) -> None:
     """Set `latents_mean` and `latents_std` from `count` training segments (1, S)."""
-    total, squares, values = 0.0, 0.0, 0
+    total, squares = vae.latents_mean.new_zeros(2, len(vae.latents_mean), dtype=torch.float64)
+    values = 0
     with torch.no_grad():
         for first in range(0, count, batch):
-            sound = torch.stack([segments[k] for k in range(first, min(first + batch, count))])
+            sound = torch.stack([segments[k] for k in range(first, min(first + batch, count))]).to(vae.device)
             z = vae.encode(vae.mel(sound)).latent_dist.mode().double()  # (B, C, L, 1)
             total, squares = total + z.sum(dim=(0, 2, 3)), squares + z.square().sum(dim=(0, 2, 3))
             values += z.shape[0] * z.shape[2]
@@ -160,7 +168,7 @@ class Voiced(NamedTuple):
 class VoicedSegments(Dataset[Voiced]):
     """`SoundSegments` with pitch tracks: an item is one `Voiced` without the batch dimension, cut on the frame grid."""
 
-    def __init__(self, segments: SoundSegments, pitches: PitchBank, hop: int = 240) -> None:
+    def __init__(self, segments: SoundSegments, pitches: PitchBank | Mapping[str, PitchTrack], hop: int = 240) -> None:
         self.segments, self.pitches, self.hop = segments, pitches, hop
         self.frames = segments.samples // hop
 
@@ -268,10 +276,11 @@ class VocoderTask(Task):
         tone = -(target * logits.log_softmax(dim=-1)).sum(dim=-1) * batch.voiced
         return (tone + F.binary_cross_entropy_with_logits(voicing, batch.voiced, reduction="none")).mean(dim=1)
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Spectral terms on held-out sound with the pitch read off the mel; from true and from decoded mels."""
         true = self.vocoder.frames(self.held_out)
-        report = {}
+        report: dict[str, float] = {}
         kinds = {"true": true} if self.vae is None else {"true": true, "decoded": self.vae(true).sample}
         for name, mel in kinds.items():
             wave, target = self.vocoder(mel)[:, 0], self.held_out[:, 0]

@@ -49,6 +49,9 @@ class FinetuneTask(Task):
         train, held_out: `LatentCache`s; `held_out` may be None.
     """
 
+    groups: list[tuple[Any, ...]]
+    collate: Collate
+
     def __init__(self, recipe: Recipe, transformer: AVTransformer, text_encoder: CaptionEncoder, tokenizer: Any,
                  train: Any, held_out: Any = None) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -84,7 +87,8 @@ class FinetuneTask(Task):
         script = self._script(batch["script"], alone, self.recipe.data.video_script, side)
         output, routing = self.predict(batch, noised, positions, script, structure == "isolated")
         losses = self.objective.row_losses(output, clean, noised)
-        learned = {m: loss for m, loss in losses.items() if m in self.recipe.objective.modalities}
+        only = self.recipe.objective.modalities
+        learned: dict[str, torch.Tensor] = {m: loss for m, loss in losses.items() if m in only}
         means = {m: loss.mean() for m, loss in learned.items()}
         self._remember(means)
         total = self.balance(means)

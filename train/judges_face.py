@@ -84,8 +84,9 @@ def draw_face(rng: np.random.Generator, bank: SpeechBank | None, identity: Ident
         mouth = one + (two - one) * rng.beta(0.5, 0.5) + rng.normal(0, 0.1, len(PARAMS))
         mouth = np.clip(mouth if rng.random() < 0.7 else rng.random(len(PARAMS)), 0, 1)
     blink = float(rng.choice([0.0, 1.0, rng.random()], p=[0.75, 0.1, 0.15]))
-    pose = Pose(*np.clip(rng.normal(0, (0.5, 0.35)), -1, 1), *rng.normal(0, (2.6, 1.6, 1.2)), blink,
-                *np.clip(rng.normal(0, (0.4, 0.2)), -1, 1), float(np.clip(rng.normal(0, 0.4), -1, 1)))
+    yaw, pitch, gaze_x, gaze_y, brow = np.clip(rng.normal(0, (0.5, 0.35, 0.4, 0.2, 0.4)), -1, 1).tolist()
+    tilt, dx, dy = rng.normal(0, (2.6, 1.6, 1.2)).tolist()
+    pose = Pose(yaw, pitch, tilt, dx, dy, blink, gaze_x, gaze_y, brow)
     return {"picture": render_face(identity, mouth, pose, SIDE), "face": np.ones((), np.float32),
             "box": face_box(identity, pose), "square": mouth_square(identity, pose),
             "points": lip_points(identity, mouth, pose), "shape": mouth[:3].astype(np.float32),
@@ -252,7 +253,7 @@ class FaceReaderTask(Task):
         """Measures on held-out presenters, clean and degraded (see `measure_reader`)."""
         count = min(512, len(self.held_out))
         pictures = torch.from_numpy(np.array(self.held_out.pictures[:count]))
-        report = {}
+        report: dict[str, float] = {}
         for name, strength in (("clean", 0.0), ("degraded", 1.0)):
             generator = torch.Generator().manual_seed(0)
             x = degraded(to_pictures(pictures), generator, strength)

@@ -20,7 +20,7 @@ from avdiff.data.corpus.speech import SAMPLE_RATE, SpeechBank, Utterance
 from avdiff.data.corpus.visemes import viseme_track
 from avdiff.evaluation.judges import lag_curve
 from avdiff.models.lip_network import RATE, LipNetwork, lag_scores, lips_on_clock
-from avdiff.train.judges_speech import Noises
+from avdiff.train.judges_speech import some_noise
 from avdiff.train.task import Loss, Task
 
 FRAME_RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60.0)
@@ -131,7 +131,6 @@ class LipPairs(Dataset[Pair]):
     def __init__(self, bank: SpeechBank, frames: int = 100, reach: int = 40, split: str = "train",
                  size: int = 4096) -> None:
         self.bank, self.frames, self.reach, self.split, self.size = bank, frames, reach, split, size
-        self.noise = Noises()
         self.by_voice: dict[tuple[str, str], list[Utterance]] = defaultdict(list)
         for utterance in bank:
             self.by_voice[utterance.lang, utterance.voice].append(utterance)
@@ -172,7 +171,7 @@ class LipPairs(Dataset[Pair]):
         if rng.random() < 0.2:
             audio = add_room(rng, audio, SAMPLE_RATE)
         ratio = rng.uniform(0, 25) if rng.random() < 0.35 else rng.uniform(30, 60)
-        audio = audio + self.noise(rng, len(audio)) * np.float32(loudness * 10 ** (-ratio / 20))
+        audio = audio + some_noise(rng, len(audio)) * np.float32(loudness * 10 ** (-ratio / 20))
         return np.clip(audio * np.float32(10 ** (rng.uniform(-18, 4) / 20)), -1, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from avdiff.train.task import Loss, Task
 
 RATE = 50  # frames a second
 GAP_SECONDS = (0.0, 0.5)  # silence before each sentence
-NOISES, NOISE_SECONDS = 48, 8.0
+NOISES, NOISE_SECONDS = 32, 8.0
 QUIET_DB = (-75.0, -50.0)  # level of the room's noise behind clean speech
 
 
@@ -57,18 +58,18 @@ def sequence(labels: Iterable[int]) -> list[int]:
     return [label for label, _ in groupby(labels) if label]
 
 
-class Noises:
-    """Noise with RMS 1 from a store: drawing it afresh costs more than training on it."""
+@cache
+def _noises(seed: int = 0) -> np.ndarray:
+    """Coloured noises with RMS 1, (N, S): drawing them afresh for each row costs more than training on it."""
+    rng, length = np.random.default_rng(seed), round(NOISE_SECONDS * SAMPLE_RATE)
+    return np.stack([coloured_noise(rng, length, SAMPLE_RATE) for _ in range(NOISES)])
 
-    def __init__(self, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        length = round(NOISE_SECONDS * SAMPLE_RATE)
-        self.store = np.stack([coloured_noise(rng, length, SAMPLE_RATE) for _ in range(NOISES)])
 
-    def __call__(self, rng: np.random.Generator, samples: int) -> np.ndarray:
-        """One of the noises from anywhere on, repeated if it is too short: (samples,) float32."""
-        whole = self.store[int(rng.integers(NOISES))]
-        return np.resize(np.roll(whole, -int(rng.integers(len(whole)))), samples)
+def some_noise(rng: np.random.Generator, samples: int) -> np.ndarray:
+    """One of the stored noises from anywhere on, repeated if it is too short: (samples,) float32 with RMS about 1."""
+    store = _noises()
+    whole = store[int(rng.integers(NOISES))]
+    return np.resize(np.roll(whole, -int(rng.integers(len(whole)))), samples)
 
 
 class SpokenSegments(Dataset[Heard]):
@@ -87,7 +88,6 @@ class SpokenSegments(Dataset[Heard]):
         counts = {language: languages.count(language) for language in set(languages)}
         weights = np.array([counts[language] ** -0.5 for language in languages])
         self.cumulative = np.cumsum(weights) / weights.sum()
-        self.noise = Noises()
 
     def __len__(self) -> int:
         return self.size
@@ -108,7 +108,7 @@ class SpokenSegments(Dataset[Heard]):
                 sound[first * 480 : first * 480 + len(heard)] = heard
             clock += len(named) + round(float(rng.uniform(*GAP_SECONDS)) * RATE)
         level = 10 ** (rng.uniform(*QUIET_DB) / 20)
-        return Heard(torch.from_numpy(sound + self.noise(rng, samples) * np.float32(level)), torch.from_numpy(labels))
+        return Heard(torch.from_numpy(sound + some_noise(rng, samples) * np.float32(level)), torch.from_numpy(labels))
 
     def sentence(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """One sentence, perhaps degraded: samples (480 T,) and labels (T,)."""
@@ -125,7 +125,7 @@ class SpokenSegments(Dataset[Heard]):
             sound = add_room(rng, sound, SAMPLE_RATE)
         if "noise" in plan.kinds:
             ratio = 10 ** (-rng.uniform(SNR_DB[0] - 6, SNR_DB[1]) / 20)
-            sound = sound + self.noise(rng, len(sound)) * np.float32(loudness * ratio)
+            sound = sound + some_noise(rng, len(sound)) * np.float32(loudness * ratio)
         gain = rng.uniform(-14, 6) if "level" in plan.kinds else rng.uniform(-5, 3)
         return np.clip(sound * np.float32(10 ** (gain / 20)), -1, 1), frame_labels(utterance, frames, factor)
 

@@ -61,27 +61,27 @@ def given_tokens(task: str, positions: Positions, generator: torch.Generator) ->
     retake: all but a span of 20 to 60 % of picture, sound or both. inpaint: all but a rectangle, with the sound in
     half the cases.
     """
-    seconds = Joint(positions.video[:, 0].cpu(), positions.audio[:, 0].cpu())
-    none = seconds.map(lambda s: torch.zeros(len(s), dtype=torch.bool))
-    length = max(float(s.max()) for _, s in seconds.items() if len(s))
-    a, b, c = torch.rand(3, generator=generator, device=generator.device).tolist()
+    v, a = positions.video[:, 0].cpu(), positions.audio[:, 0].cpu()
+    no_video, no_audio = torch.zeros(len(v), dtype=torch.bool), torch.zeros(len(a), dtype=torch.bool)
+    length = float(torch.cat([v, a]).max())
+    p, q, r = torch.rand(3, generator=generator, device=generator.device).tolist()
     if task == "a2v":
-        return Joint(none.video, ~none.audio)
+        return Joint(no_video, ~no_audio)
     if task == "v2a":
-        return Joint(~none.video, none.audio)
+        return Joint(~no_video, no_audio)
     if task == "extend":
-        return seconds.map(lambda s: s < (0.15 + 0.6 * a) * length)
+        cut = (0.15 + 0.6 * p) * length
+        return Joint(v < cut, a < cut)
     if task == "image":
-        video = seconds.video
-        return Joint((video == video.min()) | ((video == video.max()) & (a < 0.25)), none.audio)
+        return Joint((v == v.min()) | ((v == v.max()) & (p < 0.25)), no_audio)
     if task == "retake":
-        span = (0.2 + 0.4 * a) * length
-        start = b * (length - span)
-        kept = seconds.map(lambda s: (s < start) | (s > start + span))
-        return (kept, Joint(kept.video, ~none.audio), Joint(~none.video, kept.audio))[int(3 * c)]
+        span = (0.2 + 0.4 * p) * length
+        start = q * (length - span)
+        kept = [(s < start) | (s > start + span) for s in (v, a)]
+        return (Joint(*kept), Joint(kept[0], ~no_audio), Joint(~no_video, kept[1]))[int(3 * r)]
     if task == "inpaint":
-        return Joint(_outside_a_rectangle(positions, generator), ~none.audio if c < 0.5 else none.audio)
-    return none
+        return Joint(_outside_a_rectangle(positions, generator), ~no_audio if r < 0.5 else no_audio)
+    return Joint(no_video, no_audio)
 
 
 def _outside_a_rectangle(positions: Positions, generator: torch.Generator) -> torch.Tensor:
@@ -175,6 +175,9 @@ class LossBalance(nn.Module):
     fixed: w_m. ema: w_m / running mean of L_m, scaled to the same sum. uncertainty: w_m (exp(-s_m) L_m + s_m) with
     learned s_m (Kendall et al., arXiv 1705.07115 eq. 10, constants dropped).
     """
+
+    means: torch.Tensor
+    seen: torch.Tensor
 
     def __init__(self, kind: str, weights: Mapping[str, float], decay: float = 0.99) -> None:
         super().__init__()

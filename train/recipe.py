@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -169,7 +170,7 @@ def taught(objective: ObjectiveOptions) -> tuple[str, ...]:
     return tuple(m for m in objective.modalities if any(s > 0 and t not in others[m] for t, s in shares))
 
 
-def _shares(name: str, table: dict[str, float], keys: tuple[str, ...]) -> None:
+def _shares(name: str, table: Mapping[str, float], keys: tuple[str, ...]) -> None:
     for key, value in table.items():
         if key not in keys:
             raise ValueError(f"{name}: {key!r} is unknown; needs {', '.join(keys)}")

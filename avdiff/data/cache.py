@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
 from avdiff.data.corpus.visemes import Phone
-from avdiff.latents import pack_audio, pack_video
+from avdiff.latents import MODALITIES, pack_audio, pack_video
 
 SHARD = 64  # samples in a file: about 1.5 MB for the presenter
 FORMAT = 1
@@ -192,17 +192,28 @@ class LatentCache(Dataset):
                 raise ValueError(f"cache {folder} holds {len(self.items) - before} of {held['count']} clips: "
                                  "run `avdiff data cache` again to finish it")
         self._open: dict[Path, Any] = {}
+        self._names: dict[Path, set[str]] = {}
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, record = self.items[index]
+        shard, name = self._shard(path), record["index"]
+        tensors = {m: shard.get_tensor(f"{name}/{m}").float() for m in self.modalities(index)}
+        return {**record, **tensors, "phones": tuple(Phone(*p) for p in record["phones"])}
+
+    def _shard(self, path: Path) -> Any:
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        handle, name = self._open[path], record["index"]
-        tensors = {m: handle.get_tensor(f"{name}/{m}").float() for m in ("video", "audio") if f"{name}/{m}" in handle.keys()}
-        return {**record, **tensors, "phones": tuple(Phone(*p) for p in record["phones"])}
+            self._names[path] = set(self._open[path].keys())
+        return self._open[path]
+
+    def modalities(self, index: int) -> tuple[str, ...]:
+        """Which tensors a clip has, from its shard's header."""
+        path, record = self.items[index]
+        self._shard(path)
+        return tuple(m for m in MODALITIES if f"{record['index']}/{m}" in self._names[path])
 
     def clip(self, index: int) -> ClipSpec:
         """Size and length of a clip on the clock."""

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from avdiff.clip import as_fps
 
 AAC_FRAME = 1024  # samples in an AAC access unit (ISO/IEC 14496-3)
-MAX_BYTES = 8 * 2**30  # decoded frames held at once; beyond it a request is a mistake and would exhaust memory
+MAX_BYTES = 4 * 2**30  # decoded frames held at once; beyond it a request is a mistake and would exhaust memory
 NOTICE = "AI-generated"  # first words of the comment tag; the rest is one JSON object
 
 
@@ -164,6 +164,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
         with av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
             if not any(_streams(container)):
                 raise MediaError(f"path={path}: holds neither pictures nor sound")
+            for stream in filter(None, _streams(container)):
+                if stream.codec_context is None or not stream.time_base:
+                    raise MediaError(f"path={path}: its {stream.type} is in a form that cannot be decoded")
             yield container
     except (OSError, av.FFmpegError) as error:
         raise MediaError(f"path={path}: cannot be read as media ({reason(error)})") from error

@@ -17,7 +17,7 @@ import numpy as np
 from avdiff.data.corpus.phones import SILENCE, parse_ipa
 from avdiff.data.corpus.visemes import Phone
 from avdiff.data.eastern import read_chinese, read_kana, segment_chinese, segment_japanese, settle_nasals
-from avdiff.data.lexicon import load_lexicon
+from avdiff.data.lexicon import english_plural, load_lexicon
 from avdiff.data.linking import Spoken, following_class, link
 from avdiff.data.networks import Networks, default_networks
 from avdiff.data.text import LATIN, Piece, check_language, split_text
@@ -200,6 +200,8 @@ def _look_up(word: str, language: str) -> str | None:
     if language == "ja" and kana:
         return settle_nasals(read_kana(kana))
     known = load_lexicon(language).find(surface)
+    if known is None and language == "en":
+        return english_plural(surface.lower(), load_lexicon("en").words)
     if known is None and "'" in surface and language in _ELIDED:
         return _elided(surface, language)
     if known is None and language == "ja":

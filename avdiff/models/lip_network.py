@@ -104,13 +104,13 @@ class LipNetwork(ModelMixin, ConfigMixin):
 
     Args:
         sample_rate, mel_hop_length, mel_bins: of the log-mel, whose rate must be 100 Hz.
-        width, expansion, kernel, layers: blocks of each encoder. embedding: E.
+        width, expansion, kernel, layers, dropout: blocks of each encoder. embedding: E.
     """
 
     @register_to_config
     def __init__(self, sample_rate: int = 24000, mel_hop_length: int = 240, mel_bins: int = 100, width: int = 128,
                  expansion: int = 2, kernel: int = 9, layers: int = 4, embedding: int = 64,
-                 dropout: float = 0.1) -> None:
+                 dropout: float = 0.0) -> None:
         super().__init__()
         if sample_rate != 2 * RATE * mel_hop_length:
             raise ValueError(f"sample_rate={sample_rate}, mel_hop_length={mel_hop_length}: "
