@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 PROMPT ?= A woman says "good morning"
 LOOP_DIR ?= runs/loop
 
-.PHONY: help setup demo loop test check format clean
+.PHONY: help setup demo loop test check fix clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / - /'
@@ -29,17 +29,15 @@ loop: $(STAMP)  ## the whole road in minutes: mini-bank -> codecs -> training ->
 test: $(STAMP)  ## all tests but the slow ones, on CPU, offline
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
-check: $(STAMP)  ## lint, format, types (on an installed copy) and layout
+check: $(STAMP)  ## lint, types (on an installed copy) and layout
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 	rm -rf build/typed
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p avdiff
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_layout.py
 
-format: $(STAMP)  ## put the code into the one format
+fix: $(STAMP)  ## let the linter mend what it can
 	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
 
 clean:  ## remove what building leaves behind (not .venv, not runs)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,9 @@
-"""`avdiff data ...`: look at the presenter corpus and turn it into latents."""
+"""`avdiff data ...`: draw the presenter corpus, check and show clips, turn them into latents."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ Languages = Annotated[str | None, typer.Option(help="Codes joined by commas; def
 
 
 @app.command()
-def show(
+def corpus(
     folder: Annotated[Path, typer.Argument(help="Where the clips are written.")],
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Number of clips.")] = 8,
     bank: Bank = None,
@@ -29,11 +30,11 @@ def show(
     from avdiff.data.corpus.dataset import PresenterCorpus
     from avdiff.data.media import contact_sheet, write_clip
 
-    corpus = PresenterCorpus(bank, split, _codes(languages), length=count, seed=seed, size=size)
+    presenters = PresenterCorpus(bank, split, _codes(languages), length=count, seed=seed, size=size)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        clip = corpus[index]
+        clip = presenters[index]
         name = f"{index:04}.mp4"
         frames = clip["video"].numpy()
         write_clip(folder / name, frames, clip["fps"], clip["audio"], clip["sample_rate"])
@@ -45,39 +46,163 @@ def show(
 
 
 @app.command()
+def show(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of clips with captions; default presenters.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("clips.html"),
+    count: Annotated[int, typer.Option(min=1, max=1000, help="At most so many clips.")] = 8,
+    bank: Bank = None,
+    split: Split = "train",
+    languages: Languages = None,
+) -> None:
+    """One HTML page of clips as training sees them: pictures, spectrogram, mouth and phonemes, captions."""
+    from avdiff.data.show import write_gallery
+
+    clips: Any
+    if folder is None:
+        from avdiff.data.corpus.dataset import PresenterCorpus
+
+        clips = PresenterCorpus(bank, split, _codes(languages), length=count)
+    else:
+        from avdiff.data.clips import RealClips
+
+        clips = RealClips(folder)
+    shown = write_gallery((clips[i] for i in range(min(count, len(clips)))), output, str(folder or "Presenters"))
+    print(f"{output}: {shown} clips")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Folder of clips with captions.")],
+    allow_silent: Annotated[
+        bool, typer.Option("--allow-silent", help="Silent clips are told of, not refused.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Write all that was measured to this JSON file.")] = None,
+) -> None:
+    """Decode every clip of a folder and name what is wrong. Exit code 1: some refused; 2: none is good."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from avdiff.data.check import check_folder, save_report
+
+    found = check_folder(folder, allow_silent, progress=lambda e: track(e, "checking", console=Console(stderr=True)))
+    for clip in found.clips:
+        for kind, texts in (("refused", clip.problems), ("warning", clip.warnings)):
+            if texts:
+                print(f"{clip.name}: {kind}: {'; '.join(texts)}")
+    print(f"{len(found.good)} good, {len(found.refused)} refused")
+    if report is not None:
+        save_report(found, report)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def cache(
     folder: Annotated[
         Path, typer.Argument(help="Where the latents are kept; a second call goes on where one stopped.")
     ],
-    count: Annotated[int, typer.Option(min=1, help="Number of clips.")],
+    count: Annotated[int | None, typer.Option(min=1, help="Number of presenters, or of clips for --decode.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of real clips; default the presenter corpus.")] = None,
     codecs: Annotated[
         str | None, typer.Option(help="Folder with vae/ and audio_vae/; default the embedded ones.")
     ] = None,
+    decode: Annotated[Path | None, typer.Option(help="Write what the cache holds to files in this folder.")] = None,
     bank: Bank = None,
     split: Split = "train",
     languages: Languages = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
-    seconds: Annotated[float, typer.Option(help="Length of each clip.")] = 2.52,
+    seconds: Annotated[float, typer.Option(help="Length of each presenter clip.")] = 2.52,
+    buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
+    allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
-    """Encode clips of the presenter corpus once, so that training reads latents instead of pictures and sound."""
-    from rich.console import Console
-    from rich.progress import track
-
+    """Encode presenters or real clips once, so that training reads latents instead of pictures and sound."""
     import avdiff
+
+    _check_rank(rank, ranks)
+    model = codecs or avdiff.PRESENTER
+    if decode is not None:
+        from avdiff.data.cache_clips import decode_cache
+
+        for path in decode_cache(folder, model, decode, count or 8):
+            print(path)
+        return
+    if data is not None:
+        from avdiff.data.cache_clips import cache_clips, load_codecs
+        from avdiff.data.clips import ClipOptions
+
+        options = ClipOptions(buckets=buckets, allow_silent=allow_silent)
+        cached = cache_clips(folder, data, load_codecs(model), options, rank, ranks, _progress("encoding"))
+        for name, reason in cached.refused.items():
+            print(f"{name}: refused: {reason}")
+        print(f"{folder}: {len(cached.names)} clips, {len(cached.refused)} files refused")
+        return
+    if count is None:
+        raise ValueError("needs --count N presenters, or --data FOLDER of real clips")
     from avdiff.data.cache import cache_presenters
 
     made = cache_presenters(
-        folder,
-        codecs or avdiff.PRESENTER,
-        count,
-        bank,
-        split,
-        seed,
-        seconds,
-        _codes(languages),
-        progress=lambda shards: track(shards, "encoding", console=Console(stderr=True)),
-    )
+        folder, model, count, bank, split, seed, seconds, _codes(languages), rank=rank, ranks=ranks,
+        progress=_progress("encoding"),
+    )  # fmt: skip
     print(f"{made}: {count} clips")
+
+
+@app.command()
+def bank(
+    folder: Annotated[Path, typer.Argument(help="Where the bank is kept; a second call goes on where one stopped.")],
+    voices: Annotated[Path, typer.Option(help="What `npm pack kokoro-js` wrote, or that package unpacked.")],
+    count: Annotated[int, typer.Option(min=1, help="Utterances for each language.")] = 1000,
+    languages: Languages = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other sentences and voices.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
+) -> None:
+    """Build a speech bank with phone times: a neural voice speaks sentences (pip install 'avdiff[bank]')."""
+    from avdiff.data.corpus.bank import SURE, build_bank, certify
+    from avdiff.data.corpus.synthesis import Synthesiser, Voices
+
+    _check_rank(rank, ranks)
+    codes = _codes(languages)
+    held = build_bank(folder, Synthesiser(Voices(voices)), count, codes, seed, rank, ranks, _progress("speaking"))
+    print(f"{folder}: {held} utterances")
+    if not any(folder.glob("*.tar")):
+        return
+    for language, shift in certify(folder).items():
+        doubt = "" if abs(shift) <= SURE else ": more than 10 ms, so do not rely on these times"
+        print(f"{language}: phone times {1000 * shift:+.1f} ms against the sound{doubt}")
+
+
+@app.command()
+def report(
+    count: Annotated[int, typer.Option(min=1, help="Clips to draw and measure.")] = 300,
+    bank: Bank = None,
+    split: Split = "train",
+    languages: Languages = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Measure the presenter corpus: mouths in the pixels, onsets, phone times against the sound, speed."""
+    from avdiff.data.corpus.report import measure_corpus, print_report, save_report
+    from avdiff.data.corpus.speech import SpeechBank
+
+    measured = measure_corpus(SpeechBank(bank, decoded=True), count, split, seed, _codes(languages))
+    print_report(measured)
+    if json_file is not None:
+        save_report(measured, json_file)
+
+
+def _check_rank(rank: int, ranks: int) -> None:
+    if rank >= ranks:
+        raise ValueError(f"rank={rank}: needs 0 to {ranks - 1} with ranks={ranks}")
+
+
+def _progress(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A bar on stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return lambda items: track(list(items), what, console=Console(stderr=True))
 
 
 def _codes(languages: str | None) -> list[str] | None:

@@ -8,7 +8,6 @@ modality out. A given part keeps noise level 0 while the rest is denoised around
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -17,23 +16,25 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
-from avdiff.clip import Clock, ClipSpec
+from avdiff.clip import ClipSpec, Clock
 from avdiff.guidance import Guidance
-from avdiff.latents import Joint, JointLatents, pack_audio, pack_video, unpack_audio, unpack_video
+from avdiff.latents import Joint, JointLatents
 from avdiff.models.audio_vae import AVAudioVAE
-from avdiff.models.conditions import Conditions, Positions, Script
+from avdiff.models.conditions import Positions, Script
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.models.video_vae import AVVideoVAE
 from avdiff.models.vocoder import AVVocoder
+from avdiff.pipelines.codecs import CodecMixin
 from avdiff.pipelines.output import AVPipelineOutput
 from avdiff.pipelines.prompt import Request, understand
+from avdiff.pipelines.steps import StepMixin
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
 __all__ = ["AVDiffPipeline"]
 
 
-class AVDiffPipeline(DiffusionPipeline):
+class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
     """Joint audio-video generation.
 
     Args:
@@ -45,12 +46,26 @@ class AVDiffPipeline(DiffusionPipeline):
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "audio_latents", "prompt_embeds", "negative_prompt_embeds"]
 
-    def __init__(self, transformer: AVTransformer, scheduler: JointFlowMatchScheduler, vae: AVVideoVAE,
-                 audio_vae: AVAudioVAE, vocoder: AVVocoder, text_encoder: CaptionEncoder | None = None,
-                 tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        transformer: AVTransformer,
+        scheduler: JointFlowMatchScheduler,
+        vae: AVVideoVAE,
+        audio_vae: AVAudioVAE,
+        vocoder: AVVocoder,
+        text_encoder: CaptionEncoder | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, audio_vae=audio_vae, vocoder=vocoder,
-                              text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            audio_vae=audio_vae,
+            vocoder=vocoder,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
         self.clock = Clock(
             video_stride=vae.config.temporal_compression_ratio,
             spatial_stride=vae.config.spatial_compression_ratio,
@@ -64,7 +79,7 @@ class AVDiffPipeline(DiffusionPipeline):
     @property
     def guidance_scale(self) -> Joint[float]:
         """Text guidance of each modality in the running call."""
-        return self._guidance.text
+        return Joint(self._guidance.text.video, self._guidance.text.audio)
 
     @property
     def num_timesteps(self) -> int:
@@ -81,10 +96,15 @@ class AVDiffPipeline(DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to stop after the step."""
         return self._interrupt
 
-    def encode_prompt(self, prompt: list[str], negative_prompt: list[str] | None = None,
-                      prompt_embeds: torch.Tensor | None = None, prompt_attention_mask: torch.Tensor | None = None,
-                      negative_prompt_embeds: torch.Tensor | None = None,
-                      negative_prompt_attention_mask: torch.Tensor | None = None):
+    def encode_prompt(
+        self,
+        prompt: list[str],
+        negative_prompt: list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+    ):
         """Captions -> features (B, L, D) and masks (B, L); without a negative prompt the negative pair is None."""
         if prompt_embeds is None:
             prompt_embeds, prompt_attention_mask = self._features(prompt)
@@ -95,28 +115,44 @@ class AVDiffPipeline(DiffusionPipeline):
     def _features(self, text: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder: pass prompt_embeds and prompt_attention_mask")
-        tokens = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=self.text_encoder.config.max_length)
+        tokens = self.tokenizer(
+            text,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=self.text_encoder.config.max_length,
+        )
         mask = tokens.attention_mask.to(self._execution_device)
         return self.text_encoder(tokens.input_ids.to(self._execution_device), mask), mask
 
-    def prepare_latents(self, clip: ClipSpec, batch: int, generator: torch.Generator | list[torch.Generator] | None,
-                        positions: Positions, generate: Joint[bool], given: Joint[torch.Tensor],
-                        latents: torch.Tensor | None = None, audio_latents: torch.Tensor | None = None,
-                        ) -> tuple[JointLatents, Joint[torch.Tensor]]:
+    def prepare_latents(
+        self,
+        clip: ClipSpec,
+        batch: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        positions: Positions,
+        generate: Joint[bool],
+        given: Joint[torch.Tensor],
+        latents: torch.Tensor | None = None,
+        audio_latents: torch.Tensor | None = None,
+    ) -> tuple[JointLatents, Joint[torch.Tensor]]:
         """Noise for what is generated and clean tokens for what is given; and the bool mask (B, N) of given tokens.
 
         Args:
             given: clean packed tokens (B, n, C); they are the first n tokens of their modality.
         """
         if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator is a list of {len(generator)}: needs one generator for each of the {batch} clips")
+            raise ValueError(
+                f"generator is a list of {len(generator)}: needs one generator for each of the {batch} clips"
+            )
         device, c = self._execution_device, self.transformer.config
 
         def state(wanted: bool, tokens: int, channels: int, start: torch.Tensor | None, clean: torch.Tensor | None):
             if not wanted and clean is None:
                 return None, None
-            noise = randn_tensor((batch, tokens, channels), generator, device, torch.float32) if start is None else start
+            noise = (
+                randn_tensor((batch, tokens, channels), generator, device, torch.float32) if start is None else start
+            )
             if noise.shape != (batch, tokens, channels):
                 raise ValueError(f"latents of shape {tuple(noise.shape)}: this call needs {(batch, tokens, channels)}")
             known = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
@@ -125,43 +161,30 @@ class AVDiffPipeline(DiffusionPipeline):
                 noise = torch.cat([clean[:, :n].to(noise), noise[:, n:]], dim=1)
                 known[:, :n] = True
             return noise.to(device), known
+
         video, video_known = state(bool(generate.video), clip.video_tokens, c.video_channels, latents, given.video)
-        audio, audio_known = state(bool(generate.audio), clip.audio_tokens, c.audio_channels, audio_latents, given.audio)
+        audio, audio_known = state(
+            bool(generate.audio), clip.audio_tokens, c.audio_channels, audio_latents, given.audio
+        )
         masks = Joint(video_known, audio_known)
         seconds = Joint(positions.video[:, 0], positions.audio[:, 0])
         return JointLatents(video, audio, masks.map(lambda m: (~m).float()), seconds), masks
 
-    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
-        """Video (B, 3, F, H, W) in [-1, 1] -> packed normalised tokens."""
-        z = self.vae.encode(frames.to(self.vae.dtype)).latent_dist.mode()
-        return pack_video((z - _stat(self.vae.latents_mean, z)) / _stat(self.vae.latents_std, z), self.clock.patch).float()
-
-    def encode_audio(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Waveform (B, C, S) at the audio VAE's rate -> packed normalised tokens."""
-        z = self.audio_vae.encode(self.audio_vae.mel(waveform)).latent_dist.mode()
-        return pack_audio((z - _stat(self.audio_vae.latents_mean, z)) / _stat(self.audio_vae.latents_std, z)).float()
-
-    def decode_video(self, tokens: torch.Tensor, clip: ClipSpec) -> torch.Tensor:
-        """Packed tokens -> video (B, 3, F, H, W) in [-1, 1]."""
-        z = unpack_video(tokens, self.clock.patch, clip.video_grid).to(self.vae.dtype)
-        z = z * _stat(self.vae.latents_std, z) + _stat(self.vae.latents_mean, z)
-        return self.vae.decode(z).sample.float().clamp(-1, 1)
-
-    def decode_audio(self, tokens: torch.Tensor, clip: ClipSpec) -> torch.Tensor:
-        """Packed tokens -> waveform (B, C, S) of exactly the clip's length, in [-1, 1]."""
-        z = unpack_audio(tokens, self.audio_vae.config.latent_channels).to(self.audio_vae.dtype)
-        mel = self.audio_vae.decode(z * _stat(self.audio_vae.latents_std, z) + _stat(self.audio_vae.latents_mean, z)).sample
-        waveform = self.vocoder(mel.float())  # fp32: bf16 vocoders are audibly worse
-        return torch.nn.functional.pad(waveform, (0, max(0, clip.num_samples - waveform.shape[-1])))[
-            ..., : clip.num_samples].clamp(-1, 1)
-
-    def check_inputs(self, prompt: Any, prompt_embeds: Any, generate: Joint[bool], steps: int, output_type: str,
-                     callback_inputs: list[str]) -> None:
+    def check_inputs(
+        self,
+        prompt: Any,
+        prompt_embeds: Any,
+        generate: Joint[bool],
+        steps: int,
+        output_type: str,
+        callback_inputs: list[str],
+    ) -> None:
         """One sentence for each way a call can be wrong."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("needs exactly one of prompt and prompt_embeds")
-        if prompt is not None and not (isinstance(prompt, str) or (
-                isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))):
+        if prompt is not None and not (
+            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+        ):
             raise ValueError(f"prompt of type {type(prompt).__name__}: needs a text or a non-empty list of texts")
         if not (generate.video or generate.audio):
             raise ValueError("generate_video and generate_audio are both False: nothing is left to generate")
@@ -171,8 +194,10 @@ class AVDiffPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r}: needs 'pil', 'np', 'pt' or 'latent'")
         unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: "
-                             f"needs some of {self._callback_tensor_inputs}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: "
+                f"needs some of {self._callback_tensor_inputs}"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -212,7 +237,7 @@ class AVDiffPipeline(DiffusionPipeline):
         """Generate clips.
 
         Args:
-            prompt: description; what is to be spoken stands in double quotes. negative_prompt: what guidance leads from.
+            prompt: description; words to speak stand in double quotes. negative_prompt: what guidance leads from.
             seconds or num_frames: length (num_frames = 1 + k * video stride); with neither, as long as the words take.
             height, width: pixels. frame_rate: frames per second.
             guidance_scale, audio_guidance_scale: text guidance of video and audio, 1 is none; or a whole `guidance`.
@@ -224,27 +249,44 @@ class AVDiffPipeline(DiffusionPipeline):
             ValueError: one sentence that names the argument, its value and what fits.
         """
         generate = Joint(generate_video, generate_audio)
-        self.check_inputs(prompt, prompt_embeds, generate, num_inference_steps, output_type,
-                          callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            prompt, prompt_embeds, generate, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
+        )
         self._guidance = guidance or Guidance(text=Joint(guidance_scale, audio_guidance_scale))
         self._interrupt, self._current_timestep = False, None
         device = self._execution_device
 
         prompts = _repeat([prompt] if isinstance(prompt, str) else prompt, num_videos_per_prompt)
-        batch = len(prompts) if prompts else prompt_embeds.shape[0] * num_videos_per_prompt
-        frame = dict(fps=frame_rate, height=height, width=width, sample_rate=self.audio_vae.config.sample_rate,
-                     clock=self.clock)
+        embedded = 0 if prompt_embeds is None else prompt_embeds.shape[0]
+        batch = len(prompts) if prompts else embedded * num_videos_per_prompt
+        frame = dict(
+            fps=frame_rate, height=height, width=width, sample_rate=self.audio_vae.config.sample_rate, clock=self.clock
+        )
         request: Request = understand(prompts, frame, seconds, num_frames, language, script)
         clip = request.clip
         positions = Positions.of(clip, device)
 
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt(
-            request.descriptions, _repeat_negative(negative_prompt, batch), prompt_embeds, prompt_attention_mask,
-            negative_prompt_embeds, negative_prompt_attention_mask)
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            self.encode_prompt(
+                request.descriptions,
+                _repeat_negative(negative_prompt, batch),
+                prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+            )
+        )
         given = self._given(image, audio, video, batch)
         state, known = self.prepare_latents(clip, batch, generator, positions, generate, given, latents, audio_latents)
-        conditions = self._conditions(prompt_embeds, prompt_attention_mask, negative_prompt_embeds,
-                                      negative_prompt_attention_mask, positions, request.script, batch)
+        conditions = self._conditions(
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            positions,
+            request.script,
+            batch,
+        )
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = num_inference_steps
@@ -252,13 +294,22 @@ class AVDiffPipeline(DiffusionPipeline):
             for i in range(num_inference_steps):
                 if self.interrupt:
                     continue
-                sigmas = Joint(*(s[i].expand(batch) for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio)))
+                sigmas = Joint(
+                    *(s[i].expand(batch) for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio))
+                )
                 self._current_timestep = self.scheduler.timesteps[i]
                 estimate = self._estimate(state, known, sigmas, conditions, i / num_inference_steps, attention_kwargs)
                 state = self.scheduler.step(estimate, i, state, known)
                 if callback_on_step_end is not None:
-                    state, conditions = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs, i, state,
-                                                       conditions, prompt_embeds, negative_prompt_embeds)
+                    state, conditions = self._callback(
+                        callback_on_step_end,
+                        callback_on_step_end_tensor_inputs,
+                        i,
+                        state,
+                        conditions,
+                        prompt_embeds,
+                        negative_prompt_embeds,
+                    )
                 progress.update()
 
         frames, waveform = self._decode(state, clip, generate, output_type)
@@ -267,8 +318,9 @@ class AVDiffPipeline(DiffusionPipeline):
             return (frames, waveform)
         return AVPipelineOutput(frames, waveform, self.vocoder.config.sampling_rate, clip.fps)
 
-    def _given(self, image: torch.Tensor | None, audio: torch.Tensor | None, video: torch.Tensor | None,
-               batch: int) -> Joint[torch.Tensor]:
+    def _given(
+        self, image: torch.Tensor | None, audio: torch.Tensor | None, video: torch.Tensor | None, batch: int
+    ) -> Joint[torch.Tensor]:
         """Clean packed tokens of what the caller gave."""
         if image is not None and video is not None:
             raise ValueError("image and video are both given: an image is the first frame of a video to be generated")
@@ -276,55 +328,11 @@ class AVDiffPipeline(DiffusionPipeline):
             image = image if image.ndim == 4 else image[None]
             video = image[:, :, None]
         tokens = Joint(video, audio)
-        encoded = Joint(None if tokens.video is None else self.encode_video(tokens.video),
-                        None if tokens.audio is None else self.encode_audio(tokens.audio))
+        encoded = Joint(
+            None if tokens.video is None else self.encode_video(tokens.video),
+            None if tokens.audio is None else self.encode_audio(tokens.audio),
+        )
         return encoded.map(lambda x: x.expand(batch, -1, -1) if x.shape[0] == 1 else x)
-
-    def _conditions(self, embeds: torch.Tensor, mask: torch.Tensor, negative: torch.Tensor | None,
-                    negative_mask: torch.Tensor | None, positions: Positions, script: Script | None,
-                    batch: int) -> dict[str, Conditions]:
-        """What each guidance pass is told; the look-ups of phonemes and rotary phases happen here, once a prompt."""
-        prepare, dtype = self.transformer.prepare, self.transformer.dtype
-        if script is not None:
-            script = script.to(self._execution_device)
-        conditions = {"cond": prepare(embeds.to(dtype), mask, positions, script, batch)}
-        if "no_text" in self._guidance.passes():
-            quiet = None if script is None else script.without()
-            conditions["no_text"] = prepare(None if negative is None else negative.to(dtype), negative_mask, positions,
-                                            quiet, batch)
-        conditions["isolated"] = conditions["cond"]
-        return conditions
-
-    def _estimate(self, state: JointLatents, known: Joint[torch.Tensor], sigmas: Joint[torch.Tensor],
-                  conditions: dict[str, Conditions], progress: float, attention_kwargs: dict | None) -> Joint[torch.Tensor]:
-        """Guided estimate of the clean tokens at one step."""
-        levels = known.map(lambda m, s: s[:, None] * (~m).to(s.dtype), sigmas)
-        # One level for a whole clip is the common case, and much cheaper to modulate than one for each token.
-        levels = levels.map(lambda s: s[:, 0] if bool((s == s[:, :1]).all()) else s)
-        estimates = {}
-        for name in self._guidance.passes(progress):
-            with self.transformer.cache_context(name):
-                out = self.transformer(state.video, state.audio, levels.video, levels.audio, conditions=conditions[name],
-                                       isolated=name == "isolated", attention_kwargs=attention_kwargs)
-            estimates[name] = Joint(out.video, out.audio).map(lambda x: x.float())
-        return self._guidance.combine(estimates)
-
-    def _callback(self, callback: Callable, names: list[str], index: int, state: JointLatents,
-                  conditions: dict[str, Conditions], prompt_embeds: torch.Tensor,
-                  negative_prompt_embeds: torch.Tensor | None) -> tuple[JointLatents, dict[str, Conditions]]:
-        """Hand the named tensors to the caller and take back what it changed."""
-        tensors = {"latents": state.video, "audio_latents": state.audio, "prompt_embeds": prompt_embeds,
-                   "negative_prompt_embeds": negative_prompt_embeds}
-        handed = {}
-        for name in names:
-            handed[name] = tensors[name]
-        changed = callback(self, index, self._current_timestep, handed) or {}
-        state = replace(state, video=changed.get("latents", state.video), audio=changed.get("audio_latents", state.audio))
-        for name, key in (("prompt_embeds", "cond"), ("negative_prompt_embeds", "no_text")):
-            if name in changed and changed[name] is not tensors[name] and key in conditions:
-                text = torch.cat([conditions[key].text[:, :1], changed[name].to(conditions[key].text.dtype)], dim=1)
-                conditions = {**conditions, key: replace(conditions[key], text=text)}
-        return state, conditions
 
     def _decode(self, state: JointLatents, clip: ClipSpec, generate: Joint[bool], output_type: str):
         """Tokens to frames and waveform; a modality that was given is returned as its codec renders it."""
@@ -335,11 +343,6 @@ class AVDiffPipeline(DiffusionPipeline):
         if frames is not None:
             frames = self.video_processor.postprocess_video(frames, output_type=output_type)
         return frames, waveform
-
-
-def _stat(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Per-channel statistics (C,) shaped to broadcast over (B, C, ...)."""
-    return values.to(like).view(1, -1, *(1,) * (like.ndim - 2))
 
 
 def _repeat(items: list[str] | None, times: int) -> list[str] | None:

@@ -17,7 +17,7 @@ DEFAULT_SECONDS = 2.5  # a clip without words
 
 @dataclass(frozen=True)
 class Request:
-    """A batch of prompts, understood. `phones` are the words of each clip with times in seconds, for whoever measures."""
+    """A batch of prompts, understood. `phones` are the words of each clip with times in seconds."""
 
     clip: ClipSpec
     descriptions: list[str]
@@ -25,8 +25,14 @@ class Request:
     script: Script | None
 
 
-def understand(prompts: list[str] | None, frame: dict[str, Any], seconds: float | None = None,
-               num_frames: int | None = None, language: str | None = None, script: Script | None = None) -> Request:
+def understand(
+    prompts: list[str] | None,
+    frame: dict[str, Any],
+    seconds: float | None = None,
+    num_frames: int | None = None,
+    language: str | None = None,
+    script: Script | None = None,
+) -> Request:
     """Read prompts.
 
     Args:
@@ -46,12 +52,17 @@ def understand(prompts: list[str] | None, frame: dict[str, Any], seconds: float 
     if script is None:
         spoken = [read(words, language).phones if words else () for _, words in parsed]
     needed = max((phones[-1].end for phones in spoken if phones), default=DEFAULT_SECONDS)
-    clip = (ClipSpec(num_frames, **frame) if num_frames is not None else
-            ClipSpec.from_seconds(needed if seconds is None else seconds, **frame))
+    clip = (
+        ClipSpec(num_frames, **frame)
+        if num_frames is not None
+        else ClipSpec.from_seconds(needed if seconds is None else seconds, **frame)
+    )
     for (_, words), phones in zip(parsed, spoken, strict=True):
         if phones and phones[-1].start > float(clip.seconds):  # the last is the silence after the words
-            raise ValueError(f"{words!r} takes {phones[-1].start:.1f} s to say, but the clip lasts "
-                             f"{float(clip.seconds):.1f} s: ask for a longer clip or fewer words")
+            raise ValueError(
+                f"{words!r} takes {phones[-1].start:.1f} s to say, but the clip lasts "
+                f"{float(clip.seconds):.1f} s: ask for a longer clip or fewer words"
+            )
     if script is None and any(spoken):
         script = script_from_phones(spoken, clip)
     return Request(clip, [description for description, _ in parsed], spoken, script)

@@ -220,9 +220,9 @@ def test_info_of_a_file(tmp_path: Path, capsys) -> None:
     assert "AI-generated" in said
 
 
-def test_data_show_and_cache(tmp_path: Path, capsys) -> None:
+def test_data_commands(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "clips"
-    assert run("data", "show", folder, "--count", 2, "--size", 64, "--languages", "en") == 0
+    assert run("data", "corpus", folder, "--count", 2, "--size", 64, "--languages", "en") == 0
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [line["file_name"] for line in lines] == ["0000.mp4", "0001.mp4"]
     for line in lines:
@@ -234,8 +234,15 @@ def test_data_show_and_cache(tmp_path: Path, capsys) -> None:
     options = ["--count", 2, "--codecs", tmp_path / "model", "--seconds", 2, "--languages", "en"]
     assert run("data", "cache", tmp_path / "latents", *options) == 0
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 1
+    (folder / "0002.mp4").write_bytes(b"broken")
+    (folder / "metadata.jsonl").open("a").write('{"file_name": "0002.mp4", "caption": "nothing"}\n')
+    assert run("data", "check", folder, "--report", tmp_path / "report.json") == 1
+    assert "0002.mp4: refused: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["good"] == 2
+    assert run("data", "show", "-o", tmp_path / "p.html", "--count", 1, "--languages", "en") == 0
+    assert "<svg" in (tmp_path / "p.html").read_text()
     capsys.readouterr()
-    assert run("data", "show", folder, "--languages", "xx") == 2
+    assert run("data", "corpus", folder, "--languages", "xx") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

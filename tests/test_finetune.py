@@ -86,7 +86,6 @@ def moved(before, task):
     return {n for n, p in weights(task).items() if not torch.equal(p, before[n])}
 
 
-# ---------------------------------------------------------------------------------------------- the objective
 def random_tokens(generator):
     positions = Positions.of(CLIP)
     return Joint(torch.randn(3, CLIP.video_tokens, 64, generator=generator),
@@ -179,7 +178,6 @@ def test_balances():
     torch.testing.assert_close(learned.log_variance.exp(), torch.tensor([8.0, 2.0]), rtol=0.02, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------- training
 def test_both_losses_fall(data, tmp_path):
     made = recipe(data, tmp_path, max_train_steps="20", train_batch_size="8", learning_rate="6e-3", ema_decay="0.8",
                   checkpointing_steps="0", validation_steps="20", log_every="20", branch_learning_rate="audio=5e-3")
@@ -287,7 +285,6 @@ def test_clips_of_two_lengths_share_no_batch(tmp_path):
     assert set(task.validate()) >= {"video", "audio"}
 
 
-# ---------------------------------------------------------------------------------------------- adapters
 @pytest.fixture(scope="module")
 def base(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
@@ -342,7 +339,6 @@ def test_every_weight_has_a_branch():
     assert found["proj_in_audio.weight"] == ("audio", "audio")
 
 
-# ---------------------------------------------------------------------------------------------- refusals and plans
 @pytest.mark.parametrize(("wrong", "answer"), [
     ({"learning_rat": "1"}, "option --learning_rat: unknown; did you mean learning_rate?"),
     ({"train_data": "nowhere"}, "train_data: nowhere holds no cache.json; make it with `avdiff data cache`"),

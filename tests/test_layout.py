@@ -153,7 +153,7 @@ def dependency_errors(root: Path) -> list[str]:
     for path, _ in python_files(root):
         for line, name in imports(path):
             top = name.split(".")[0]
-            dists = {d.lower().replace("_", "-") for d in homes.get(top, [])}
+            dists = {d.lower().replace("_", "-") for d in homes.get(top, [top])}
             if top not in sys.stdlib_module_names and top != "avdiff" and not dists & named:
                 errors.append(f"{path.relative_to(root)}:{line}: {top} is not among the dependencies")
     return errors

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from avdiff.clip import Clock, ClipSpec
+from avdiff.clip import ClipSpec, Clock
 from avdiff.latents import Joint
 from avdiff.models import presets
 from avdiff.models.conditions import Positions, Script, overlap_matrix, window_mask
@@ -22,7 +22,7 @@ def make_model(**changes) -> AVTransformer:
     torch.manual_seed(0)
     model = AVTransformer(**{**presets.tiny(), **changes}).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if not p.any():
                 p.copy_(torch.randn(p.shape) * 0.2)
     return model
@@ -32,14 +32,23 @@ def make_inputs(model: AVTransformer, batch: int = 2, clip: ClipSpec = CLIP, sta
     g = torch.Generator().manual_seed(1)
     c = model.config
     frames = (torch.arange(clip.mel_frames) * 5 // clip.mel_frames)[None].repeat(batch, 1)
-    script = Script(torch.randint(1, 40, (batch, 5), generator=g), torch.randint(0, 3, (batch, 5), generator=g), frames,
-                    torch.ones(batch, dtype=torch.bool), frames)
+    script = Script(
+        torch.randint(1, 40, (batch, 5), generator=g),
+        torch.randint(0, 3, (batch, 5), generator=g),
+        frames,
+        torch.ones(batch, dtype=torch.bool),
+        frames,
+    )
     return dict(
         hidden_states=torch.randn(batch, clip.video_tokens, c.video_channels, generator=g),
         audio_hidden_states=torch.randn(batch, clip.audio_tokens, c.audio_channels, generator=g),
-        timestep=torch.rand(batch, generator=g), audio_timestep=torch.rand(batch, generator=g),
-        text=torch.randn(batch, 6, c.text_dim, generator=g), text_mask=torch.ones(batch, 6, dtype=torch.bool),
-        positions=Positions.of(clip, start=start), script=script)
+        timestep=torch.rand(batch, generator=g),
+        audio_timestep=torch.rand(batch, generator=g),
+        text=torch.randn(batch, 6, c.text_dim, generator=g),
+        text_mask=torch.ones(batch, 6, dtype=torch.bool),
+        positions=Positions.of(clip, start=start),
+        script=script,
+    )
 
 
 def run(model: AVTransformer, inputs: dict, **changes) -> Joint[torch.Tensor]:
@@ -50,10 +59,12 @@ def run(model: AVTransformer, inputs: dict, **changes) -> Joint[torch.Tensor]:
 
 def rows(inputs: dict, index: torch.Tensor) -> dict:
     """The same inputs with the batch reordered or cut."""
+
     def pick(x):
         if isinstance(x, Script):
             return Script(*(None if v is None else v[index] for v in vars(x).values()))
         return x[index] if isinstance(x, torch.Tensor) else x
+
     return {k: pick(v) for k, v in inputs.items()}
 
 
@@ -77,7 +88,9 @@ def test_fresh_model_gives_the_linear_estimate_and_ignores_its_zero_parts() -> N
     model = AVTransformer(**presets.tiny()).eval()
     inputs = make_inputs(model)
     z, t = inputs["hidden_states"], inputs["timestep"][:, None, None]
-    torch.testing.assert_close(run(model, inputs).video, z * (1 - t) / ((1 - t) ** 2 + t**2))  # output heads start at zero
+    torch.testing.assert_close(
+        run(model, inputs).video, z * (1 - t) / ((1 - t) ** 2 + t**2)
+    )  # output heads start at zero
     torch.nn.init.normal_(model.proj_out_video.weight)
     torch.nn.init.normal_(model.proj_out_audio.weight)
     before = run(model, inputs)
@@ -144,8 +157,10 @@ def test_only_time_differences_matter() -> None:
 def test_noise_level_per_token_equals_per_sample_when_constant() -> None:
     model = make_model()
     inputs = make_inputs(model)
-    per_token = {k: inputs[k][:, None].expand(-1, inputs[h].shape[1])
-                 for k, h in (("timestep", "hidden_states"), ("audio_timestep", "audio_hidden_states"))}
+    per_token = {
+        k: inputs[k][:, None].expand(-1, inputs[h].shape[1])
+        for k, h in (("timestep", "hidden_states"), ("audio_timestep", "audio_hidden_states"))
+    }
     assert_joint_close(run(model, inputs, **per_token), run(model, inputs))
     per_token["timestep"] = per_token["timestep"].clone()
     per_token["timestep"][:, :4] = 0
@@ -193,7 +208,9 @@ def test_save_and_load_is_bit_equal(tmp_path) -> None:
     assert_joint_close(run(again, make_inputs(again)), run(model, make_inputs(model)), atol=0.0)
 
 
-@pytest.mark.parametrize(("preset", "low", "high"), [("presenter", 20e6, 30e6), ("base", 0.8e9, 1.4e9), ("large", 8e9, 12e9)])
+@pytest.mark.parametrize(
+    ("preset", "low", "high"), [("presenter", 20e6, 30e6), ("base", 0.8e9, 1.4e9), ("large", 8e9, 12e9)]
+)
 def test_presets_have_their_size(preset: str, low: float, high: float) -> None:
     with torch.device("meta"):
         model = AVTransformer(**presets.PRESETS[preset]())

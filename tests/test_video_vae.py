@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from avdiff.data.corpus.speech import SpeechBank
 from avdiff.evaluation.video_metrics import OpeningProbe, best_lag, correlation, gradient_energy, mouth_boxes, psnr
 from avdiff.models.video_vae import AVVideoVAE, TimeBlock
+from avdiff.train.codec_report import markdown, picture, samples, video_table
 from avdiff.train.codecs_video import FrameStore, VideoVAETask, event_clip
 
 TINY = {
@@ -214,3 +216,13 @@ def test_opening_probe_reads_an_opening_it_has_not_seen() -> None:
     probe = OpeningProbe.fit(clip() for _ in range(20))
     frames, points, opening = clip()
     assert correlation(probe.measure(frames, points), opening) > 0.97
+
+
+def test_report_writes_table_and_picture(tmp_path: Path) -> None:
+    made = list(samples(SpeechBank(), "test", 2, num_frames=9, size=64))
+    probe = OpeningProbe.fit((s.frames, s.points, s.opening) for s in made)
+    table = video_table(tiny(), iter(made), probe)
+    assert table["original"]["psnr"] > 100 and table["original"]["mouth_gradient"] == pytest.approx(1)
+    assert table["round trip, noise 0"]["psnr"] < table["original"]["psnr"]
+    assert "shrunk to 64 values" in markdown(table)
+    assert picture(tiny(), made).size == (128, 192)  # two clips wide; original, round trip, difference

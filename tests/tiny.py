@@ -13,7 +13,11 @@ from avdiff.models.vocoder import AVVocoder
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
-CAPTIONS = ["A woman with red hair and glasses says something.", "A man speaks Spanish.", "a ball bounces three times"] * 4
+CAPTIONS = [
+    "A woman with red hair and glasses says something.",
+    "A man speaks Spanish.",
+    "a ball bounces three times",
+] * 4
 
 
 def fill_zeros(model: torch.nn.Module) -> torch.nn.Module:
@@ -28,8 +32,12 @@ def fill_zeros(model: torch.nn.Module) -> torch.nn.Module:
 
 def tiny_vae() -> AVVideoVAE:
     """Video VAE of a few thousand parameters with the presenter's strides."""
-    return AVVideoVAE(encoder_channels=(16, 16, 16), encoder_layers=(1, 1, 1), decoder_channels=(16, 16, 16, 16),
-                      decoder_layers=(1, 1, 1, 1))
+    return AVVideoVAE(
+        encoder_channels=(16, 16, 16),
+        encoder_layers=(1, 1, 1),
+        decoder_channels=(16, 16, 16, 16),
+        decoder_layers=(1, 1, 1, 1),
+    )
 
 
 def tiny_audio_vae() -> AVAudioVAE:
@@ -44,7 +52,8 @@ def tiny_components() -> dict:
     return dict(
         transformer=fill_zeros(AVTransformer(**presets.tiny())).eval(),
         scheduler=JointFlowMatchScheduler(),
-        vae=tiny_vae().eval(), audio_vae=tiny_audio_vae().eval(),
+        vae=tiny_vae().eval(),
+        audio_vae=tiny_audio_vae().eval(),
         vocoder=AVVocoder(width=32, layers=1, pitch_width=16, pitch_layers=1).eval(),
         text_encoder=CaptionEncoder(len(tokenizer), dim=32, num_layers=1, num_heads=2, hidden=32, max_length=24).eval(),
         tokenizer=tokenizer,

@@ -1,6 +1,6 @@
 """What the codecs keep: round trips of held-out clips as a table and a picture.
 
-    python -m avdiff.train.codec_report --video_vae avdiff/bundled/video_vae --output_dir runs/codec_report
+    python -m avdiff.train.codec_report --video_vae avdiff/bundled/vae --output_dir runs/codec_report
 
 Originals are the ceiling; the control keeps as many numbers a frame pair as the latents hold, by shrinking the picture.
 """
@@ -144,7 +144,7 @@ def picture(vae: AVVideoVAE, clips: Sequence[Sample], frame: int = 7, gain: int 
     """Rows: original, round trip, difference times `gain`; one column a clip."""
     columns = []
     for index, sample in enumerate(clips):
-        other = round_trips(vae, sample.frames[: frame + 2 - frame % 2], (0.0,), index)[0][frame]
+        other = round_trips(vae, sample.frames[: frame + 1 + frame % 2], (0.0,), index)[0][frame]
         difference = np.abs(other.astype(int) - sample.frames[frame].astype(int)) * gain
         columns.append(np.concatenate([sample.frames[frame], other, difference.clip(0, 255).astype(np.uint8)]))
     return Image.fromarray(np.concatenate(columns, axis=1))

@@ -23,7 +23,14 @@ from avdiff.data.corpus.speech import SpeechBank
 from avdiff.models.audio_vae import AVAudioVAE
 from avdiff.models.video_vae import AVVideoVAE
 from avdiff.models.vocoder import AVVocoder
-from avdiff.train.codecs_audio import AudioVAETask, SoundSegments, VocoderTask, VoicedSegments, held_out, measure_latents
+from avdiff.train.codecs_audio import (
+    AudioVAETask,
+    SoundSegments,
+    VocoderTask,
+    VoicedSegments,
+    held_out,
+    measure_latents,
+)
 from avdiff.train.codecs_video import FrameStore, VideoVAETask, corpus_clips
 from avdiff.train.fit import FitOptions, FitSummary, Task, fit
 from avdiff.train.options import help_text, load_options
@@ -116,7 +123,9 @@ def setup(recipe: CodecRecipe) -> Task:
     if not 0 <= o.decoded_share <= 1:
         raise ValueError(f"decoded_share={o.decoded_share}: needs a share from 0 to 1")
     if o.clips < 16 or o.clip_frames < 3 or o.clip_frames % 2 == 0:
-        raise ValueError(f"clips={o.clips}, clip_frames={o.clip_frames}: needs at least 16 clips of an odd number of frames")
+        raise ValueError(
+            f"clips={o.clips}, clip_frames={o.clip_frames}: needs at least 16 clips of an odd number of frames"
+        )
     torch.manual_seed(recipe.training.seed)
     return {"video_vae": _video, "audio_vae": _audio, "vocoder": _vocoder}[o.codec](recipe)
 
@@ -154,8 +163,14 @@ def _vocoder(recipe: CodecRecipe) -> Task:
     segments, held, train = _segments(recipe)
     vocoder = AVVocoder.from_pretrained(recipe.data.start_from) if recipe.data.start_from else AVVocoder()
     vae = AVAudioVAE.from_pretrained(recipe.data.audio_vae).eval() if recipe.data.audio_vae else None
-    return VocoderTask(vocoder, VoicedSegments(segments, PitchBank(train)), held, vae,
-                       latent_noise=recipe.data.latent_noise / 2, decoded_share=recipe.data.decoded_share if vae else 0.0)
+    return VocoderTask(
+        vocoder,
+        VoicedSegments(segments, PitchBank(train)),
+        held,
+        vae,
+        latent_noise=recipe.data.latent_noise / 2,
+        decoded_share=recipe.data.decoded_share if vae else 0.0,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> FitSummary | None:

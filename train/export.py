@@ -46,8 +46,10 @@ def model_card(task: FinetuneTask) -> str:
     lines = ["---", "library_name: avdiff", "pipeline_tag: text-to-video", "tags: [text-to-audio, avdiff]"]
     lines += [f"base_model: {base}"] if base else []
     kind = "LoRA adapter" if recipe.adapter.rank else "Fine-tuned model" if base else "Model trained from scratch"
-    load = "pipe.transformer.load_lora_adapter(FOLDER, prefix=None, weight_name='pytorch_lora_weights.safetensors')" if recipe.adapter.rank else \
-        "pipe = AVDiffPipeline.from_pretrained(FOLDER)"
+    load = "pipe = AVDiffPipeline.from_pretrained(FOLDER)"
+    if recipe.adapter.rank:
+        load = ("pipe.transformer.load_lora_adapter(FOLDER, prefix=None, "
+                "weight_name='pytorch_lora_weights.safetensors')")
     sources = ", ".join(Path(d).name for d in recipe.data.train_data)
     lines += ["---", "", f"# {kind} (avdiff)", "",
               f"Load with `{load}`. Trained on {len(task.dataset)} cached clips from {sources}."]

@@ -146,7 +146,7 @@ class LipPairs(Dataset[Pair]):
         start, fps = (self.reach + lag) / RATE, float(rng.choice(FRAME_RATES))
         times = start + (np.arange(int(self.frames / RATE * fps) + 2) - rng.random()) / fps
         times = times + rng.uniform(-0.15, 0.15, len(times)) / fps if rng.random() < 0.15 else times
-        identity = sample_identity(rng, passage.utterances[0].gender)
+        identity = sample_identity(rng, passage.utterances[0].gender, self.split)
         lips = seen_badly(rng, lip_tracks(identity, viseme_track(passage.phones, times)), times)
         features, seen = lips_on_clock(lips, times - start, self.frames / RATE)
         sound = torch.from_numpy(self.heard(rng, passage.audio))

@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -155,10 +155,10 @@ class WordTask(Task):
         """State of the table's optimizer."""
         return {} if self.rows is None else self.rows.flat_state()
 
-    def load_extra_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_extra_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Inverse of `extra_state_dict`."""
         if self.rows is not None:
-            self.rows.load_flat_state(state)
+            self.rows.load_flat_state(dict(state))
 
     def validate(self) -> dict[str, float]:
         """Share of held-out words that are exactly right, marks included."""

@@ -5,7 +5,7 @@ Shape legend: B batch, Q queries, K keys of all sources, H heads, E channels of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from avdiff.core.rope import apply_rotary
 
-
 # Above this many scores the fused kernel's memory saving matters more than its slow backward pass on CPU.
 MAX_PLAIN_SCORES = 2**25
 
 
-def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                    attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """softmax(QK^T / sqrt(E)) V in two matrix products; (B, Q, H, E), (B, K, H, E) -> (B, Q, H, E)."""
     scores = torch.einsum("bqhe,bkhe->bhqk", query * query.shape[-1] ** -0.5, key)
     if attention_mask is not None:
@@ -32,22 +32,38 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 class AVAttnProcessor:
     """Calls `dispatch_attention_fn`, so that every diffusers attention backend can be chosen.
 
-    Training on CPU takes `plain_attention` instead unless a backend was set: for a few hundred tokens it is 2.5 times as
-    fast, forward and backward, as the fused CPU kernel.
+    Training on CPU takes `plain_attention` instead unless a backend was set: for a few hundred tokens it is 2.5 times
+    as fast, forward and backward, as the fused CPU kernel.
     """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                 attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """query (B, Q, H, E), key and value (B, K, H, E), mask (1|B, 1, 1|Q, K) of bool -> (B, Q, H, E)."""
         scores = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
-        if (self._attention_backend is None and query.device.type == "cpu" and query.requires_grad
-                and scores <= MAX_PLAIN_SCORES):
+        if (
+            self._attention_backend is None
+            and query.device.type == "cpu"
+            and query.requires_grad
+            and scores <= MAX_PLAIN_SCORES
+        ):
             return plain_attention(query, key, value, attention_mask)
-        return dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
-                                     parallel_config=self._parallel_config)
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -59,6 +75,7 @@ class Attention(nn.Module, AttentionModuleMixin):
             Each source has its own projections: tokens of different kinds do not share a key space by accident.
     """
 
+    processor: Callable[..., torch.Tensor]
     _default_processor_cls = AVAttnProcessor
     _available_processors = [AVAttnProcessor]
     _supports_qkv_fusion = False
@@ -80,9 +97,14 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim, bias=False)])
         self.set_processor(AVAttnProcessor())
 
-    def forward(self, x: torch.Tensor, sources: Sequence[torch.Tensor | None] | None = None,
-                query_phases: torch.Tensor | None = None, key_phases: Sequence[torch.Tensor | None] | None = None,
-                attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        sources: Sequence[torch.Tensor | None] | None = None,
+        query_phases: torch.Tensor | None = None,
+        key_phases: Sequence[torch.Tensor | None] | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attend from x (B, Q, D) to all present sources (B, K_i, D_i), or to x itself.
 
         Args:

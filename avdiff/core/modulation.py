@@ -29,7 +29,9 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
 
 def sinusoid(sigma: torch.Tensor, dim: int) -> torch.Tensor:
     """Noise levels (...,) in [0, 1] -> (..., dim) fp32 sines and cosines, scaled by 1000 as is the custom."""
-    rates = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=sigma.device) / (dim // 2))
+    rates = torch.exp(
+        -math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=sigma.device) / (dim // 2)
+    )
     angles = sigma.float()[..., None] * 1000.0 * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -70,4 +72,4 @@ class ModulationTable(nn.Module):
     def forward(self, rows: torch.Tensor) -> list[Modulation]:
         """rows (B, 1|N, 3 * records, D) from `TimestepEmbedding` -> one Modulation for each record."""
         shift_scale_gate = (self.table + rows).unbind(dim=-2)
-        return [Modulation(*shift_scale_gate[i:i + 3]) for i in range(0, len(shift_scale_gate), 3)]
+        return [Modulation(*shift_scale_gate[i : i + 3]) for i in range(0, len(shift_scale_gate), 3)]

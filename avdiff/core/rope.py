@@ -7,8 +7,8 @@ streams stay in phase at any frame rate, and moving a whole clip in time changes
 from __future__ import annotations
 
 import math
-import torch
 
+import torch
 
 # Shortest and longest wavelength of an axis. Time: from a tick (80 ms) to a long clip; pixels: from a token (64 px) up.
 SECONDS_BAND = (0.16, 80.0)
@@ -34,11 +34,14 @@ def rotary_phases(positions: torch.Tensor, dim_head: int) -> torch.Tensor:
         angles = _angles(positions[:, 0], pairs, SECONDS_BAND)
     else:
         space = pairs // 4
-        angles = torch.cat([
-            _angles(positions[:, 0], pairs - 2 * space, SECONDS_BAND),
-            _angles(positions[:, 1], space, PIXELS_BAND),
-            _angles(positions[:, 2], space, PIXELS_BAND),
-        ], dim=-1)
+        angles = torch.cat(
+            [
+                _angles(positions[:, 0], pairs - 2 * space, SECONDS_BAND),
+                _angles(positions[:, 1], space, PIXELS_BAND),
+                _angles(positions[:, 2], space, PIXELS_BAND),
+            ],
+            dim=-1,
+        )
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[None, :, None]
 
 

@@ -1,7 +1,7 @@
 """Latents computed once: a folder of safetensors shards that training reads instead of pictures and sound.
 
-A cache carries the fingerprint of all that made it (codecs, clock, source and its options). Another fingerprint is a named
-error, never a silent mixture. A shard's table is written last and vouches for its tensors, so a broken run just goes on.
+A cache carries the fingerprint of all that made it (codecs, clock, source and its options). Another fingerprint is a
+named error, never a silent mixture. A shard's table is written last and vouches for its tensors: a broken run goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
 from avdiff.data.corpus.visemes import Phone
+from avdiff.data.media import MediaError
 from avdiff.latents import MODALITIES, pack_audio, pack_video
 
 SHARD = 64  # samples in a file: about 1.5 MB for the presenter
@@ -44,7 +45,7 @@ class Codecs:
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor | None, audio: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """video (B, F, H, W, 3) uint8, audio (B, C, S) float -> {"video": (B, N_v, C_v), "audio": (B, N_a, C_a)} fp16."""
+        """video (B, F, H, W, 3) uint8, audio (B, C, S) -> {"video": (B, N_v, C_v), "audio": (B, N_a, C_a)} fp16."""
         out = {}
         if video is not None:
             x = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -74,9 +75,16 @@ def weights_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_cache(source: Source, codecs: Codecs, folder: str | os.PathLike[str], options: dict[str, Any], rank: int = 0,
-                ranks: int = 1, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Path:
-    """Encode every clip of `source` into `folder`; finished shards are kept, so a second call goes on where one stopped.
+def write_cache(
+    source: Source,
+    codecs: Codecs,
+    folder: str | os.PathLike[str],
+    options: dict[str, Any],
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Path:
+    """Encode every clip of `source` into `folder`; finished shards are kept, so a second call goes on.
 
     Args:
         options: what else decides the content (source name, seed, split, clip length...): part of the fingerprint.
@@ -97,7 +105,12 @@ def write_cache(source: Source, codecs: Codecs, folder: str | os.PathLike[str], 
         tensors: dict[str, torch.Tensor] = {}
         records = []
         for index in range(number * SHARD, min((number + 1) * SHARD, len(source))):
-            tensor, record = _encode_one(source[index], codecs)
+            try:
+                sample = source[index]
+            except MediaError as error:  # a real clip that broke after all: named in the table, never given to training
+                records.append({"index": index, "refused": str(error)})
+                continue
+            tensor, record = _encode_one(sample, codecs)
             tensors |= {f"{index}/{name}": value for name, value in tensor.items()}
             records.append({"index": index, **record})
         aside = folder / f".{table.stem}.{os.getpid()}"
@@ -108,10 +121,20 @@ def write_cache(source: Source, codecs: Codecs, folder: str | os.PathLike[str], 
     return folder
 
 
-def cache_presenters(folder: str | os.PathLike[str], model: str | os.PathLike[str], count: int, bank: str | None = None,
-                     split: str = "train", seed: int = 0, seconds: float = 2.52, languages: Sequence[str] | None = None,
-                     event_share: float = 0.2, rank: int = 0, ranks: int = 1,
-                     progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Path:
+def cache_presenters(
+    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    count: int,
+    bank: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+    seconds: float = 2.52,
+    languages: Sequence[str] | None = None,
+    event_share: float = 0.2,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Path:
     """Draw `count` clips of the presenter corpus and cache their latents.
 
     Args:
@@ -123,12 +146,21 @@ def cache_presenters(folder: str | os.PathLike[str], model: str | os.PathLike[st
     from avdiff.models.audio_vae import AVAudioVAE
     from avdiff.models.video_vae import AVVideoVAE
 
-    codecs = Codecs(AVVideoVAE.from_pretrained(Path(model) / "vae").eval(),
-                    AVAudioVAE.from_pretrained(Path(model) / "audio_vae").eval())
+    codecs = Codecs(
+        AVVideoVAE.from_pretrained(Path(model) / "vae").eval(),
+        AVAudioVAE.from_pretrained(Path(model) / "audio_vae").eval(),
+    )
     speech = SpeechBank(bank, decoded=True)
     corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share)
-    options = {"source": "presenters", "bank": speech.fingerprint, "split": split, "seed": seed, "seconds": seconds,
-               "languages": list(languages or ()), "event_share": event_share}
+    options = {
+        "source": "presenters",
+        "bank": speech.fingerprint,
+        "split": split,
+        "seed": seed,
+        "seconds": seconds,
+        "languages": list(languages or ()),
+        "event_share": event_share,
+    }
     return write_cache(corpus, codecs, folder, options, rank, ranks, progress)
 
 
@@ -154,12 +186,17 @@ def check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
 def _encode_one(sample: dict[str, Any], codecs: Codecs) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One clip -> its tensors and its JSON-able record."""
     video, audio = sample.get("video"), sample.get("audio")
-    encoded = codecs.encode(None if video is None else torch.as_tensor(video)[None],
-                            None if audio is None else torch.as_tensor(audio)[None])
+    encoded = codecs.encode(
+        None if video is None else torch.as_tensor(video)[None], None if audio is None else torch.as_tensor(audio)[None]
+    )
     tensors = {name: value[0].contiguous() for name, value in encoded.items()}
-    keep = ("caption", "captions", "language", "kind", "attributes", "impacts", "split", "sample_rate")
+    keep = ("name", "caption", "captions", "language", "kind", "attributes", "impacts", "split", "sample_rate")
     record = {k: sample[k] for k in keep if k in sample}
     record |= {"phones": [list(p) for p in sample.get("phones", ())], "fps": str(sample["fps"])}
+    record["modalities"] = list(tensors)
+    if video is None and audio is not None:  # sound alone: a clip of its length with the smallest picture
+        frames = round(audio.shape[-1] / sample["sample_rate"] * float(sample["fps"]))
+        record |= {"num_frames": frames, "height": 64, "width": 64}
     if video is not None:
         record |= {"num_frames": int(video.shape[0]), "height": int(video.shape[1]), "width": int(video.shape[2])}
     return tensors, record
@@ -179,18 +216,23 @@ class LatentCache(Dataset):
     def __init__(self, folders: Sequence[str | os.PathLike[str]], expect: dict[str, Any] | None = None) -> None:
         self.items: list[tuple[Path, dict[str, Any]]] = []
         codecs: dict[str, Any] = dict(expect or {})
+        self.refused: list[str] = []
         for folder in map(Path, folders):
             if not (folder / "cache.json").is_file():
                 raise ValueError(f"cache {folder}: no cache.json in it; make one with `avdiff data cache`")
             check_fingerprint(folder, codecs)  # the codecs of the first cache bind the others
             held = json.loads((folder / "cache.json").read_text())
             codecs |= {k: held[k] for k in ("vae", "audio_vae")}
-            before = len(self.items)
+            found = 0
             for table in sorted(folder.glob("shard-*.json")):
-                self.items += [(table.with_suffix(".safetensors"), r) for r in json.loads(table.read_text())]
-            if len(self.items) - before != held["count"]:
-                raise ValueError(f"cache {folder} holds {len(self.items) - before} of {held['count']} clips: "
-                                 "run `avdiff data cache` again to finish it")
+                records = json.loads(table.read_text())
+                found += len(records)
+                self.refused += [r["refused"] for r in records if "refused" in r]
+                self.items += [(table.with_suffix(".safetensors"), r) for r in records if "refused" not in r]
+            if found != held["count"]:
+                raise ValueError(
+                    f"cache {folder} holds {found} of {held['count']} clips: run `avdiff data cache` again to finish it"
+                )
         self._open: dict[Path, Any] = {}
         self._names: dict[Path, set[str]] = {}
 

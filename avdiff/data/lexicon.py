@@ -57,8 +57,8 @@ class Lexicon:
 def english_plural(word: str, words: Mapping[str, str]) -> str | None:
     """Plural, third person or possessive of a known word: "ponies", "boxes", "Emma's"; None if there is no such word.
 
-    Told apart from spelling alone: held-out words that this rule reads are right more often than by the network (97 to
-    89 per cent); past tenses and the like are not, so the network keeps them.
+    Of the validation words that this rule reads it has 97 per cent right, the network 85; of past tenses and the like
+    the network has more, so it keeps them.
     """
     for ending, restored in (("'s", ""), ("ies", "y"), ("es", ""), ("s", "")):
         stem = word[: -len(ending)] + restored

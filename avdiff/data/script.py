@@ -13,8 +13,12 @@ from avdiff.data.corpus.visemes import Phone
 from avdiff.models.conditions import Script
 
 
-def script_from_phones(phones: Sequence[Sequence[Phone]], clip: ClipSpec, video_warps: Sequence[np.ndarray] | None = None,
-                       to_video: bool = False) -> Script:
+def script_from_phones(
+    phones: Sequence[Sequence[Phone]],
+    clip: ClipSpec,
+    video_warps: Sequence[np.ndarray] | None = None,
+    to_video: bool = False,
+) -> Script:
     """Lay timed phones of B clips on the clip's mel frames.
 
     Args:
@@ -39,8 +43,9 @@ def script_from_phones(phones: Sequence[Sequence[Phone]], clip: ClipSpec, video_
         video.append(frames[-1] if video_warps is None else _index_at(starts, middles + video_warps[i]))
     sounding = torch.from_numpy(np.stack(frames))
     seen = torch.from_numpy(np.stack(video)) if video_warps is not None else sounding if to_video else None
-    return Script(torch.from_numpy(ids), torch.from_numpy(marks), sounding,
-                  torch.tensor([len(p) > 0 for p in phones]), seen)
+    return Script(
+        torch.from_numpy(ids), torch.from_numpy(marks), sounding, torch.tensor([len(p) > 0 for p in phones]), seen
+    )
 
 
 def _index_at(starts: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -63,7 +68,7 @@ def _with_silence(phones: Sequence[Phone], end: float) -> list[Phone]:
 
 
 def smooth_warp(clip: ClipSpec, rng: np.random.Generator, seconds: float = 0.08) -> np.ndarray:
-    """(M,) smooth random shifts of at most `seconds`: keeps the video branch from trusting the script more than the sound."""
+    """(M,) smooth random shifts of at most `seconds`: the video branch shall not trust the script over the sound."""
     knots = max(3, round(float(clip.seconds) * 1.5))
     values = rng.uniform(-seconds, seconds, knots)
     return np.interp(np.linspace(0, knots - 1, clip.mel_frames), np.arange(knots), values)

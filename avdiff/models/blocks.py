@@ -19,6 +19,7 @@ from avdiff.core.modulation import Modulation, ModulationTable, rms_norm
 from avdiff.core.moe import MoE
 from avdiff.models.conditions import Conditions
 
+
 class StepRows(NamedTuple):
     """Modulation of one modality at one step: rows (B, 1|N, 6, D) from its own noise level, and the gate (B, 1, D) of
     what it hears from its partner, from the partner's noise level (None without a partner)."""
@@ -37,8 +38,18 @@ class Branch(nn.Module):
         hidden: SwiGLU width; with `experts` > 0 a MoE of that many experts of `hidden` each.
     """
 
-    def __init__(self, dim: int, heads: int, dim_head: int, text_dim: int, source_dims: Sequence[int],
-                 cross_heads: int, hidden: int, experts: int = 0, top_k: int = 2) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        text_dim: int,
+        source_dims: Sequence[int],
+        cross_heads: int,
+        hidden: int,
+        experts: int = 0,
+        top_k: int = 2,
+    ) -> None:
         super().__init__()
         self.modulation = ModulationTable(dim, records=2)
         self.self_attn = Attention(dim, heads, dim_head)
@@ -61,17 +72,21 @@ class Branch(nn.Module):
 class SharedStream(nn.Module):
     """x_s += CrossAttn([x_s, video, audio]); x_s += MoE(x_s): the score that both branches play from."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int, video_dim: int, hidden: int, experts: int, top_k: int) -> None:
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, video_dim: int, hidden: int, experts: int, top_k: int
+    ) -> None:
         super().__init__()
         self.attn = Attention(dim, heads, dim_head, [dim, video_dim, dim])
         self.ff = MoE(dim, hidden, experts, top_k) if experts else SwiGLU(dim, hidden)
 
-    def forward(self, shared: torch.Tensor, normed: Sequence[torch.Tensor | None],
-                conditions: Conditions) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, shared: torch.Tensor, normed: Sequence[torch.Tensor | None], conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """shared (B, N_s, D), normed (shared, video, audio) snapshots -> updated stream and routing statistics."""
         phases = (conditions.tick_time, conditions.video_time, conditions.audio_time)
-        shared = shared + self.attn(normed[0], normed, conditions.tick_time, phases,
-                                    joined_window(conditions, "shared", normed))
+        shared = shared + self.attn(
+            normed[0], normed, conditions.tick_time, phases, joined_window(conditions, "shared", normed)
+        )
         if not isinstance(self.ff, MoE):
             return shared + self.ff(rms_norm(shared)), None
         h, stats = self.ff(rms_norm(shared))
@@ -79,20 +94,34 @@ class SharedStream(nn.Module):
 
 
 class DualBlock(nn.Module):
-    """Self-attention, text, the meeting of the streams, feed-forward; the equations are in the README's model section.
+    """Self-attention, text, the meeting of the streams, feed-forward. For m in {v, a}, with o the other and N the norm:
+
+        x_m += g1 * SelfAttn(mod1(N x_m); RoPE)
+        x_m += CrossAttn(N x_m; text)                       in blocks with text
+        (n_v, n_a, n_s) = N of all three streams, taken before any of them changes
+        x_m += gate_m(sigma_o) * CrossAttn(n_m; [n_o, n_s])   on seconds alone, within a local window
+        x_s += CrossAttn(n_s; [n_s, n_v, n_a]);  x_s += MoE(N x_s)    in blocks that carry the stream
+        x_m += g2 * FF(mod2(N x_m))                          SwiGLU or MoE
 
     Either branch may be absent (None); it then costs nothing. `isolated` cuts both directions and the shared stream.
     """
 
-    def __init__(self, layer: int, video: Branch, audio: Branch, shared: SharedStream | None,
-                 memory: Engram | None) -> None:
+    def __init__(
+        self, layer: int, video: Branch, audio: Branch, shared: SharedStream | None, memory: Engram | None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.video, self.audio, self.shared, self.memory = video, audio, shared, memory
 
-    def forward(self, hidden_states: torch.Tensor | None, encoder_hidden_states: torch.Tensor | None,
-                video_step: StepRows | None, audio_step: StepRows | None, conditions: Conditions,
-                isolated: bool = False) -> tuple[torch.Tensor | None, ...]:
+    def forward(
+        self,
+        hidden_states: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        video_step: StepRows | None,
+        audio_step: StepRows | None,
+        conditions: Conditions,
+        isolated: bool = False,
+    ) -> tuple[torch.Tensor | None, ...]:
         """video (B, N_v, D_v) | None and audio with ticks (B, N_a + N_s, D_a) | None -> the same two, then routing
         statistics (M, 2E+1) of each mixture of experts that ran, in the order shared, video, audio."""
         video = hidden_states
@@ -102,27 +131,34 @@ class DualBlock(nn.Module):
 
         if self.memory is not None and c.memory is not None and encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states + self.memory(
-                encoder_hidden_states, c.memory[self.layer], c.memory_index)
+                encoder_hidden_states, c.memory[self.layer], c.memory_index
+            )
             audio, shared = split_ticks(encoder_hidden_states, c.num_ticks)
 
         if video is not None:
+            assert video_step is not None
             v_attn, v_ff = self.video.modulation(video_step.rows)
-            video = video + (v_attn.gate * self.video.self_attn(v_attn(video), query_phases=c.video_phases)).to(video.dtype)
+            video = video + (v_attn.gate * self.video.self_attn(v_attn(video), query_phases=c.video_phases)).to(
+                video.dtype
+            )
             if self.video.text_attn is not None:
                 video = video + self.video.text_attn(rms_norm(video), [c.text], attention_mask=c.text_mask)
         if audio is not None:
+            assert audio_step is not None
             a_attn, a_ff = self.audio.modulation(audio_step.rows)
-            audio = audio + (a_attn.gate * self.audio.self_attn(a_attn(audio), query_phases=c.audio_time)).to(audio.dtype)
+            audio = audio + (a_attn.gate * self.audio.self_attn(a_attn(audio), query_phases=c.audio_time)).to(
+                audio.dtype
+            )
             if self.audio.text_attn is not None:
                 audio = audio + self.audio.text_attn(rms_norm(audio), [c.text], attention_mask=c.text_mask)
 
         if not isolated:
             # Snapshots of all three before any update: the order of the lines below does not matter.
             nv, na, ns = (None if x is None else rms_norm(x) for x in (video, audio, shared))
-            if video is not None and (na is not None or ns is not None):
+            if video is not None and nv is not None and video_step is not None and (na is not None or ns is not None):
                 heard = self._meet(self.video, nv, (na, ns), c.video_time, (c.audio_time, c.tick_time), c, "video")
                 video = video + (gate(self.video, video_step) * heard).to(video.dtype)
-            if audio is not None and (nv is not None or ns is not None):
+            if audio is not None and na is not None and audio_step is not None and (nv is not None or ns is not None):
                 heard = self._meet(self.audio, na, (nv, ns), c.audio_time, (c.video_time, c.tick_time), c, "audio")
                 audio = audio + (gate(self.audio, audio_step) * heard).to(audio.dtype)
             if self.shared is not None and shared is not None:
@@ -142,12 +178,20 @@ class DualBlock(nn.Module):
         return (*outputs, *routed)
 
     @staticmethod
-    def _meet(branch: Branch, query: torch.Tensor, sources: tuple, query_time, source_times: tuple,
-              conditions: Conditions, name: str) -> torch.Tensor:
+    def _meet(
+        branch: Branch,
+        query: torch.Tensor,
+        sources: tuple,
+        query_time,
+        source_times: tuple,
+        conditions: Conditions,
+        name: str,
+    ) -> torch.Tensor:
         """Cross-attention on the time axis alone, within the local window."""
         n = 1 + len(branch.cross_attn.add_k_proj)
-        return branch.cross_attn(query, sources[:n], query_time, source_times[:n],
-                                 joined_window(conditions, name, sources[:n]))
+        return branch.cross_attn(
+            query, sources[:n], query_time, source_times[:n], joined_window(conditions, name, sources[:n])
+        )
 
 
 def gate(branch: Branch, step: StepRows) -> torch.Tensor:

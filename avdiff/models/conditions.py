@@ -1,7 +1,7 @@
 """What a joint model is told, and what can be computed from it once for all denoising steps.
 
-Shape legend: B batch, P phonemes, M mel frames (10 ms for the presenter), N_v / N_a / N_s tokens of video, audio and the
-shared stream, F latent frames, L caption tokens.
+Shape legend: B batch, P phonemes, M mel frames (10 ms for the presenter), N_v / N_a / N_s tokens of video, audio and
+the shared stream, F latent frames, L caption tokens.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ class Script:
     @staticmethod
     def cat(scripts: list[Script]) -> Script:
         """Join batches that share P and M."""
+
         def join(name: str) -> Any:
             values = [getattr(s, name) for s in scripts]
             return None if values[0] is None else torch.cat(values)
+
         return Script(*(join(f.name) for f in fields(Script)))
 
 
@@ -107,9 +109,11 @@ class Conditions:
         def cut(x: torch.Tensor | None) -> torch.Tensor | None:
             if x is None:
                 return None
-            return x[:, 0 if audio else tokens: tokens + keep_ticks]
-        return replace(self, sound_script=cut(self.sound_script), memory_index=cut(self.memory_index),
-                       num_ticks=keep_ticks)
+            return x[:, 0 if audio else tokens : tokens + keep_ticks]
+
+        return replace(
+            self, sound_script=cut(self.sound_script), memory_index=cut(self.memory_index), num_ticks=keep_ticks
+        )
 
 
 MILLISECOND = 1e-3  # tolerance of comparisons on the clock: far below a token, far above fp32 rounding
@@ -120,8 +124,10 @@ def overlap_matrix(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
     A target takes the source bins whose midpoints lie within half its own spacing, or the nearest one.
     """
+
     def spacing(x: torch.Tensor) -> torch.Tensor:
         return (x[1:] - x[:-1]).median() if len(x) > 1 else torch.full((), 0.08, device=x.device)
+
     distance = (target[:, None] - source[None, :]).abs()
     reach = torch.maximum(spacing(target), spacing(source)) / 2
     if not len(target):

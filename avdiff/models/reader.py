@@ -35,7 +35,10 @@ class LetterBlock(ConvBlock):
         kernel = self.depthwise.weight[:, 0].to(x.dtype)  # (D, 5)
         reach = kernel.shape[1] // 2
         wide = F.pad(x, (0, 0, reach, reach))
-        h = sum((wide[:, k : k + x.shape[1]] * kernel[:, k] for k in range(kernel.shape[1])), self.depthwise.bias)
+        assert self.depthwise.bias is not None
+        h: torch.Tensor = self.depthwise.bias
+        for k in range(kernel.shape[1]):
+            h = h + wide[:, k : k + x.shape[1]] * kernel[:, k]
         h = rms_norm(h.to(x.dtype))
         return x + self.contract(F.gelu(self.expand(h)))
 

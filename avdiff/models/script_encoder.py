@@ -33,8 +33,16 @@ class ScriptEncoder(nn.Module):
     far into the phoneme it is and how long the phoneme lasts.
     """
 
-    def __init__(self, num_phonemes: int, num_marks: int, dim: int, mels_per_token: int, audio_dim: int,
-                 video_dim: int, blocks: int = 3) -> None:
+    def __init__(
+        self,
+        num_phonemes: int,
+        num_marks: int,
+        dim: int,
+        mels_per_token: int,
+        audio_dim: int,
+        video_dim: int,
+        blocks: int = 3,
+    ) -> None:
         super().__init__()
         self.mels_per_token = mels_per_token
         self.symbol = nn.Embedding(num_phonemes, dim)
@@ -57,7 +65,7 @@ class ScriptEncoder(nn.Module):
             return sound, None
         if script.video_frames is not script.frames:
             per_token = self._on_clock(x, script.video_frames, script.present)
-        frames, rows, columns = positions.grid
+        _, rows, columns = positions.grid
         frame_seconds = positions.video[:: rows * columns, 0]
         video = self.to_video(overlap_matrix(frame_seconds, seconds).to(x) @ per_token)  # (B, F, D_v)
         return sound, video.repeat_interleave(rows * columns, dim=1)
@@ -71,7 +79,7 @@ class ScriptEncoder(nn.Module):
 
 
 def phase_in_phoneme(frames: torch.Tensor) -> torch.Tensor:
-    """(B, M) phoneme index of each frame -> (B, M, 2): place within the phoneme in (0, 1), and log2 of its frames / 4."""
+    """(B, M) phoneme index of each frame -> (B, M, 2): place within the phoneme in (0, 1), log2 of its frames / 4."""
     batch, count = frames.shape
     order = torch.arange(count, device=frames.device).expand(batch, -1)
     lengths = torch.zeros_like(frames).scatter_add(1, frames, torch.ones_like(frames)).gather(1, frames).float()

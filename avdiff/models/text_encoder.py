@@ -29,8 +29,15 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, vocab_size: int = 4096, dim: int = 192, num_layers: int = 3, num_heads: int = 4, hidden: int = 512,
-                 max_length: int = 96) -> None:
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        dim: int = 192,
+        num_layers: int = 3,
+        num_heads: int = 4,
+        hidden: int = 512,
+        max_length: int = 96,
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_length, dim)
@@ -60,7 +67,11 @@ def train_caption_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> 
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["[PAD]"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["[PAD]"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", padding_side="right")

@@ -70,39 +70,81 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
     @register_to_config
     def __init__(
         self,
-        video_channels: int = 64, audio_channels: int = 48, text_dim: int = 192,
-        video_dim: int = 256, audio_dim: int = 256, video_heads: int = 4, audio_heads: int = 4, dim_head: int = 64,
-        num_layers: int = 8, text_every: int = 2,
-        video_hidden: int = 512, audio_hidden: int = 512, video_experts: int = 0, audio_experts: int = 0,
-        shared_rate: float = 12.5, shared_layers: tuple[int, ...] = (0, 3, 6),
-        shared_hidden: int = 256, shared_experts: int = 8, top_k: int = 2,
-        num_phonemes: int = 128, num_marks: int = 8, script_dim: int = 128, mels_per_token: int = 4,
-        memory_layers: tuple[int, ...] = (1,), memory_rows: int = 2048, memory_orders: int = 3, memory_heads: int = 4,
-        memory_head_dim: int = 16, window: float | None = 0.2,
+        video_channels: int = 64,
+        audio_channels: int = 48,
+        text_dim: int = 192,
+        video_dim: int = 256,
+        audio_dim: int = 256,
+        video_heads: int = 4,
+        audio_heads: int = 4,
+        dim_head: int = 64,
+        num_layers: int = 8,
+        text_every: int = 2,
+        video_hidden: int = 512,
+        audio_hidden: int = 512,
+        video_experts: int = 0,
+        audio_experts: int = 0,
+        shared_rate: float = 12.5,
+        shared_layers: tuple[int, ...] = (0, 3, 6),
+        shared_hidden: int = 256,
+        shared_experts: int = 8,
+        top_k: int = 2,
+        num_phonemes: int = 128,
+        num_marks: int = 8,
+        script_dim: int = 128,
+        mels_per_token: int = 4,
+        memory_layers: tuple[int, ...] = (1,),
+        memory_rows: int = 2048,
+        memory_orders: int = 3,
+        memory_heads: int = 4,
+        memory_head_dim: int = 16,
+        window: float | None = 0.2,
     ) -> None:
         super().__init__()
         bad = [i for i in (*shared_layers, *memory_layers) if not 0 <= i < num_layers]
         if bad:
-            raise ValueError(f"shared_layers/memory_layers contain {bad}: needs block numbers from 0 to {num_layers - 1}")
+            raise ValueError(
+                f"shared_layers/memory_layers contain {bad}: needs block numbers from 0 to {num_layers - 1}"
+            )
         if num_layers - 1 in shared_layers:
-            raise ValueError(f"shared_layers={tuple(shared_layers)}: block {num_layers - 1} is the last, and nobody would "
-                             "read its update of the shared stream")
+            raise ValueError(
+                f"shared_layers={tuple(shared_layers)}: block {num_layers - 1} is the last, and nobody would "
+                "read its update of the shared stream"
+            )
         shared = shared_rate > 0
         self.proj_in_video = nn.Linear(video_channels, video_dim)
         self.proj_in_audio = nn.Linear(audio_channels, audio_dim)
         self.text_register = nn.Parameter(torch.randn(1, 1, text_dim))
-        self.script_encoder = ScriptEncoder(num_phonemes, num_marks, script_dim, mels_per_token, audio_dim,
-                                            video_dim) if num_phonemes else None
-        self.time = nn.ModuleDict({"video": TimestepEmbedding(video_dim, rows=6), "audio": TimestepEmbedding(audio_dim, rows=6)})
+        self.script_encoder = (
+            ScriptEncoder(num_phonemes, num_marks, script_dim, mels_per_token, audio_dim, video_dim)
+            if num_phonemes
+            else None
+        )
+        self.time = nn.ModuleDict(
+            {"video": TimestepEmbedding(video_dim, rows=6), "audio": TimestepEmbedding(audio_dim, rows=6)}
+        )
         # The gate of what a branch hears follows the noise level of the partner, in the width of the listener.
         self.hears = nn.ModuleDict({"video": nn.Linear(audio_dim, video_dim), "audio": nn.Linear(video_dim, audio_dim)})
-        self.tick_time = nn.ModuleDict({"video": nn.Linear(video_dim, audio_dim), "audio": nn.Linear(audio_dim, audio_dim)}) if shared else None
+        self.tick_time = (
+            nn.ModuleDict({"video": nn.Linear(video_dim, audio_dim), "audio": nn.Linear(audio_dim, audio_dim)})
+            if shared
+            else None
+        )
         self.tick_start = nn.Parameter(torch.zeros(1, 1, audio_dim)) if shared else None
 
         def branch(dim: int, heads: int, partner: int, hidden: int, experts: int, layer: int) -> Branch:
             text = text_dim if layer % text_every == 0 else 0
-            return Branch(dim, heads, dim_head, text, [partner, audio_dim] if shared else [partner], audio_heads,
-                          hidden, experts, top_k)
+            return Branch(
+                dim,
+                heads,
+                dim_head,
+                text,
+                [partner, audio_dim] if shared else [partner],
+                audio_heads,
+                hidden,
+                experts,
+                top_k,
+            )
 
         self.transformer_blocks = nn.ModuleList(
             DualBlock(
@@ -110,14 +152,23 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                 video=branch(video_dim, video_heads, audio_dim, video_hidden, video_experts, i),
                 audio=branch(audio_dim, audio_heads, video_dim, audio_hidden, audio_experts, i),
                 shared=SharedStream(audio_dim, audio_heads, dim_head, video_dim, shared_hidden, shared_experts, top_k)
-                if shared and i in shared_layers else None,
-                memory=Engram(audio_dim, NgramHash(num_phonemes * num_marks, memory_rows, memory_orders, memory_heads, i,
-                                                   tuple(memory_layers)), memory_head_dim)
-                if num_phonemes and i in memory_layers else None,
+                if shared and i in shared_layers
+                else None,
+                memory=Engram(
+                    audio_dim,
+                    NgramHash(
+                        num_phonemes * num_marks, memory_rows, memory_orders, memory_heads, i, tuple(memory_layers)
+                    ),
+                    memory_head_dim,
+                )
+                if num_phonemes and i in memory_layers
+                else None,
             )
             for i in range(num_layers)
         )
-        self.out_modulation = nn.ModuleDict({"video": nn.Linear(video_dim, 2 * video_dim), "audio": nn.Linear(audio_dim, 2 * audio_dim)})
+        self.out_modulation = nn.ModuleDict(
+            {"video": nn.Linear(video_dim, 2 * video_dim), "audio": nn.Linear(audio_dim, 2 * audio_dim)}
+        )
         self.proj_out_video = nn.Linear(video_dim, video_channels)
         self.proj_out_audio = nn.Linear(audio_dim, audio_channels)
         self.gradient_checkpointing = False
@@ -140,22 +191,31 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=1.0)
-        for head in (*self.hears.values(), *self.out_modulation.values(), self.proj_out_video, self.proj_out_audio):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        for head in (self.hears, self.out_modulation, self.proj_out_video, self.proj_out_audio):
+            for p in head.parameters():
+                nn.init.zeros_(p)
 
-    def prepare(self, text: torch.Tensor | None, text_mask: torch.Tensor | None, positions: Positions,
-                script: Script | None = None, batch_size: int | None = None) -> Conditions:
+    def prepare(
+        self,
+        text: torch.Tensor | None,
+        text_mask: torch.Tensor | None,
+        positions: Positions,
+        script: Script | None = None,
+        batch_size: int | None = None,
+    ) -> Conditions:
         """Everything that does not change from step to step, computed once for a prompt.
 
         Args:
             text: (B, L, text_dim) caption features; text_mask: (B, L) bool. None is the unconditional caption.
             positions: the clip's tokens on the clock. script: spoken words, None for a clip without.
         """
-        batch = batch_size or next(x.shape[0] for x in (text, None if script is None else script.phonemes) if x is not None)
+        batch = batch_size or next(
+            x.shape[0] for x in (text, None if script is None else script.phonemes) if x is not None
+        )
         register = self.text_register.expand(batch, -1, -1)
         mask = torch.ones(batch, 1, dtype=torch.bool, device=register.device)
         if text is not None:
+            assert text_mask is not None
             register = torch.cat([register, text.to(register.dtype)], dim=1)
             mask = torch.cat([mask, text_mask.bool()], dim=1)
         if self.tick_time is None:
@@ -165,7 +225,11 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         windows = {
             "video": (window_mask(video_s, audio_s, w), window_mask(video_s, tick_s, w)),
             "audio": (window_mask(audio_s, video_s, w), window_mask(audio_s, tick_s, w)),
-            "shared": (window_mask(tick_s, tick_s, None), window_mask(tick_s, video_s, w), window_mask(tick_s, audio_s, w)),
+            "shared": (
+                window_mask(tick_s, tick_s, None),
+                window_mask(tick_s, video_s, w),
+                window_mask(tick_s, audio_s, w),
+            ),
         }
         sound = video = memory = index = None
         if script is not None:
@@ -173,19 +237,30 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                 raise ValueError("script was given, but this model has num_phonemes=0 and cannot read one")
             sound, video = self.script_encoder(script, positions)
             memory, index = self._recall(script, positions)
-        return Conditions(register, mask[:, None, None], rotary_phases(positions.video, e),
-                          rotary_phases(positions.video[:, :1], e), rotary_phases(positions.audio, e),
-                          rotary_phases(positions.ticks, e), windows, video, sound, memory, index, len(tick_s))
+        return Conditions(
+            register,
+            mask[:, None, None],
+            rotary_phases(positions.video, e),
+            rotary_phases(positions.video[:, :1], e),
+            rotary_phases(positions.audio, e),
+            rotary_phases(positions.ticks, e),
+            windows,
+            video,
+            sound,
+            memory,
+            index,
+            len(tick_s),
+        )
 
     def _recall(self, script: Script, positions: Positions) -> tuple[dict[int, MemoryRead] | None, torch.Tensor | None]:
         """Engram read of the marked phonemes by layer, and the phoneme at the midpoint of each audio token and tick."""
-        layers = {i: b.memory for i, b in enumerate(self.transformer_blocks) if b.memory is not None}
+        layers: dict[int, Any] = {i: b.memory for i, b in enumerate(self.transformer_blocks) if b.memory is not None}
         if not layers:
             return None, None
         marked = script.phonemes + self.config.num_phonemes * script.marks
         marked = marked * script.present[:, None].to(marked.dtype)
         mels = self.config.mels_per_token
-        middle = script.frames[:, mels // 2::mels]  # (B, N_a)
+        middle = script.frames[:, mels // 2 :: mels]  # (B, N_a)
         nearest = (positions.ticks[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)  # (N_s,)
         index = torch.cat([middle, middle[:, nearest]], dim=1)
         return {i: engram.lookup(marked) for i, engram in layers.items()}, index
@@ -218,14 +293,18 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         """
         if hidden_states is None and audio_hidden_states is None:
             raise ValueError("hidden_states and audio_hidden_states are both None: needs video, audio or both")
-        given = hidden_states if hidden_states is not None else audio_hidden_states
+        batch = next(x.shape[0] for x in (hidden_states, audio_hidden_states) if x is not None)
         if conditions is None:
-            conditions = self.prepare(text, text_mask, positions, script, given.shape[0])
-        c = conditions.narrowed(audio=audio_hidden_states is not None, ticks=self.tick_time is not None and not isolated)
+            if positions is None:
+                raise ValueError("needs positions, or conditions made by prepare()")
+            conditions = self.prepare(text, text_mask, positions, script, batch)
+        c = conditions.narrowed(
+            audio=audio_hidden_states is not None, ticks=self.tick_time is not None and not isolated
+        )
         working = self.proj_in_video.weight.dtype
         video = None if hidden_states is None else self.proj_in_video(hidden_states.to(working))
         audio = None if audio_hidden_states is None else self.proj_in_audio(audio_hidden_states.to(working))
-        embedded = Joint(
+        embedded: Joint[Any] = Joint(
             None if video is None else self.time["video"](timestep),
             None if audio is None else self.time["audio"](audio_timestep),
         )
@@ -236,7 +315,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             video = video + c.video_script.to(video.dtype)
         if audio is not None and sound is not None:
             audio = audio + sound.to(audio.dtype)
-        audio = self._append_ticks(audio, shared, embedded, c.num_ticks, given.shape[0])
+        audio = self._append_ticks(audio, shared, embedded, c.num_ticks, batch)
 
         routing: list[torch.Tensor] = []
         for block in self.transformer_blocks:
@@ -249,10 +328,10 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             routing += stats
 
         audio, _ = split_ticks(audio, c.num_ticks)
-        if video is not None:
+        if video is not None and embedded.video is not None:
             video = self.proj_out_video(self._modulate_out("video", video, embedded.video[0]))
             video = clean_estimate(hidden_states, video, timestep)
-        if audio is not None:
+        if audio is not None and embedded.audio is not None:
             audio = self.proj_out_audio(self._modulate_out("audio", audio, embedded.audio[0]))
             audio = clean_estimate(audio_hidden_states, audio, audio_timestep)
         if not return_dict:
@@ -261,16 +340,21 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
 
     def _step_rows(self, embedded: Joint) -> Joint[StepRows]:
         """Modulation rows of each branch, and its partner gate from the partner's noise level (mean over tokens)."""
+
         def gate(listener: str, partner: tuple | None) -> torch.Tensor | None:
             return None if partner is None else self.hears[listener](partner[0].mean(dim=1, keepdim=True))
-        v, a = embedded.video, embedded.audio
-        return Joint(None if v is None else StepRows(v[1], gate("video", a)),
-                     None if a is None else StepRows(a[1], gate("audio", v)))
 
-    def _append_ticks(self, audio: torch.Tensor | None, script: torch.Tensor | None, embedded: Joint, ticks: int,
-                      batch: int) -> torch.Tensor | None:
+        v, a = embedded.video, embedded.audio
+        return Joint(
+            None if v is None else StepRows(v[1], gate("video", a)),
+            None if a is None else StepRows(a[1], gate("audio", v)),
+        )
+
+    def _append_ticks(
+        self, audio: torch.Tensor | None, script: torch.Tensor | None, embedded: Joint, ticks: int, batch: int
+    ) -> torch.Tensor | None:
         """Start the shared stream from the script and both noise levels, and hang it behind the audio tokens."""
-        if ticks == 0:
+        if ticks == 0 or self.tick_start is None or self.tick_time is None:
             return audio
         shared = self.tick_start.expand(batch, ticks, -1)
         if script is not None:
@@ -284,13 +368,14 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         return (rms_norm(x) * (1 + scale) + shift).to(x.dtype)
 
 
-def clean_estimate(noisy: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def clean_estimate(noisy: torch.Tensor | None, output: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
     """x0 = c_skip z + c_out F, fp32, for noisy tokens z (B, N, C), network output F and noise level t (B,) or (B, N).
 
     Preconditioning of Karras et al. 2022 (arXiv:2206.00364, eq. 7) for z = (1-t) x + t eps with unit-variance data:
-    c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t / sqrt((1-t)^2 + t^2) the size of its error,
-    so F has unit variance at every noise level, and a token with t = 0 comes back as it is.
+    c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t / sqrt((1-t)^2 + t^2) the size of its
+    error, so F has unit variance at every noise level, and a token with t = 0 comes back as it is.
     """
+    assert noisy is not None and sigma is not None
     t = per_token(sigma.float(), noisy)
     power = (1 - t) ** 2 + t**2
     return noisy.float() * ((1 - t) / power) + output.float() * (t / power.sqrt())

@@ -22,8 +22,8 @@ class Hair(NamedTuple):
 
     back: tuple[Points, ...] = ()
     front: tuple[Points, ...] = ()
-    back_circles: Circles = []  # noqa: RUF012 - read only
-    front_circles: Circles = []  # noqa: RUF012 - read only
+    back_circles: Circles = []
+    front_circles: Circles = []
 
 
 def _mirror(right: Points) -> Points:
