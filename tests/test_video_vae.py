@@ -218,7 +218,7 @@ def test_opening_probe_reads_an_opening_it_has_not_seen() -> None:
     assert correlation(probe.measure(frames, points), opening) > 0.97
 
 
-def test_report_writes_table_and_picture(tmp_path: Path) -> None:
+def test_report_makes_table_and_picture() -> None:
     made = list(samples(SpeechBank(), "test", 2, num_frames=9, size=64))
     probe = OpeningProbe.fit((s.frames, s.points, s.opening) for s in made)
     table = video_table(tiny(), iter(made), probe)

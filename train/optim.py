@@ -17,11 +17,14 @@ BUCKET = 2**24  # elements of one all-reduce: 64 MB of fp32
 
 
 def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.Optimizer:
-    """AdamW over `task.parameters(phase)`, each group split into parameters with and without weight decay.
+    """The task's own optimizer, or AdamW over `task.parameters(phase)`, split into parameters with and without decay.
 
     Raises:
         ValueError: no parameters, a parameter twice, or one that belongs to no module of the task.
     """
+    own = task.optimizer(phase, options)
+    if own is not None:
+        return own
     names = parameter_names(task.modules)
     spared = _undecayed(task.modules)
     groups, seen = [], set()

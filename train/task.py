@@ -71,6 +71,10 @@ class Task:
         """
         return (p for module in self.modules.values() for p in module.parameters() if p.requires_grad)
 
+    def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer | None:
+        """Optimizer of a phase; None (the default) is AdamW over `parameters(phase)`."""
+        return None
+
     def phases_at(self, step: int) -> tuple[str, ...]:
         """Phases that run at `step` (0 is the first); default: all. A discriminator may start late."""
         return self.phases

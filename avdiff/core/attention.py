@@ -95,7 +95,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.norm_q = nn.RMSNorm(dim_head, eps=1e-6)
         self.norm_k = nn.RMSNorm(dim_head, eps=1e-6)
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim, bias=False)])
-        self.set_processor(AVAttnProcessor())
+        AttentionModuleMixin.set_processor(self, AVAttnProcessor())
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile  # type: ignore[import-untyped]
+import soundfile
 
 from avdiff.data.corpus.bank_sentences import draw_sentence
 from avdiff.data.corpus.speech import LANGUAGES, SpeechBank, normalised_text

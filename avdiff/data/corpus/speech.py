@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile  # type: ignore[import-untyped]
+import soundfile
 
 from avdiff.data.corpus.phones import merge_tokens
 from avdiff.data.corpus.visemes import Phone
