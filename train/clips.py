@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
 from avdiff.clip import ClipSpec
 from avdiff.data.corpus.captions import parse_prompt
@@ -77,14 +75,3 @@ class Collate:
         batch: dict[str, Any] = {m: torch.stack([r[m] for r in rows]).float() for m in present}
         script = script_from_phones([r["phones"] for r in rows], clip, [r["warp"] for r in rows])
         return {**batch, "input_ids": ids, "attention_mask": mask, "script": script, "clip": clip}
-
-
-def make_tokenizer(captions: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over descriptions: every text can be written, the common words are one token."""
-    bpe = Tokenizer(models.BPE(unk_token=None))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<pad>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator((parse_prompt(c)[0] for c in captions), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", model_max_length=max_length)

@@ -22,13 +22,14 @@ from avdiff.clip import ClipSpec
 from avdiff.core.memory_table import memory_tables
 from avdiff.core.row_optim import RowAdagrad
 from avdiff.data.cache import LatentCache
+from avdiff.data.corpus.captions import parse_prompt
 from avdiff.latents import MODALITIES, Joint
 from avdiff.models import presets
 from avdiff.models.conditions import Positions, Script
-from avdiff.models.text_encoder import CaptionEncoder
+from avdiff.models.text_encoder import CaptionEncoder, train_caption_tokenizer
 from avdiff.models.transformer import AVTransformer
 from avdiff.train import adapters
-from avdiff.train.clips import Collate, TrainingClips, make_tokenizer
+from avdiff.train.clips import Collate, TrainingClips
 from avdiff.train.export import export
 from avdiff.train.feed import mix
 from avdiff.train.fit import FitSummary, Loss, Task, fit, row_generators
@@ -300,7 +301,7 @@ def setup(recipe: Recipe) -> FinetuneTask:
         transformer = AVTransformer(**presets.PRESETS[recipe.model.preset]())
         text_encoder = CaptionEncoder(recipe.model.vocab_size, transformer.config.text_dim)
         captions = [c for _, record in train.items for c in record.get("captions") or [record.get("caption", "")]]
-        tokenizer = make_tokenizer(captions, recipe.model.vocab_size, text_encoder.config.max_length)
+        tokenizer = train_caption_tokenizer((parse_prompt(c)[0] for c in captions), recipe.model.vocab_size)
     else:
         from transformers import AutoTokenizer
         transformer = AVTransformer.from_pretrained(base, subfolder="transformer")
