@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+import avdiff
+
 app = typer.Typer(help="Look at training data and prepare it.", no_args_is_help=True, rich_markup_mode=None)
 
 Bank = Annotated[str | None, typer.Option(help="Speech bank folder; default $AVDIFF_BANK, else the mini-bank.")]
@@ -77,6 +79,9 @@ def check(
         bool, typer.Option("--allow-silent", help="Silent clips are told of, not refused.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write all that was measured to this JSON file.")] = None,
+    codec: Annotated[
+        str, typer.Option(help="Model folder whose vae/ each clip goes through and back; 'none' leaves that out.")
+    ] = avdiff.PRESENTER,
 ) -> None:
     """Decode every clip of a folder and name what is wrong. Exit code 1: some refused; 2: none is good."""
     from rich.console import Console
@@ -84,7 +89,17 @@ def check(
 
     from avdiff.data.check import check_folder, save_report
 
-    found = check_folder(folder, allow_silent, progress=lambda e: track(e, "checking", console=Console(stderr=True)))
+    vae = None
+    if codec != "none":
+        if not (Path(codec) / "vae" / "config.json").is_file():
+            raise ValueError(f"codec={codec}: needs a folder with vae/ in it, or none")
+        from avdiff.models.video_vae import AVVideoVAE
+
+        vae = AVVideoVAE.from_pretrained(Path(codec) / "vae").eval()
+    found = check_folder(
+        folder, allow_silent, vae, progress=lambda e: track(e, "checking", console=Console(stderr=True))
+    )
+    Console().print(_check_table(found.clips))
     for clip in found.clips:
         for kind, texts in (("refused", clip.problems), ("warning", clip.warnings)):
             if texts:
@@ -93,6 +108,28 @@ def check(
     if report is not None:
         save_report(found, report)
     raise typer.Exit(found.exit_code)
+
+
+def _check_table(clips: list[Any]) -> Any:
+    """One row a clip: what it is, how picture and sound lie to each other, how it sounds, what the codec keeps."""
+    from rich.table import Table
+
+    columns = {
+        "fps": "fps",
+        "seconds": "video_seconds",
+        "sound s": "audio_seconds",
+        "start gap s": "start_gap",
+        "silent": "silence",
+        "LUFS": "loudness",
+        "offset s": "offset",
+        "codec dB": "round_trip_psnr",
+    }
+    table = Table("clip", *columns, "verdict")
+    for clip in clips:
+        values = (getattr(clip, name) for name in columns.values())
+        cells = ("" if v is None else f"{v:.2f}" for v in values)
+        table.add_row(clip.name, *cells, "good" if clip.good else "refused")
+    return table
 
 
 @app.command()
