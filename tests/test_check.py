@@ -180,4 +180,4 @@ def test_round_trip_names_the_way_out(checked):
 
     entry = next(e for e in find_clips(folder).entries if e.name == "plain.mp4")
     report, _ = check_clip(entry, vae=vae)
-    assert any("--from" in warning for warning in report.warnings)
+    assert any("use a pipeline whose video VAE" in warning and "--codecs" in warning for warning in report.warnings)

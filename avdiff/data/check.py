@@ -202,7 +202,7 @@ def _check_pictures(clip: Clip, report: ClipReport, vae: Any) -> None:
         if report.round_trip_psnr < LEAST_PSNR:
             report.warnings.append(
                 f"the video codec keeps only {report.round_trip_psnr:.1f} dB of it (it knows drawings, not this): "
-                "fine-tune it first with `avdiff train-codec video --from MODEL --data DIR`"
+                "use a pipeline whose video VAE knows such pictures (cache it with its folder as --codecs)"
             )
 
 
