@@ -68,6 +68,18 @@ def per_token(sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return sigma[:, None, None] if sigma.ndim == 1 else sigma.unsqueeze(-1)
 
 
+def normalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
+    """Latents (B, C, ...) to unit variance by the codec's `latents_mean` and `latents_std` (C,)."""
+    mean, std = (x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std))
+    return (z - mean) / std
+
+
+def denormalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
+    """Inverse of `normalise_latents`."""
+    mean, std = (x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std))
+    return z * std + mean
+
+
 def pack_video(latents: torch.Tensor, patch: int) -> torch.Tensor:
     """(B, C, F, H, W) -> tokens (B, F*H/patch*W/patch, C*patch*patch), frame by frame, row by row."""
     return rearrange(latents, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch, q=patch)

@@ -136,7 +136,8 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         latents: torch.Tensor | None = None,
         audio_latents: torch.Tensor | None = None,
     ) -> tuple[JointLatents, Joint[torch.Tensor]]:
-        """Noise for what is generated and clean tokens for what is given; and the bool mask (B, N) of given tokens.
+        """Noise for what is generated, clean tokens for the given, and the mask of given tokens: bool (B, N), or (B,)
+        where a modality is given or generated as a whole.
 
         Args:
             given: clean packed tokens (B, n, C); they are the first n tokens of their modality.
@@ -160,7 +161,8 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
                 n = min(clean.shape[1], tokens)
                 noise = torch.cat([clean[:, :n].to(noise), noise[:, n:]], dim=1)
                 known[:, :n] = True
-            return noise.to(device), known
+            # One level for a whole clip is the common case, and much cheaper to modulate than one for each token.
+            return noise.to(device), known if bool((known != known[:, :1]).any()) else known[:, 0]
 
         video, video_known = state(bool(generate.video), clip.video_tokens, c.video_channels, latents, given.video)
         audio, audio_known = state(
@@ -275,6 +277,10 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
                 negative_prompt_embeds,
                 negative_prompt_attention_mask,
             )
+        )
+        pairs = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            None if x is None else x.repeat_interleave(batch // x.shape[0], dim=0) for x in pairs
         )
         given = self._given(image, audio, video, batch)
         state, known = self.prepare_latents(clip, batch, generator, positions, generate, given, latents, audio_latents)

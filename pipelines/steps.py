@@ -54,9 +54,7 @@ class StepMixin:
         attention_kwargs: dict | None,
     ) -> Joint[torch.Tensor]:
         """Guided estimate of the clean tokens at one step."""
-        levels = known.map(lambda m, s: s[:, None] * (~m).to(s.dtype), sigmas)
-        # One level for a whole clip is the common case, and much cheaper to modulate than one for each token.
-        levels = levels.map(lambda s: s[:, 0] if bool((s == s[:, :1]).all()) else s)
+        levels = known.map(lambda m, s: (s if m.ndim == 1 else s[:, None]) * (~m).to(s.dtype), sigmas)
         estimates = {}
         for name in self._guidance.passes(progress):
             with self.transformer.cache_context(name):

@@ -136,6 +136,9 @@ def test_several_clips_for_a_prompt(pipe) -> None:
 def test_embeddings_in_place_of_a_prompt(pipe) -> None:
     prompt = "A man speaks Spanish"
     embeds, mask, _, _ = pipe.encode_prompt([prompt])
+    twice = call(pipe, None, prompt_embeds=embeds, prompt_attention_mask=mask, num_videos_per_prompt=2,
+                 negative_prompt_embeds=embeds, negative_prompt_attention_mask=mask)
+    assert len(twice.frames) == 2
     same(call(pipe, prompt), call(pipe, None, prompt_embeds=embeds, prompt_attention_mask=mask), atol=1e-3)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from avdiff.clip import ClipSpec
 from avdiff.data.corpus.visemes import Phone
 from avdiff.data.media import MediaError
-from avdiff.latents import MODALITIES, pack_audio, pack_video
+from avdiff.latents import MODALITIES, normalise_latents, pack_audio, pack_video
 
 SHARD = 64  # samples in a file: about 1.5 MB for the presenter
 FORMAT = 1
@@ -50,20 +50,15 @@ class Codecs:
         if video is not None:
             x = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
             z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode().float()
-            out["video"] = pack_video(_normalise(z, self.vae), self.patch).half()
+            out["video"] = pack_video(normalise_latents(z, self.vae), self.patch).half()
         if audio is not None:
             z = self.audio_vae.encode(self.audio_vae.mel(audio)).latent_dist.mode().float()
-            out["audio"] = pack_audio(_normalise(z, self.audio_vae)).half()
+            out["audio"] = pack_audio(normalise_latents(z, self.audio_vae)).half()
         return out
 
     def fingerprint(self) -> dict[str, str]:
         """Hash of each codec's weights and statistics."""
         return {"vae": weights_hash(self.vae), "audio_vae": weights_hash(self.audio_vae)}
-
-
-def _normalise(z: torch.Tensor, codec: Any) -> torch.Tensor:
-    shape = (1, -1, *(1,) * (z.ndim - 2))
-    return (z - codec.latents_mean.float().view(shape)) / codec.latents_std.float().view(shape)
 
 
 def weights_hash(module: torch.nn.Module) -> str:

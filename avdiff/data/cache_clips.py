@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from avdiff.data.check import check_folder, checked_clips, save_report
 from avdiff.data.clip_table import ClipTable, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
 from avdiff.data.media import write_clip
-from avdiff.latents import unpack_audio, unpack_video
+from avdiff.latents import denormalise_latents, unpack_audio, unpack_video
 
 
 @dataclass(frozen=True)
@@ -114,18 +113,13 @@ def decode_cache(cache: str | os.PathLike[str], model: str | os.PathLike[str], t
     for index in range(min(count, len(items))):
         item, clip, frames, sound = items[index], items.clip(index), None, None
         if "video" in item:
-            z = _raw(unpack_video(item["video"][None], codecs.patch, clip.video_grid), codecs.vae)
+            z = denormalise_latents(unpack_video(item["video"][None], codecs.patch, clip.video_grid), codecs.vae)
             frames = (codecs.vae.decode(z).sample[0].permute(1, 2, 3, 0).float().clamp(-1, 1) + 1).numpy() / 2
         if "audio" in item:
-            z = _raw(unpack_audio(item["audio"][None], codecs.audio_vae.config.latent_channels), codecs.audio_vae)
+            packed = unpack_audio(item["audio"][None], codecs.audio_vae.config.latent_channels)
+            z = denormalise_latents(packed, codecs.audio_vae)
             sound = vocoder(codecs.audio_vae.decode(z).sample)[0, :, : clip.num_samples].numpy()
         path = out / f"{index:06d}.{'wav' if frames is None else 'mp4'}"
         write_clip(path, frames, None if frames is None else clip.fps, sound, clip.sample_rate)
         written.append(path)
     return written
-
-
-def _raw(z: torch.Tensor, codec: Any) -> torch.Tensor:
-    """Undo the normalisation of latents."""
-    shape = (1, -1, *(1,) * (z.ndim - 2))
-    return z * codec.latents_std.float().view(shape) + codec.latents_mean.float().view(shape)

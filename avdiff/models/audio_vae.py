@@ -18,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
+from avdiff.latents import denormalise_latents, normalise_latents
 from avdiff.models.mel import LogMel
 
 
@@ -145,8 +146,8 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
 
     def normalise(self, z: Tensor) -> Tensor:
         """Latents (B, latent_channels, L, 1) -> about zero mean and unit variance per channel."""
-        return (z - self.latents_mean.view(1, -1, 1, 1)) / self.latents_std.view(1, -1, 1, 1)
+        return normalise_latents(z, self)
 
     def denormalise(self, z: Tensor) -> Tensor:
         """Inverse of `normalise`."""
-        return z * self.latents_std.view(1, -1, 1, 1) + self.latents_mean.view(1, -1, 1, 1)
+        return denormalise_latents(z, self)

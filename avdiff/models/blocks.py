@@ -130,9 +130,8 @@ class DualBlock(nn.Module):
         stats = []
 
         if self.memory is not None and c.memory is not None and encoder_hidden_states is not None:
-            encoder_hidden_states = encoder_hidden_states + self.memory(
-                encoder_hidden_states, c.memory[self.layer], c.memory_index
-            )
+            recalled = self.memory(encoder_hidden_states, c.memory[self.layer])
+            encoder_hidden_states = encoder_hidden_states + recalled
             audio, shared = split_ticks(encoder_hidden_states, c.num_ticks)
 
         if video is not None:

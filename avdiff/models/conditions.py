@@ -83,7 +83,7 @@ class Conditions:
         windows: bool masks (1, 1, queries, keys), one per source: video <- (audio, ticks), audio <- (video, ticks),
             shared <- (ticks, video, audio).
         scripts: expanded words for video tokens (B, N_v, D_v) or None, and for audio + ticks (B, N_a + N_s, D_a).
-        memory: Engram read of the phonemes by block. memory_index: (B, N_a + N_s) phoneme of each token.
+        memory: Engram reads by block, for audio tokens and ticks (B, N_a + N_s, D_a).
     """
 
     text: torch.Tensor
@@ -96,7 +96,6 @@ class Conditions:
     video_script: torch.Tensor | None
     sound_script: torch.Tensor | None
     memory: dict[int, MemoryRead] | None
-    memory_index: torch.Tensor | None
     num_ticks: int
 
     def narrowed(self, audio: bool, ticks: bool) -> Conditions:
@@ -106,14 +105,12 @@ class Conditions:
             return self
         tokens = self.windows["audio"][0].shape[2]
 
-        def cut(x: torch.Tensor | None) -> torch.Tensor | None:
-            if x is None:
-                return None
-            return x[:, 0 if audio else tokens : tokens + keep_ticks]
-
-        return replace(
-            self, sound_script=cut(self.sound_script), memory_index=cut(self.memory_index), num_ticks=keep_ticks
-        )
+        kept = slice(0 if audio else tokens, tokens + keep_ticks)
+        sound = None if self.sound_script is None else self.sound_script[:, kept]
+        memory = self.memory
+        if memory is not None:
+            memory = {i: replace(r, keys=r.keys[:, kept], values=r.values[:, kept]) for i, r in memory.items()}
+        return replace(self, sound_script=sound, memory=memory, num_ticks=keep_ticks)
 
 
 MILLISECOND = 1e-3  # tolerance of comparisons on the clock: far below a token, far above fp32 rounding

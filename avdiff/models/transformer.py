@@ -231,12 +231,12 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                 window_mask(tick_s, audio_s, w),
             ),
         }
-        sound = video = memory = index = None
+        sound = video = memory = None
         if script is not None:
             if self.script_encoder is None:
                 raise ValueError("script was given, but this model has num_phonemes=0 and cannot read one")
             sound, video = self.script_encoder(script, positions)
-            memory, index = self._recall(script, positions)
+            memory = self._recall(script, positions)
         return Conditions(
             register,
             mask[:, None, None],
@@ -248,22 +248,21 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             video,
             sound,
             memory,
-            index,
             len(tick_s),
         )
 
-    def _recall(self, script: Script, positions: Positions) -> tuple[dict[int, MemoryRead] | None, torch.Tensor | None]:
-        """Engram read of the marked phonemes by layer, and the phoneme at the midpoint of each audio token and tick."""
+    def _recall(self, script: Script, positions: Positions) -> dict[int, MemoryRead] | None:
+        """Engram read by layer: that of the marked phoneme at the midpoint of each audio token and tick."""
         layers: dict[int, Any] = {i: b.memory for i, b in enumerate(self.transformer_blocks) if b.memory is not None}
         if not layers:
-            return None, None
+            return None
         marked = script.phonemes + self.config.num_phonemes * script.marks
         marked = marked * script.present[:, None].to(marked.dtype)
         mels = self.config.mels_per_token
         middle = script.frames[:, mels // 2 :: mels]  # (B, N_a)
         nearest = (positions.ticks[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)  # (N_s,)
         index = torch.cat([middle, middle[:, nearest]], dim=1)
-        return {i: engram.lookup(marked) for i, engram in layers.items()}, index
+        return {i: engram.lookup(marked).at(index) for i, engram in layers.items()}
 
     @apply_lora_scale("attention_kwargs")
     def forward(
