@@ -278,10 +278,10 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
                 negative_prompt_attention_mask,
             )
         )
-        pairs = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            None if x is None else x.repeat_interleave(batch // x.shape[0], dim=0) for x in pairs
-        )
+        prompt_embeds, prompt_attention_mask = (_per_clip(x, batch) for x in (prompt_embeds, prompt_attention_mask))
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = _per_clip(negative_prompt_embeds, batch)
+            negative_prompt_attention_mask = _per_clip(negative_prompt_attention_mask, batch)
         given = self._given(image, audio, video, batch)
         state, known = self.prepare_latents(clip, batch, generator, positions, generate, given, latents, audio_latents)
         conditions = self._conditions(
@@ -362,3 +362,8 @@ def _repeat_negative(negative: str | list[str] | None, batch: int) -> list[str] 
     if batch % len(items):
         raise ValueError(f"negative_prompt has {len(items)} texts for {batch} clips: give one, or one for each")
     return _repeat(items, batch // len(items))
+
+
+def _per_clip(rows: Any, batch: int) -> Any:
+    """Repeat given rows so that there is one for each of the `batch` clips."""
+    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
