@@ -4,8 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROMPT ?= A woman says "good morning"
 LOOP_DIR ?= runs/loop
+BANK ?= runs/bank
 
-.PHONY: help setup demo loop test check fix clean
+.PHONY: help setup demo loop weights test check fix clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / - /'
@@ -25,6 +26,9 @@ demo: $(STAMP)  ## speak a sentence with the weights in the package -> demo.mp4
 loop: $(STAMP)  ## the whole road in minutes: mini-bank -> codecs -> training -> mp4
 	rm -rf $(LOOP_DIR)
 	$(BIN)/python samples/loop.py --folder $(LOOP_DIR)
+
+weights: $(STAMP)  ## rebuild all that ships, hours: make weights BANK=folder of a speech bank
+	$(BIN)/python samples/weights.py --bank $(BANK) --folder runs/weights
 
 test: $(STAMP)  ## all tests but the slow ones, on CPU, offline
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,28 +27,20 @@ def corpus(
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
     size: Annotated[int, typer.Option(min=64, max=1024, help="Pixels on a side.")] = 128,
 ) -> None:
-    """Write clips of the presenter corpus: mp4 files, a contact sheet each, and metadata.jsonl."""
+    """Write clips of the presenter corpus: mp4 files and metadata.jsonl; a second call goes on where one stopped."""
     from avdiff.data.corpus.dataset import PresenterCorpus
-    from avdiff.data.media import contact_sheet, write_clip
+    from avdiff.data.corpus.writer import write_corpus
 
     presenters = PresenterCorpus(bank, split, _codes(languages), length=count, seed=seed, size=size)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(count):
-        clip = presenters[index]
-        name = f"{index:04}.mp4"
-        frames = clip["video"].numpy()
-        write_clip(folder / name, frames, clip["fps"], clip["audio"], clip["sample_rate"])
-        contact_sheet(frames, fps=clip["fps"]).save(folder / f"{index:04}.png")
-        said = {key: clip[key] for key in ("kind", "language", "text", "split")}
-        lines.append({"file_name": name, "caption": clip["caption"], **said})
-        print(f"{folder / name}: {clip['caption']}")
-    _write_lines(folder / "metadata.jsonl", lines)
+    written = 0
+    for index in _progress("writing")(range(count)):
+        written = write_corpus(presenters, folder, [index])
+    print(f"{folder}: {written} clips and metadata.jsonl; to look at them: avdiff data show {folder}")
 
 
 @app.command()
 def show(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of clips with captions; default presenters.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of clips; default presenters.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("clips.html"),
     count: Annotated[int, typer.Option(min=1, max=1000, help="At most so many clips.")] = 8,
     bank: Bank = None,
@@ -57,18 +48,16 @@ def show(
     languages: Languages = None,
 ) -> None:
     """One HTML page of clips as training sees them: pictures, spectrogram, mouth and phonemes, captions."""
-    from avdiff.data.show import write_gallery
+    from avdiff.data.show import folder_items, write_gallery
 
-    clips: Any
     if folder is None:
         from avdiff.data.corpus.dataset import PresenterCorpus
 
         clips = PresenterCorpus(bank, split, _codes(languages), length=count)
+        items: Iterable[Any] = (clips[i] for i in range(count))
     else:
-        from avdiff.data.clips import RealClips
-
-        clips = RealClips(folder)
-    shown = write_gallery((clips[i] for i in range(min(count, len(clips)))), output, str(folder or "Presenters"))
+        items = folder_items(folder, count)
+    shown = write_gallery(_progress("drawing", count)(items), output, str(folder or "Presenters"))
     print(f"{output}: {shown} clips")
 
 
@@ -150,6 +139,7 @@ def cache(
     seconds: Annotated[float, typer.Option(help="Length of each presenter clip.")] = 2.52,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
     allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Captions too, for training that freezes the encoder.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
@@ -164,22 +154,22 @@ def cache(
         for path in decode_cache(folder, model, decode, count or 8):
             print(path)
         return
+    from avdiff.data.cache import cache_presenters, load_codecs
+
     if data is not None:
-        from avdiff.data.cache_clips import cache_clips, load_codecs
+        from avdiff.data.cache_clips import cache_clips
         from avdiff.data.clips import ClipOptions
 
         options = ClipOptions(buckets=buckets, allow_silent=allow_silent)
-        cached = cache_clips(folder, data, load_codecs(model), options, rank, ranks, _progress("encoding"))
+        cached = cache_clips(folder, data, load_codecs(model, text), options, rank, ranks, _progress("encoding"))
         for name, reason in cached.refused.items():
             print(f"{name}: refused: {reason}")
         print(f"{folder}: {len(cached.names)} clips, {len(cached.refused)} files refused")
         return
     if count is None:
         raise ValueError("needs --count N presenters, or --data FOLDER of real clips")
-    from avdiff.data.cache import cache_presenters
-
     made = cache_presenters(
-        folder, model, count, bank, split, seed, seconds, _codes(languages), rank=rank, ranks=ranks,
+        folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), rank=rank, ranks=ranks,
         progress=_progress("encoding"),
     )  # fmt: skip
     print(f"{made}: {count} clips")
@@ -234,19 +224,13 @@ def _check_rank(rank: int, ranks: int) -> None:
         raise ValueError(f"rank={rank}: needs 0 to {ranks - 1} with ranks={ranks}")
 
 
-def _progress(what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+def _progress(what: str, count: int | None = None) -> Callable[[Iterable[Any]], Iterable[Any]]:
     """A bar on stderr."""
     from rich.console import Console
     from rich.progress import track
 
-    return lambda items: track(list(items), what, console=Console(stderr=True))
+    return lambda items: track(items, what, count, console=Console(stderr=True))
 
 
 def _codes(languages: str | None) -> list[str] | None:
     return None if languages is None else [code.strip() for code in languages.split(",")]
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)

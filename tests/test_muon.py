@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from avdiff.train.muon import MuonAdam, muon_groups, orthogonal
+from avdiff.train.muon import MuonAdam, directions, muon_groups, muon_split, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
 def test_orthogonal_keeps_directions_and_evens_sizes(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonal(matrix)
+    result = orthogonal(matrix).float()
     sizes = torch.diagonal(u.T @ result @ v.T)  # its singular values, if the directions are kept
     assert (sizes > 0.5).all() and (sizes < 1.4).all()
     assert (result - u @ torch.diag(sizes) @ v).norm() < 0.05 * result.norm()  # bf16
@@ -52,3 +52,19 @@ def test_kernels_inside_go_to_muon_and_it_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_stacks_and_matrices_of_one_shape_together_are_each_alone() -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randn(6, 10), torch.randn(3, 6, 10), torch.randn(10, 6), torch.randn(6, 10)]
+    for found, alone in zip(directions(matrices), map(orthogonal, matrices), strict=True):
+        assert found.shape == alone.shape
+        torch.testing.assert_close(found, alone, rtol=0, atol=0.02)  # bf16 sums in another order
+
+
+def test_muon_split_keeps_rates_and_leaves_no_parameter_out() -> None:
+    inner, table, bias = (nn.Parameter(torch.zeros(s)) for s in ((4, 4), (9, 4), (4,)))
+    groups = muon_split({id(inner)}, {"params": [bias, table, inner], "lr": 0.5})
+    assert [[id(p) for p in g["params"]] for g in groups] == [[id(inner)], [id(table)], [id(bias)]]
+    assert all(g["lr"] == 0.5 for g in groups)
+    assert groups[0]["muon"] and groups[2]["weight_decay"] == 0.0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from bad_clips import RATE, pictures, tone
+from bad_clips import RATE, make_folder, pictures, tone
 
 from avdiff.data.clips import ClipOptions, RealClips
 from avdiff.data.corpus.dataset import PresenterCorpus
 from avdiff.data.corpus.speech import REPO_BANK
 from avdiff.data.media import write_clip
-from avdiff.data.show import write_gallery
+from avdiff.data.show import folder_items, write_gallery
 
 
 def test_gallery_of_corpus_and_real_clips(tmp_path):
@@ -28,3 +28,13 @@ def test_gallery_of_corpus_and_real_clips(tmp_path):
     assert curve and len(curve[1].split()) == len(spoken["mouth"])
     assert page.count('stroke="#36c"') == len(struck["impacts"])
     assert sum(p.symbol != "sil" for p in spoken["phones"]) == page.count('text-anchor="middle"')
+
+
+def test_a_folder_is_shown_as_it_is(tmp_path):
+    good, bad = make_folder(tmp_path / "data")
+    page = tmp_path / "page.html"
+    shown = write_gallery(folder_items(tmp_path / "data", 100), page)
+    assert shown >= len(good) + len(bad)
+    text = page.read_text(encoding="utf8")
+    assert all(f"<h2>{name}</h2>" in text for name in good)
+    assert text.count("cannot be used: ") >= 5

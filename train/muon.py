@@ -1,14 +1,16 @@
-"""Muon for convolution kernels, AdamW for the rest: more progress a step for networks that train for an hour.
+"""Muon for the inner matrices, AdamW for the rest: more progress a step for networks that train for an hour.
 
 Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, found by five
-Newton-Schulz steps with the coefficients of the reference implementation; a kernel counts as an (out, in * k * k)
-matrix. Updates are scaled by 0.2 sqrt(max(rows, columns)) to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982,
-eq. 4), so that one learning rate serves both.
+Newton-Schulz steps with the coefficients of the reference implementation; a convolution kernel counts as an
+(out, in * k * k) matrix, the weights of E experts (E, out, in) as E matrices. Matrices of one shape are worked on
+together; with several processes each works on its share and sends it to the others. Updates are scaled by
+0.2 sqrt(max(rows, columns)) to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, eq. 4), so that one learning
+rate serves both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,19 +39,29 @@ class MuonAdam(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("closure: this optimizer takes gradients as they are; needs None")
         for group in self.param_groups:
-            update = self._muon if group["muon"] else self._adam
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(p, p.grad, group)
+            trained = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["muon"]:
+                self._muon(trained, group["lr"])
+            else:
+                for p in trained:
+                    self._adam(p, p.grad, group)
 
-    def _muon(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _muon(self, params: list[Tensor], lr: float) -> None:
+        ahead = [self._look_ahead(p) for p in params]
+        for p, direction in zip(params, directions(ahead), strict=True):
+            p.add_(direction.view(p.shape), alpha=-lr * 0.2 * max(direction.shape[-2:]) ** 0.5)
+
+    def _look_ahead(self, p: Tensor) -> Tensor:
+        """Nesterov's momentum of a parameter, as one matrix or a stack of them."""
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state["m"] = torch.zeros_like(p)
-        state["m"].lerp_(grad, 1 - MOMENTUM)
-        direction = orthogonal(grad.lerp(state["m"], MOMENTUM).flatten(1))  # Nesterov's look ahead
-        p.add_(direction.view(p.shape), alpha=-group["lr"] * 0.2 * max(direction.shape) ** 0.5)
+        state["m"].lerp_(p.grad, 1 - MOMENTUM)
+        ahead = p.grad.lerp(state["m"], MOMENTUM)
+        return ahead if p.ndim == 3 else ahead.flatten(1)
 
     def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, (slow, fast) = self.state[p], group["betas"]
@@ -63,17 +75,51 @@ class MuonAdam(torch.optim.Optimizer):
         p.addcdiv_(state["m"], size, value=-group["lr"] / (1 - slow**count))
 
 
+def directions(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonal factors of matrices (m, n) and stacks of them (E, m, n), each bf16 in its own shape.
+
+    Ranks take turns: the same matrices must be given on all of them.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    shares = [list(range(owner, len(matrices), world)) for owner in range(world)]
+    found = dict(zip(shares[rank], _by_shape([matrices[i] for i in shares[rank]]), strict=True))
+    for owner in range(world if world > 1 else 0):
+        if shares[owner]:
+            sizes = [matrices[i].numel() for i in shares[owner]]
+            flat = matrices[0].new_empty(sum(sizes), dtype=torch.bfloat16)
+            if owner == rank:
+                torch.cat([found[i].flatten() for i in shares[owner]], out=flat)
+            torch.distributed.broadcast(flat, owner)
+            found |= {i: x.view_as(matrices[i]) for i, x in zip(shares[owner], flat.split(sizes), strict=True)}
+    return [found[i] for i in range(len(matrices))]
+
+
+def _by_shape(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each, computed for all matrices of one shape at once."""
+    alike: dict[torch.Size, list[int]] = {}
+    for i, x in enumerate(matrices):
+        alike.setdefault(x.shape[-2:], []).append(i)
+    result: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for members in alike.values():
+        stacks = [matrices[i] if matrices[i].ndim == 3 else matrices[i][None] for i in members]
+        parts = orthogonal(torch.cat(stacks)).split([len(s) for s in stacks])
+        for i, part in zip(members, parts, strict=True):
+            result[i] = part.view_as(matrices[i])
+    return result
+
+
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix with singular values near 1 (0.7 to 1.2): (m, n) -> (m, n) fp32, computed in bf16."""
+    """About the nearest matrices with singular values near 1 (0.7 to 1.2): (..., m, n) -> (..., m, n), in bf16."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).float()
+    return x.mT if tall else x
 
 
 def muon_groups(modules: Mapping[str, nn.Module], ends: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -81,16 +127,21 @@ def muon_groups(modules: Mapping[str, nn.Module], ends: tuple[str, ...]) -> list
 
     The layers at the ends (pixels, latents) do better under AdamW, as embeddings and heads of language models do.
     """
-    inner: list[nn.Parameter] = []
-    outer: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for module in modules.values():
-        for name, p in module.named_parameters():
-            if p.requires_grad:
-                (vectors if p.ndim < 2 else outer if any(end in name for end in ends) else inner).append(p)
-    groups: list[dict[str, Any]] = [
-        {"params": inner, "muon": True},
-        {"params": outer},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    named = [(n, p) for module in modules.values() for n, p in module.named_parameters() if p.requires_grad]
+    inner = {id(p) for n, p in named if p.ndim > 1 and not any(end in n for end in ends)}
+    return muon_split(inner, {"params": [p for _, p in named]})
+
+
+def muon_split(inner: Collection[int], group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A group of parameters in up to three: those whose id is in `inner` for Muon, other matrices, vectors."""
+    kinds: dict[str, list[Tensor]] = {"inner": [], "outer": [], "vectors": []}
+    for p in group["params"]:
+        kinds["inner" if id(p) in inner else "outer" if p.ndim > 1 else "vectors"].append(p)
+    extra: dict[str, dict[str, Any]] = {"inner": {"muon": True}, "outer": {}, "vectors": {"weight_decay": 0.0}}
+    return [{**group, **extra[kind], "params": params} for kind, params in kinds.items() if params]
+
+
+def inner_matrices(named: Iterable[tuple[str, nn.Parameter]]) -> set[int]:
+    """ids of the matrices inside transformer blocks: not tables, embeddings, memories or the ends."""
+    inside = ((n, p) for n, p in named if any(part in n for part in (".transformer_blocks.", ".attns.", ".ffs.")))
+    return {id(p) for n, p in inside if p.ndim in (2, 3) and "table" not in n and ".memory" not in n}

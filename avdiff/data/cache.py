@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
+from avdiff.data.corpus.captions import parse_prompt
 from avdiff.data.corpus.visemes import Phone
 from avdiff.data.media import MediaError
 from avdiff.latents import MODALITIES, normalise_latents, pack_audio, pack_video
@@ -37,11 +38,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Codecs:
-    """The frozen codecs that turn a clip into packed, normalised latents."""
+    """The frozen networks that turn a clip into packed, normalised latents and, with `text`, captions into features."""
 
     vae: Any
     audio_vae: Any
     patch: int = 2
+    text: CaptionFeatures | None = None
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor | None, audio: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -57,8 +59,57 @@ class Codecs:
         return out
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash of each codec's weights and statistics."""
-        return {"vae": weights_hash(self.vae), "audio_vae": weights_hash(self.audio_vae)}
+        """Hash of each codec's weights and statistics; `text_encoder` where captions are encoded too."""
+        made_by = {"vae": weights_hash(self.vae), "audio_vae": weights_hash(self.audio_vae)}
+        return made_by if self.text is None else {**made_by, "text_encoder": self.text.fingerprint()}
+
+
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """A frozen text encoder with its tokenizer: for training that does not change it."""
+
+    encoder: Any
+    tokenizer: Any
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[torch.Tensor]:
+        """Descriptions, without the spoken words in quotes -> fp16 features (L, dim) each; L may be 0."""
+        found = []
+        for caption in captions:
+            description = parse_prompt(caption)[0]
+            length = self.encoder.config.max_length
+            ids = self.tokenizer(description, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+            found.append(self.encoder(ids.long(), torch.ones_like(ids))[0].half() if ids.shape[1]
+                         else torch.zeros(0, self.encoder.config.dim, dtype=torch.float16))  # fmt: skip
+        return found
+
+    def fingerprint(self) -> str:
+        """Hash of the encoder's weights and the tokenizer's vocabulary."""
+        words = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+        return f"{weights_hash(self.encoder)}-{words[:8]}"
+
+
+def load_codecs(model: str | os.PathLike[str], text: bool = False) -> Codecs:
+    """The codecs of a model folder: `vae/` and `audio_vae/`; with `text` also `text_encoder/` and `tokenizer/`.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    from avdiff.models.audio_vae import AVAudioVAE
+    from avdiff.models.text_encoder import CaptionEncoder
+    from avdiff.models.video_vae import AVVideoVAE
+
+    folder, features = Path(model), None
+    for part in ("vae", "audio_vae", *(("text_encoder",) if text else ())):
+        if not (folder / part / "config.json").is_file():
+            raise ValueError(f"codecs={str(model)!r}: has no {part}/ with a config.json in it")
+    if text:
+        from transformers import AutoTokenizer
+
+        features = CaptionFeatures(CaptionEncoder.from_pretrained(folder / "text_encoder").eval(),
+                                   AutoTokenizer.from_pretrained(folder / "tokenizer"))  # fmt: skip
+    return Codecs(AVVideoVAE.from_pretrained(folder / "vae").eval(),
+                  AVAudioVAE.from_pretrained(folder / "audio_vae").eval(), text=features)  # fmt: skip
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -118,7 +169,7 @@ def write_cache(
 
 def cache_presenters(
     folder: str | os.PathLike[str],
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Codecs,
     count: int,
     bank: str | None = None,
     split: str = "train",
@@ -133,18 +184,14 @@ def cache_presenters(
     """Draw `count` clips of the presenter corpus and cache their latents.
 
     Args:
-        model: folder with `vae/` and `audio_vae/` inside. bank: folder of the speech bank, None for the default one.
-        seconds: length of every clip. The other arguments are those of `PresenterCorpus` and `write_cache`.
+        model: folder with `vae/` and `audio_vae/` inside, or what was loaded from it. bank: folder of the speech bank,
+            None for the default one. seconds: length of every clip. The other arguments are those of `PresenterCorpus`
+            and `write_cache`.
     """
     from avdiff.data.corpus.dataset import PresenterCorpus
     from avdiff.data.corpus.speech import SpeechBank
-    from avdiff.models.audio_vae import AVAudioVAE
-    from avdiff.models.video_vae import AVVideoVAE
 
-    codecs = Codecs(
-        AVVideoVAE.from_pretrained(Path(model) / "vae").eval(),
-        AVAudioVAE.from_pretrained(Path(model) / "audio_vae").eval(),
-    )
+    codecs = model if isinstance(model, Codecs) else load_codecs(model)
     speech = SpeechBank(bank, decoded=True)
     corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share)
     options = {
@@ -185,10 +232,14 @@ def _encode_one(sample: dict[str, Any], codecs: Codecs) -> tuple[dict[str, torch
         None if video is None else torch.as_tensor(video)[None], None if audio is None else torch.as_tensor(audio)[None]
     )
     tensors = {name: value[0].contiguous() for name, value in encoded.items()}
+    modalities = list(tensors)
+    if codecs.text is not None:
+        features = codecs.text.encode(sample.get("captions") or [sample.get("caption", "")])
+        tensors |= {f"text/{number}": value for number, value in enumerate(features)}
     keep = ("name", "caption", "captions", "language", "kind", "attributes", "impacts", "split", "sample_rate")
     record = {k: sample[k] for k in keep if k in sample}
     record |= {"phones": [list(p) for p in sample.get("phones", ())], "fps": str(sample["fps"])}
-    record["modalities"] = list(tensors)
+    record["modalities"] = modalities
     if video is None and audio is not None:  # sound alone: a clip of its length with the smallest picture
         frames = round(audio.shape[-1] / sample["sample_rate"] * float(sample["fps"]))
         record |= {"num_frames": frames, "height": 64, "width": 64}
@@ -198,7 +249,8 @@ def _encode_one(sample: dict[str, Any], codecs: Codecs) -> tuple[dict[str, torch
 
 
 class LatentCache(Dataset):
-    """Reads one or more caches. Items: the record's fields, `phones` as Phone tuples, `video` and `audio` tokens fp32.
+    """Reads one or more caches. Items: the record's fields, `phones` as Phone tuples, `video` and `audio` tokens fp32;
+    where `text_encoder` (the hash of what made them) is not None, also `text`: the features (L, dim) of each caption.
 
     Args:
         folders: made by `write_cache`; all must come from the same codecs.
@@ -217,7 +269,7 @@ class LatentCache(Dataset):
                 raise ValueError(f"cache {folder}: no cache.json in it; make one with `avdiff data cache`")
             check_fingerprint(folder, codecs)  # the codecs of the first cache bind the others
             held = json.loads((folder / "cache.json").read_text())
-            codecs |= {k: held[k] for k in ("vae", "audio_vae")}
+            codecs |= {k: held.get(k) for k in ("vae", "audio_vae", "text_encoder")}
             found = 0
             for table in sorted(folder.glob("shard-*.json")):
                 records = json.loads(table.read_text())
@@ -228,6 +280,7 @@ class LatentCache(Dataset):
                 raise ValueError(
                     f"cache {folder} holds {found} of {held['count']} clips: run `avdiff data cache` again to finish it"
                 )
+        self.text_encoder: str | None = codecs.get("text_encoder")
         self._open: dict[Path, Any] = {}
         self._names: dict[Path, set[str]] = {}
 
@@ -238,6 +291,9 @@ class LatentCache(Dataset):
         path, record = self.items[index]
         shard, name = self._shard(path), record["index"]
         tensors = {m: shard.get_tensor(f"{name}/{m}").float() for m in self.modalities(index)}
+        count = len(record.get("captions") or [""]) if self.text_encoder else 0
+        if count:
+            tensors["text"] = [shard.get_tensor(f"{name}/text/{number}").float() for number in range(count)]
         return {**record, **tensors, "phones": tuple(Phone(*p) for p in record["phones"])}
 
     def _shard(self, path: Path) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from avdiff.data.cache import Codecs, LatentCache, write_cache
+from avdiff.data.cache import Codecs, LatentCache, load_codecs, write_cache
 from avdiff.data.check import check_folder, checked_clips, save_report
 from avdiff.data.clip_table import ClipTable, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
@@ -26,22 +26,6 @@ class CachedClips:
     folder: Path
     names: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-
-
-def load_codecs(model: str | os.PathLike[str]) -> Codecs:
-    """The codecs of a model folder: `vae/` and `audio_vae/`.
-
-    Raises:
-        ValueError: they are not there.
-    """
-    from avdiff.models.audio_vae import AVAudioVAE
-    from avdiff.models.video_vae import AVVideoVAE
-
-    for part in ("vae", "audio_vae"):
-        if not (Path(model) / part / "config.json").is_file():
-            raise ValueError(f"codecs={str(model)!r}: has no {part}/ with a config.json in it")
-    return Codecs(AVVideoVAE.from_pretrained(Path(model) / "vae").eval(),
-                  AVAudioVAE.from_pretrained(Path(model) / "audio_vae").eval())  # fmt: skip
 
 
 def cache_clips(folder: str | os.PathLike[str], data: str | os.PathLike[str], codecs: Codecs,

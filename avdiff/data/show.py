@@ -6,14 +6,16 @@ import base64
 import html
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from avdiff.data.media import contact_sheet, spectrogram_picture
+from avdiff.data.clip_table import find_clips
+from avdiff.data.corpus.visemes import Phone
+from avdiff.data.media import MediaError, contact_sheet, read_clip, spectrogram_picture
 
 WIDTH, CURVE = 960, 60  # pixels
 STYLE = """body{font:15px/1.4 sans-serif;margin:2em auto;max-width:1000px;color:#222}
@@ -38,6 +40,31 @@ def write_gallery(items: Iterable[dict[str, Any]], path: str | os.PathLike[str],
     return len(sections)
 
 
+def folder_items(folder: str | os.PathLike[str], count: int) -> Iterator[dict[str, Any]]:
+    """The first `count` clips of a folder as they are, whatever their size and rate; a file that cannot be read gives
+    an item with its name and `refused`, the reason.
+
+    Raises:
+        ValueError: no such folder, or nothing in it that looks like a clip.
+    """
+    table = find_clips(folder)
+    for entry in table.entries[:count]:
+        item: dict[str, Any] = {"name": entry.name, "captions": list(entry.captions)}
+        try:
+            clip = read_clip(entry.video or entry.audio or table.folder / entry.name)
+            sound = read_clip(entry.audio) if entry.audio is not None and entry.video is not None else clip
+        except MediaError as error:
+            yield {**item, "refused": str(error)}
+            continue
+        truth = {"phones": tuple(Phone(*p) for p in entry.extra.get("phones") or ())}
+        if entry.extra.get("mouth"):
+            truth["mouth"] = np.asarray(entry.extra["mouth"])
+        yield {**item, **truth, "video": clip.frames, "fps": clip.fps, "audio": sound.audio,
+               "sample_rate": sound.sample_rate}  # fmt: skip
+    for name, reason in list(table.refused.items())[: max(0, count - len(table.entries))]:
+        yield {"name": name, "captions": [], "refused": reason}
+
+
 def _section(item: dict[str, Any]) -> str:
     """One clip."""
     name = str(item.get("name") or f"{item.get('kind', 'clip')} {item.get('index', '')}")
@@ -49,6 +76,8 @@ def _section(item: dict[str, Any]) -> str:
     if item.get("audio") is not None:
         drawn = spectrogram_picture(np.asarray(item["audio"]), item["sample_rate"], height=160)
         parts.append(_picture(drawn.resize((WIDTH, 160))))
+    if item.get("refused"):
+        parts.append(f"<p>cannot be used: {html.escape(item['refused'])}</p>")
     parts.append(_curve(item, seconds))
     parts += [
         "<ul>",
