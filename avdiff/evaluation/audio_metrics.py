@@ -23,12 +23,13 @@ DIGITS = ("zero", "oh", "one", "two", "three", "four", "five", "six", "seven", "
 DIGIT_GRAMMAR = "#JSGF V1.0; grammar digits; public <digits> = (" + " | ".join(DIGITS) + ")+ ;"
 
 
-def _optional(name: str) -> ModuleType:
+def optional(name: str, packages: str = "") -> ModuleType:
     """Import an optional package or say how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"this metric needs the package {name}: pip install {name}") from error
+        wanted = packages or name
+        raise ValueError(f"this metric needs {wanted}: pip install {wanted}") from error
 
 
 def _pair(original: np.ndarray, sound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,12 +43,12 @@ def _pair(original: np.ndarray, sound: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def stoi(original: np.ndarray, sound: np.ndarray, rate: int = 24000) -> float:
     """Short-time objective intelligibility (Taal et al. 2011), 0 to 1."""
     first, second = _pair(original, sound)
-    return float(_optional("pystoi").stoi(first, second, rate, extended=False))
+    return float(optional("pystoi").stoi(first, second, rate, extended=False))
 
 
 def pesq(original: np.ndarray, sound: np.ndarray, rate: int = 24000) -> float:
     """Wide-band PESQ (ITU-T P.862.2) at 16 kHz, 1 to 4.64; NaN where it finds no speech."""
-    package = _optional("pesq")
+    package = optional("pesq")
     first, second = (resample(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), rate, 16000).numpy()
                      for x in _pair(original, sound))
     try:
@@ -130,21 +131,28 @@ def onset_seconds(sound: np.ndarray, near: float, rate: int = 24000, reach: floa
     return (first + (int(rise.argmax()) + 3) * step) / rate  # middle of the window that rose
 
 
-class DigitReader:
-    """Recognises strings of English digits with pocketsphinx and a digit grammar."""
+class GrammarReader:
+    """Recognises English words with pocketsphinx and a grammar that says which may follow which.
 
-    def __init__(self) -> None:
-        package = _optional("pocketsphinx")
-        with tempfile.NamedTemporaryFile("w", suffix=".gram", delete=False) as grammar:
-            grammar.write(DIGIT_GRAMMAR)
+    Args:
+        grammar: JSGF with lower-case words of the CMU dictionary.
+
+    Raises:
+        ValueError: pocketsphinx is not installed.
+    """
+
+    def __init__(self, grammar: str) -> None:
+        package = optional("pocketsphinx")
+        with tempfile.NamedTemporaryFile("w", suffix=".gram", delete=False) as file:
+            file.write(grammar)
         try:
-            self._decoder = package.Decoder(hmm=package.get_model_path("en-us/en-us"), jsgf=grammar.name,
+            self._decoder = package.Decoder(hmm=package.get_model_path("en-us/en-us"), jsgf=file.name,
                                             dict=package.get_model_path("en-us/cmudict-en-us.dict"), loglevel="FATAL")
         finally:
-            os.unlink(grammar.name)
+            os.unlink(file.name)
 
     def words(self, sound: np.ndarray, rate: int = 24000) -> list[str]:
-        """Digits heard in a sound (S,) in [-1, 1]; a quarter of a second of silence is added on both sides."""
+        """Words heard in a sound (S,) in [-1, 1]; a quarter of a second of silence is added on both sides."""
         padded = np.pad(sound.astype(np.float32), rate // 4)
         at_16k = resample(torch.from_numpy(padded), rate, 16000).clamp(-1, 1)
         self._decoder.start_utt()
@@ -152,6 +160,13 @@ class DigitReader:
         self._decoder.end_utt()
         found = self._decoder.hyp()
         return [word.split("(")[0] for word in found.hypstr.split()] if found else []
+
+
+class DigitReader(GrammarReader):
+    """Recognises strings of English digits."""
+
+    def __init__(self) -> None:
+        super().__init__(DIGIT_GRAMMAR)
 
 
 def word_errors(reference: Sequence[str], heard: Sequence[str]) -> int:

@@ -80,7 +80,7 @@ class FaceReader(ModelMixin, ConfigMixin):
         self.is_face = nn.Linear(c, 1)
         self.looks = nn.Conv2d(c, len(attributes), 1)  # where each attribute is looked at
         self.answers = nn.ModuleDict({name: nn.Sequential(nn.Linear(2 * c, 32), nn.GELU(), nn.Linear(32, len(values)))
-                                      for name, values in attributes.items()})
+                                      for name, values in sorted(attributes.items())})  # config.json sorts its keys
         u, v, w = mouth_widths
         self.mouth_net = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, u, 3, padding=1), PictureBlock(u),  # 24 x 24

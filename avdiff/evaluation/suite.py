@@ -1,0 +1,155 @@
+"""All measures of one clip in one row: `measure_file("a.mp4", wish)`; each picture is read and each sound heard once.
+
+What a clip was asked to show and say is a held-out `Prompt`, or nothing: then only what needs no wish is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avdiff.data.heldout import Prompt
+from avdiff.data.media import Clip, read_clip
+from avdiff.evaluation import adherence, events, judges, known_truth, speech
+from avdiff.models.face_reader import FaceReader
+from avdiff.models.impact_reader import ImpactReader
+from avdiff.models.lip_network import LipNetwork
+from avdiff.models.recogniser import PhoneRecogniser
+
+LONGEST = 60.0  # seconds of a file that are measured
+LEAST_FACE = 0.5  # share of pictures with a face, below which a clip counts as without
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The frozen judges; `bundled()` are those that ship."""
+
+    recogniser: PhoneRecogniser
+    face_reader: FaceReader
+    lip_network: LipNetwork
+    impact_reader: ImpactReader
+
+    @classmethod
+    def bundled(cls) -> Judges:
+        """Raises ValueError where one has no weights."""
+        return cls.from_folder(judges.BUNDLED)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Judges:
+        """Judges saved in folder/recogniser, folder/face_reader, folder/lip_network and folder/impact_reader."""
+        place = Path(folder)
+        return cls(judges.load("recogniser", place / "recogniser"), judges.load("face_reader", place / "face_reader"),
+                   judges.load("lip_network", place / "lip_network"), events.load_reader(place / "impact_reader"))
+
+
+def header(folder: str | Path | None = None) -> dict[str, str]:
+    """Facts that a report begins with: version and the weights of the judges."""
+    from avdiff import __version__
+
+    place = Path(folder) if folder else judges.BUNDLED
+    found = {name: judges.weight_hash(name, place / name) for name in (*judges.JUDGES, "impact_reader")}
+    return {"avdiff": __version__, **{f"{name} weights": digest for name, digest in found.items()},
+            "sign": "positive offsets and lags: the audio is late"}
+
+
+def measure_clip(clip: Clip, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False) -> dict[str, Any]:
+    """Every measure that the clip and the wish allow, as one flat dict without `file`.
+
+    `status` is ok, no_face, no_speech, no_picture or no_sound: what a speaking clip lacks; an event lacks nothing but
+    picture or sound.
+
+    Args:
+        mos: predict opinion scores too (needs the package speechmos).
+    """
+    by = by or Judges.bundled()
+    row: dict[str, Any] = {"status": "ok", "error": ""}
+    if clip.audio is not None and clip.audio.size:
+        row |= speech.voice(clip)
+        if wish is not None and wish.kind == "event":
+            del row["pitch_hz"], row["voice_gender"]
+        if mos:
+            row |= speech.predicted_mos(clip)
+    if clip.frames is None or clip.fps is None or not len(clip.frames):
+        row["status"] = "no_picture"
+    else:
+        row |= {"seconds": len(clip.frames) / float(clip.fps), "fps": float(clip.fps)}
+    if clip.audio is None or not clip.audio.size:
+        row["status"] = "no_sound" if row["status"] == "ok" else "error"
+    if wish is not None and wish.kind == "event":
+        return row | (events.events(clip, wish.impacts, by.impact_reader) if row["status"] == "ok" else {})
+    return row | _speaker(clip, wish, by, row)
+
+
+def _speaker(clip: Clip, wish: Prompt | None, by: Judges, row: dict[str, Any]) -> dict[str, Any]:
+    """Measures of somebody who speaks."""
+    found: dict[str, Any] = {}
+    phones, reading = None, None
+    if row["status"] in ("ok", "no_picture"):
+        phones = known_truth.hear(clip, by.recogniser)
+        if wish is not None and wish.text:
+            found |= speech.speech(clip, wish.text, wish.language, wish.phones, phones, by.recogniser)
+            found |= adherence.gender_of_voice(clip, wish.gender)
+    if row["status"] in ("ok", "no_sound"):
+        assert clip.frames is not None
+        reading = judges.read_faces(clip.frames, by.face_reader)
+        share = float((reading.face > 0.5).mean())
+        if share < LEAST_FACE:
+            found |= {"status": "no_face", "face_share": share}
+        else:
+            found |= known_truth.steadiness(clip, reading, by.face_reader)
+        if wish is not None:
+            found |= adherence.adherence(reading, wish.attributes, wish.told)
+    if row["status"] == "ok" and "status" not in found and reading is not None and phones is not None:
+        if any(phone.symbol != known_truth.SILENCE for phone in phones):
+            found |= known_truth.known_truth(clip, reading, phones) | _sync(clip, reading, by.lip_network)
+        else:
+            found["status"] = "no_speech"
+    return found
+
+
+def _sync(clip: Clip, reading: judges.FaceReading, network: LipNetwork) -> dict[str, Any]:
+    """Offset by the lip network, {} for a clip that is too short."""
+    assert clip.audio is not None and clip.sample_rate is not None and clip.fps is not None
+    reach = min(judges.REACH, 0.45 * clip.audio.shape[-1] / clip.sample_rate)
+    try:
+        curve = judges.sync_curve(reading.points, known_truth.frame_times(clip), clip.audio, clip.sample_rate, reach,
+                                  network)
+    except ValueError:
+        return {}
+    frames = curve.offset * float(clip.fps)
+    return {"offset_ms": 1000 * curve.offset, "offset_frames": frames, "within_1_frame": abs(frames) <= 1.0,
+            "sync_score": curve.score, "sync_score_at_0": curve.score_at_zero}
+
+
+def measure_file(path: str | Path, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False,
+                 ) -> dict[str, Any]:
+    """The row of a file; one that cannot be read or measured has status "error" and says why."""
+    row: dict[str, Any] = {"file": str(path)}
+    if wish is not None:
+        row |= {"id": wish.id, "kind": wish.kind, "language": wish.language, "prompt": wish.prompt}
+    try:
+        return row | measure_clip(read_clip(path, max_seconds=LONGEST), wish, by, mos)
+    except (ValueError, OSError) as error:
+        return row | {"status": "error", "error": str(error)}
+
+
+def score(clip: Clip, wish: Prompt, by: Judges | None = None) -> float:
+    """Reward of a whole clip, 0 to 1: words, lips and looks in equal parts; for an event, sound against picture."""
+    by = by or Judges.bundled()
+    if wish.kind == "event":
+        return events.score(clip, wish.impacts, by.impact_reader)
+    row = measure_clip(clip, wish, by)
+    said = max(0.0, 1 - row["phone_errors"] / row["phones"]) if row.get("phones") else 0.0
+    lips = row.get("mouth_r", math.nan)
+    lips = max(0.0, lips) if math.isfinite(lips) else 0.0
+    looks = row["attributes_right"] / row["attributes_told"] if row.get("attributes_told") else 1.0
+    return (said + lips + looks) / 3
+
+
+def find_wish(path: str | Path, prompts: Sequence[Prompt]) -> Prompt | None:
+    """The prompt whose id begins the name of the file ("en-digits-03-s1.mp4"), None if there is none."""
+    name = Path(path).stem
+    return next((p for p in prompts if name == p.id or name.startswith(p.id + "-")), None)
