@@ -1,7 +1,8 @@
-"""Train or fine-tune a codec of the embedded default on the presenter corpus.
+"""Train or fine-tune a codec of the embedded default on the presenter corpus, or on clips of one's own.
 
     avdiff train-codec --codec video_vae --output_dir runs/video_vae
     avdiff train-codec samples/recipes/vocoder.toml --start_from avdiff/bundled/vocoder
+    avdiff train-codec --codec video_vae --data my_clips --start_from avdiff/bundled/vae --output_dir runs/mine
 
 Read it from the bottom: main -> setup -> fit.
 """
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from avdiff.train.codecs_audio import (
     held_out,
     measure_latents,
 )
+from avdiff.train.codecs_own import OwnBank, OwnClips, own_frames, windows
 from avdiff.train.codecs_video import FrameStore, VideoVAETask, corpus_clips
 from avdiff.train.fit import FitOptions, FitSummary, Task, fit
 from avdiff.train.options import help_text, load_options
@@ -45,6 +47,8 @@ class CodecOptions:
 
     codec: Literal["video_vae", "audio_vae", "vocoder"]
     """Which of the three codecs to train."""
+    data: str | None = None
+    """Folder of media files to train on in place of the presenter corpus; every tenth file is measured on."""
     bank: str | None = None
     """Folder of the speech bank; nothing means $AVDIFF_BANK, else the mini-bank."""
     start_from: str | None = None
@@ -126,6 +130,9 @@ def setup(recipe: CodecRecipe) -> Task:
         raise ValueError(
             f"clips={o.clips}, clip_frames={o.clip_frames}: needs at least 16 clips of an odd number of frames"
         )
+    if o.data is not None and o.codec == "vocoder":
+        raise ValueError(f"data={o.data!r}: the vocoder learns from the speech bank's pitch tracks; fine-tune "
+                         "video_vae or audio_vae on clips of your own")
     torch.manual_seed(recipe.training.seed)
     return {"video_vae": _video, "audio_vae": _audio, "vocoder": _vocoder}[o.codec](recipe)
 
@@ -133,6 +140,8 @@ def setup(recipe: CodecRecipe) -> Task:
 def _video(recipe: CodecRecipe) -> Task:
     o, cache = recipe.data, Path(recipe.training.output_dir) / "frames"
     stores = []
+    if o.data is not None:
+        return _video_task(o, *(_own_store(o, cache, split) for split in ("train", "val")))
     for split, count, seed in (("train", o.clips, 0), ("val", max(16, o.clips // 20), 10**6)):
         folder = cache / f"{split}-{o.size}-{o.clip_frames}-{count}"
         if not folder.exists():
@@ -140,16 +149,41 @@ def _video(recipe: CodecRecipe) -> Task:
             bank = SpeechBank(o.bank, split)
             FrameStore.build(folder, corpus_clips(bank, seed, split, o.clip_frames, o.size, o.event_share), count)
         stores.append(FrameStore(folder))
+    return _video_task(o, *stores)
+
+
+def _video_task(o: CodecOptions, train: FrameStore, val: FrameStore) -> Task:
     vae = AVVideoVAE.from_pretrained(o.start_from) if o.start_from else AVVideoVAE()
-    return PresenterVideoTask(vae, stores[0], stores[1], latent_noise=o.latent_noise)
+    return PresenterVideoTask(vae, train, val, latent_noise=o.latent_noise)
 
 
-def _segments(recipe: CodecRecipe) -> tuple[SoundSegments, torch.Tensor, SpeechBank]:
+def _own_store(o: CodecOptions, cache: Path, split: str) -> FrameStore:
+    """Pieces of the user's films, decoded once."""
+    clips = _named(OwnClips(str(o.data), split, "video"), split)
+    places = windows(clips, o.clip_frames)
+    count = min(len(places), o.clips if split == "train" else max(16, o.clips // 20))
+    folder = cache / f"own-{split}-{o.size}-{o.clip_frames}-{count}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        FrameStore.build(folder, own_frames(places, o.clip_frames, o.size, count), count)
+    return FrameStore(folder)
+
+
+def _named(clips: OwnClips, split: str) -> OwnClips:
+    """The same clips, after the files that are left out were named on the console."""
+    for name, reason in clips.refused.items() if split == "train" else ():
+        print(f"left out: {name}: {reason}")
+    return clips
+
+
+def _segments(recipe: CodecRecipe) -> tuple[SoundSegments, torch.Tensor, Any]:
     """Training segments, held-out segments and the training bank; whole audio tokens."""
     o = recipe.data
     samples = max(960 * 8, round(o.segment_seconds * RATE / 960) * 960)
-    train, val = SpeechBank(o.bank, "train", decoded=True), SpeechBank(o.bank, "val", decoded=True)
-    segments = SoundSegments(train, samples, event_sound, o.event_share)
+    banks: list[Any] = [SpeechBank(o.bank, split, decoded=True) if o.data is None
+                        else OwnBank(_named(OwnClips(o.data, split, "audio"), split)) for split in ("train", "val")]
+    train, val = banks
+    segments = SoundSegments(train, samples, None if o.data else event_sound, o.event_share)
     return segments, held_out(val, samples, 32), train
 
 

@@ -11,32 +11,46 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from avdiff.clip import ClipSpec
 from avdiff.core.memory_table import memory_tables
 from avdiff.core.row_optim import RowAdagrad
-from avdiff.data.cache import LatentCache
+from avdiff.data.cache import CaptionFeatures, LatentCache
 from avdiff.data.corpus.captions import parse_prompt
 from avdiff.latents import MODALITIES, Joint
-from avdiff.models import presets
 from avdiff.models.conditions import Positions, Script
+from avdiff.models.prompt_world import PromptWorld
 from avdiff.models.text_encoder import CaptionEncoder, train_caption_tokenizer
 from avdiff.models.transformer import AVTransformer
+from avdiff.pipelines.pipeline_av import RECOMMENDED, AVDiffPipeline
 from avdiff.train import adapters
-from avdiff.train.clips import Collate, TrainingClips
-from avdiff.train.export import export
+from avdiff.train.clips import Collate, TrainingClips, caption_features, positions_of, same_shape, to_device
+from avdiff.train.export import export, push
 from avdiff.train.feed import mix
-from avdiff.train.fit import FitSummary, Loss, Task, fit, row_generators
-from avdiff.train.loss import BUCKETS, LossBalance, Noised, Objective, draw_structure, parts_of, router_loss, supervised
+from avdiff.train.fit import FitOptions, FitSummary, Loss, Task, fit, row_generators
+from avdiff.train.heads import Heads
+from avdiff.train.loss import (
+    BUCKETS,
+    LossBalance,
+    Noised,
+    Objective,
+    RouterBalance,
+    draw_structure,
+    parts_of,
+    supervised,
+)
+from avdiff.train.muon import MuonAdam, inner_matrices, muon_split
+from avdiff.train.optim import eight_bit
 from avdiff.train.options import help_text, list_recipes, load_options, to_toml
 from avdiff.train.plan import describe_plan
 from avdiff.train.recipe import Recipe, taught
+from avdiff.train.samples import Samples, available_judges
+from avdiff.train.start import from_folder, from_preset, refuse_early
+from avdiff.train.teacher import tapped
 from avdiff.train.watch import Watch
 
 RECIPES = Path(__file__).parents[1] / "samples" / "recipes"
@@ -52,27 +66,38 @@ class FinetuneTask(Task):
 
     groups: list[tuple[Any, ...]]
     collate: Collate
+    world: PromptWorld | None = None  # of the exported pipeline
 
     def __init__(self, recipe: Recipe, transformer: AVTransformer, text_encoder: CaptionEncoder, tokenizer: Any,
                  train: Any, held_out: Any = None) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.objective = Objective(recipe.objective)
         self.balance = LossBalance(recipe.objective.loss_balance, recipe.objective.loss_weights)
+        self.router = RouterBalance()
         self.transformer, self.text_encoder = transformer, text_encoder
+        if recipe.model.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
         self.modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder,
                                               "balance": self.balance}
+        o = recipe.objective
+        self.heads = Heads(transformer, o.phoneme_head, o.viseme_head) if o.phoneme_head or o.viseme_head else None
+        if self.heads is not None:
+            self.modules["heads"] = self.heads
         self.ema_modules = ("transformer", "text_encoder")
         clips = TrainingClips(train, recipe.data)
         self.dataset, self.groups = clips, clips.groups()
-        self.collate = Collate(tokenizer, text_encoder.config.max_length)
         self.held_out = None if held_out is None else TrainingClips(held_out, None)
         self._choose_weights()
+        kept = not any(p.requires_grad for p in text_encoder.parameters())
+        held = caption_features(kept, CaptionFeatures(text_encoder, tokenizer), clips.cache, held_out)
+        self.collate = Collate(tokenizer, text_encoder.config.max_length, held)
         self.rows = self._row_optimizer()
         trained = {adapters.branch_of(n) for n, p in self._named() if p.requires_grad} - {"other"}
         unlearned = {m for m in MODALITIES if m not in taught(recipe.objective)}
         self.watch = Watch(taught(recipe.objective), sorted(trained - unlearned))
+        prompts = recipe.samples.sample_prompts
+        self.samples = Samples(Path(recipe.training.output_dir), prompts, available_judges()) if prompts else None
         self._seen: dict[str, list[float]] = {}
-        self._metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------- the loss
@@ -81,34 +106,55 @@ class FinetuneTask(Task):
         tasks = self.recipe.objective.tasks
         side = torch.Generator().manual_seed(self.common_seed)  # ranks must agree: they add up their experts' load
         clean, structure = self._structure(batch, side)
-        positions = _positions(batch["clip"], str(self.device))
+        positions = positions_of(batch["clip"], str(self.device))
         first = next(x for _, x in clean.items())
-        noised = self.objective.noised(clean, positions, row_generators(generator, len(first)), tasks)
+        rows = row_generators(generator, len(first))
+        noised = self.objective.noised(clean, positions, rows, tasks)
         alone = clean.audio is None or structure == "isolated"
         script = self._script(batch["script"], alone, self.recipe.data.video_script, side)
-        output, routing = self.predict(batch, noised, positions, script, structure == "isolated")
+        with tapped(self._read_blocks()) as seen:
+            output, routing = self.predict(batch, noised, positions, script, structure == "isolated",
+                                           self._unread(rows))
         losses = self.objective.row_losses(output, clean, noised)
         only = self.recipe.objective.modalities
         learned: dict[str, torch.Tensor] = {m: loss for m, loss in losses.items() if m in only}
         means = {m: loss.mean() for m, loss in learned.items()}
         self._remember(means)
         total = self.balance(means)
-        balance, load = router_loss(routing)
+        balance, load = self.router(routing)
         if balance is not None:
             total = total + self.recipe.objective.router_balance * balance
-        trained = Joint(learned.get("video"), learned.get("audio"))
-        return Loss(total, parts_of(losses, noised), supervised(trained, noised) | load)
+        trained, parts = Joint(learned.get("video"), learned.get("audio")), parts_of(losses, noised)
+        if self.heads is not None and seen and (named := self.heads(*seen[0], batch["script"], positions)):
+            total, parts = total + self.heads.total(named), parts | named
+        return Loss(total, parts, supervised(trained, noised) | load)
+
+    def _read_blocks(self) -> list[nn.Module]:
+        return [] if self.heads is None else [self.transformer.transformer_blocks[self.heads.layer]]
+
+    def _unread(self, rows: Sequence[torch.Generator]) -> Joint[torch.Tensor] | None:
+        """(B,) rows whose picture or sound alone does not read the caption."""
+        d = self.recipe.data
+        if not (d.video_caption_dropout or d.audio_caption_dropout):
+            return None
+        drawn = torch.stack([torch.rand(2, generator=g, device=g.device) for g in rows])
+        return Joint(drawn[:, 0] < d.video_caption_dropout, drawn[:, 1] < d.audio_caption_dropout)
 
     def predict(self, batch: Mapping[str, Any], n: Noised, positions: Positions, script: Script | None,
-                isolated: bool = False) -> tuple[Joint[torch.Tensor], list[torch.Tensor] | None]:
+                isolated: bool = False, unread: Joint[torch.Tensor] | None = None,
+                ) -> tuple[Joint[torch.Tensor], list[torch.Tensor] | None]:  # fmt: skip
         """The network's answer (B, N, C) for each modality in `n`, and routing statistics."""
-        mask = batch["attention_mask"]
-        text = self.text_encoder(batch["input_ids"], mask)
+        text, mask = self.text_of(batch), batch["attention_mask"].bool()
+        conditions = self.transformer.prepare(text, mask, positions, script, len(text))
         out = self.transformer(
             hidden_states=n.noisy.video, audio_hidden_states=n.noisy.audio, timestep=n.sigmas.video,
-            audio_timestep=n.sigmas.audio, text=text, text_mask=mask.bool(), positions=positions, script=script,
-            isolated=isolated)
+            audio_timestep=n.sigmas.audio, isolated=isolated,
+            conditions=conditions if unread is None else conditions.unread(unread))
         return Joint(out.video, out.audio), out.routing
+
+    def text_of(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Features of the captions (B, L, D), from the cache where it holds them."""
+        return batch["text"] if "text" in batch else self.text_encoder(batch["input_ids"], batch["attention_mask"])
 
     def _structure(self, batch: Mapping[str, Any], side: torch.Generator) -> tuple[Joint[torch.Tensor], str]:
         """Clean tokens that take part, and whether they see each other; what the data lacks decides before the draw."""
@@ -138,6 +184,17 @@ class FinetuneTask(Task):
         return [{"params": params, **({"lr": rates[branch]} if branch in rates else {})}
                 for branch, params in groups.items()]
 
+    def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer | None:
+        """Muon where the recipe asks for it; None lets `fit` build AdamW."""
+        if self.recipe.rates.optimizer == "adamw8bit":
+            return eight_bit(self.parameters(phase), options)
+        if self.recipe.rates.optimizer != "muon":
+            return None
+        inner = inner_matrices(self._named())
+        groups = [part for entry in self.parameters(phase) for part in muon_split(inner, entry)]
+        betas, decay = (options.adam_beta1, options.adam_beta2), options.adam_weight_decay
+        return MuonAdam(groups, options.learning_rate, betas, decay, options.adam_epsilon)
+
     def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
         return ((f"{m}.{n}", p) for m, module in self.modules.items() for n, p in module.named_parameters())
 
@@ -161,12 +218,15 @@ class FinetuneTask(Task):
             return None
         return RowAdagrad(tables, rate)
 
+    def row_optimizer(self, phase: str) -> RowAdagrad | None:
+        """Memory tables, whose row gradients are clipped with the rest."""
+        return self.rows
+
     def after_step(self, phase: str, lr: float) -> None:
         """Memory tables, then the running means of the losses."""
         if self.rows is not None:
             share = lr / (self.recipe.training.learning_rate or 1.0)
             self.rows.param_groups[0]["lr"] = self.recipe.rates.memory_table_learning_rate * share
-            self._metrics["grad_norm/memory_table"] = float(self.rows.grad_norm())
             self.rows.step()
             self.rows.zero_grad()
         sums = torch.tensor([[*self._seen.get(m, (0.0, 0.0))] for m in MODALITIES])
@@ -175,6 +235,7 @@ class FinetuneTask(Task):
         means = zip(MODALITIES, sums.tolist(), strict=True)
         self.balance.observe({m: total / count for m, (total, count) in means if count})
         self._seen = {}
+        self.router.forget()
 
     def _remember(self, means: Mapping[str, torch.Tensor]) -> None:
         for m, mean in means.items():
@@ -188,24 +249,30 @@ class FinetuneTask(Task):
         return adapters.branch_of(name)
 
     def report(self) -> dict[str, float]:
-        """Norm of the adapter's update by branch, and of the memory's row gradients."""
+        """Norm of the adapter's update by branch."""
         deltas = adapters.delta_norms(self.transformer) if self.recipe.adapter.rank else {}
-        return {f"adapter_norm/{branch}": norm for branch, norm in deltas.items()} | self._metrics
+        return {f"adapter_norm/{branch}": norm for branch, norm in deltas.items()}
 
     def warnings(self, values: Mapping[str, float]) -> Iterable[str]:
         """What the log line says about modalities and branches that should learn."""
         return self.watch.read(values)
 
     def validate(self) -> dict[str, float]:
-        """Held-out loss by modality and noise level: always the same clips, noise and levels, joint generation."""
+        """Held-out losses, then sample clips and what the judges say of them."""
+        judged = {} if self.samples is None else self.samples.make(self)
+        self.last_metrics = self.held_out_losses() | judged
+        return self.last_metrics
+
+    def held_out_losses(self) -> dict[str, float]:
+        """By modality and noise level: always the same clips, noise and levels, joint generation."""
         if self.held_out is None or not len(self.held_out):
             return {}
         sums: dict[str, list[float]] = {}
         size = self.recipe.training.train_batch_size
-        for indices in _buckets(self.held_out, self.recipe.data.validation_items, size):
-            batch = _to(self.collate([self.held_out[i] for i in indices]), self.device)
+        for indices in same_shape(self.held_out, self.recipe.data.validation_items, size):
+            batch = to_device(self.collate([self.held_out[i] for i in indices]), self.device)
             clean = Joint(batch.get("video"), batch.get("audio"))
-            positions = _positions(batch["clip"], str(self.device))
+            positions = positions_of(batch["clip"], str(self.device))
             script = self._script(batch["script"], clean.audio is None, 0.0, torch.Generator())
             for bucket in range(BUCKETS):
                 time = (bucket + 0.5) / BUCKETS
@@ -217,8 +284,7 @@ class FinetuneTask(Task):
                         entry = sums.setdefault(key, [0.0, 0.0])
                         entry[0] += float(loss.detach().sum())
                         entry[1] += len(loss)
-        self.last_metrics = {key: total / count for key, (total, count) in sorted(sums.items())}
-        return self.last_metrics
+        return {key: total / count for key, (total, count) in sorted(sums.items())}
 
     # ------------------------------------------------------------------------------------------- what is saved
     def settings(self) -> dict[str, Any]:
@@ -226,6 +292,8 @@ class FinetuneTask(Task):
         r = self.recipe
         parts = {"model": asdict(r.model), "data": asdict(r.data), "objective": asdict(r.objective),
                  "rates": asdict(r.rates), "adapter": asdict(r.adapter)}
+        if r.distillation.teacher is not None:
+            parts["distillation"] = asdict(r.distillation)
         flat = {f"{section}.{k}": v for section, table in parts.items() for k, v in table.items()}
         return {**super().settings(), **flat}
 
@@ -244,44 +312,22 @@ class FinetuneTask(Task):
 
     def extra_state_dict(self) -> dict[str, torch.Tensor]:
         """State of the memory tables' optimizer; the tables themselves are buffers of the transformer."""
-        if self.rows is None:
-            return {}
-        state = self.rows.state_dict()
-        flat = {f"state.{i}.{k}": v for i, entry in state["state"].items() for k, v in entry.items()}
-        return {**flat, "generator": state["generator"]}
+        return {} if self.rows is None else self.rows.flat_state()
 
     def load_extra_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Inverse of `extra_state_dict`."""
         if self.rows is not None:
-            tree: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in state.items():
-                if key.startswith("state."):
-                    _, i, k = key.split(".", 2)
-                    tree.setdefault(int(i), {})[k] = value
-            groups = self.rows.state_dict()["param_groups"]
-            self.rows.load_state_dict({"state": tree, "param_groups": groups, "generator": state["generator"]})
+            self.rows.load_flat_state(state)
+
+    def recommended(self) -> dict[str, Any]:
+        """Steps and guidance that the exported pipeline uses by default: those of the pipeline it started from."""
+        base = self.recipe.model.pretrained_model_name_or_path
+        config = {} if base is None else AVDiffPipeline.load_config(base)
+        return {k: config[k] for k in RECOMMENDED if k in config}
 
     def save(self, directory: Path) -> None:
         """A folder that loads: the whole pipeline where codecs are known, an adapter, or the trained parts."""
         export(self, directory)
-
-
-@lru_cache(maxsize=64)
-def _positions(clip: ClipSpec, device: str) -> Positions:
-    return Positions.of(clip, device)
-
-
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
-
-
-def _buckets(clips: TrainingClips, count: int, size: int) -> Iterable[list[int]]:
-    """The first `count` clips in batches of equal shape."""
-    by_group: dict[Any, list[int]] = {}
-    for index, group in enumerate(clips.groups()[:count]):
-        by_group.setdefault(group, []).append(index)
-    for members in by_group.values():
-        yield from (members[i:i + size] for i in range(0, len(members), size))
 
 
 def setup(recipe: Recipe) -> FinetuneTask:
@@ -293,22 +339,18 @@ def setup(recipe: Recipe) -> FinetuneTask:
     recipe.check()
     train = LatentCache(recipe.data.train_data)
     held_out = LatentCache(recipe.data.validation_data) if recipe.data.validation_data else None
-    base = recipe.model.pretrained_model_name_or_path
+    refuse_early(recipe, [train] if held_out is None else [train, held_out])
     torch.manual_seed(recipe.training.seed)
-    if base is None:
-        if recipe.model.preset not in presets.PRESETS:
-            raise ValueError(f"preset={recipe.model.preset!r}: needs one of {', '.join(presets.PRESETS)}")
-        transformer = AVTransformer(**presets.PRESETS[recipe.model.preset]())
-        text_encoder = CaptionEncoder(recipe.model.vocab_size, transformer.config.text_dim)
+    if recipe.distillation.teacher is not None:
+        from avdiff.train.distill import setup_distillation  # it builds on this module
+        return setup_distillation(recipe, train, held_out)
+    if recipe.model.pretrained_model_name_or_path is None:
+        transformer = from_preset(recipe)
         captions = [c for _, record in train.items for c in record.get("captions") or [record.get("caption", "")]]
         tokenizer = train_caption_tokenizer((parse_prompt(c)[0] for c in captions), recipe.model.vocab_size)
+        text_encoder = CaptionEncoder(recipe.model.vocab_size, transformer.config.text_dim)
     else:
-        from transformers import AutoTokenizer
-        transformer = AVTransformer.from_pretrained(base, subfolder="transformer")
-        text_encoder = CaptionEncoder.from_pretrained(base, subfolder="text_encoder")
-        tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
-    if recipe.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer, text_encoder, tokenizer = from_folder(recipe.model.pretrained_model_name_or_path)
     return FinetuneTask(recipe, transformer, text_encoder, tokenizer, train, held_out)
 
 
@@ -334,6 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
         print(describe_plan(setup(recipe)))
         return None
     summary = fit(setup(recipe), recipe.training)
+    if recipe.export.push_to_hub and summary.reason == "finished":
+        print(push(Path(recipe.training.output_dir) / "final", recipe.export))
     print(f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: {recipe.training.output_dir}")
     return summary
 

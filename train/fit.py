@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
 
+from avdiff.core.allocator import keep_freed_memory
 from avdiff.train import state
 from avdiff.train.feed import Feed, mix
 from avdiff.train.launch import Stop, make_accelerator, open_trackers
@@ -78,6 +79,8 @@ class Run:
         self.accelerator = make_accelerator(options)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         task.device = self.accelerator.device
+        if task.device.type == "cpu":
+            keep_freed_memory()
         set_seed(options.seed, device_specific=True)
         for module in task.modules.values():
             module.to(task.device)
@@ -153,7 +156,9 @@ class Run:
     @torch.no_grad()
     def _clip(self, phase: str) -> None:
         """Log the gradient norm of each group, then clip by the norm of all."""
-        norms = group_norms(self.phase_params[phase], self.norm_groups)
+        norms, rows = group_norms(self.phase_params[phase], self.norm_groups), self.task.row_optimizer(phase)
+        if rows is not None:
+            norms["memory_table"] = rows.grad_norm()
         for name, norm in norms.items():
             if not torch.isfinite(norm):
                 raise NonFiniteError(f"step {self.step}, phase {phase}: the gradient of {name} is {float(norm)}; "
@@ -162,6 +167,8 @@ class Run:
         if self.options.max_grad_norm and norms:
             total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
             torch.nn.utils.clip_grads_with_norm_(self.phase_params[phase], self.options.max_grad_norm, total)
+            if rows is not None:
+                rows.scale_grads((self.options.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
 
     @contextmanager
     def _only(self, phase: str) -> Iterator[None]:
@@ -206,6 +213,7 @@ class Run:
     def validate(self) -> None:
         """Measure with the averaged weights; keep them in `best` if the chosen metric never was better."""
         with self._averaged(), state.rng_kept(), torch.no_grad(), self.accelerator.autocast():
+            self.task.step = self.step
             self.metrics = self.task.validate()
             self._tell({f"validation/{k}": v for k, v in self.metrics.items()})
             name = self.options.best_metric.lstrip("+")

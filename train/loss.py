@@ -111,10 +111,10 @@ class Objective:
             options.shift_video, options.shift_audio, options.noise_coupling, prediction_type=options.prediction_type)
 
     def noised(self, clean: Joint[torch.Tensor], positions: Positions, generators: Sequence[torch.Generator],
-               tasks: Mapping[str, float] | None = None, time: float | None = None) -> Noised:
+               tasks: Mapping[str, float] | None = None, time: torch.Tensor | float | None = None) -> Noised:
         """Draw noise, level and task of each row from the row's own generator; clean tokens (B, N, C).
 
-        With `time` in (0, 1) every row has this base time, shifted for each modality, in place of a drawn level.
+        With `time` in (0, 1], for all rows or one for each (B,), levels are those of the sampler at this base time.
         """
         tasks = tasks if tasks is not None and any(tasks.get(t) for t in TOGETHER) else {"joint": 1.0}
         o, both = self.options, clean.video is not None and clean.audio is not None
@@ -122,8 +122,8 @@ class Objective:
         for row, generator in enumerate(generators):
             drawn = self.scheduler.sample_sigmas(1, generator, None, o.logit_mean, o.logit_std, o.uniform_share)
             if time is not None:
-                base = torch.full((1,), time, device=generator.device)
-                drawn = Joint(shift_time(base, o.shift_video), shift_time(base, o.shift_audio))
+                base = time[row] if isinstance(time, torch.Tensor) else torch.tensor(time)
+                drawn = self.levels_at(base.reshape(1).to(generator.device))
             levels.append(Joint(*(getattr(drawn, m) if getattr(clean, m) is not None else None for m in MODALITIES)))
             noise.append(clean.map(lambda x, r=row, g=generator: torch.randn(x[r].shape, generator=g, device=g.device)))
             task = draw_task(tasks, generator) if both and tasks != {"joint": 1.0} else "joint"
@@ -133,6 +133,12 @@ class Objective:
         known = clean.map(lambda x, *rows: torch.stack(rows).to(x.device), *given)
         sigmas = level.map(lambda s, k: s if not k.any() else s[:, None].masked_fill(k, 0.0), known)
         return Noised(self.scheduler.add_noise(clean, eps, sigmas), eps, level, sigmas, known.map(torch.logical_not))
+
+    def levels_at(self, base: torch.Tensor) -> Joint[torch.Tensor]:
+        """Noise levels (B,) of both modalities where the sampler is at base times (B,)."""
+        o = self.options
+        audio = o.shift_video if o.noise_coupling == "shared" else o.shift_audio
+        return Joint(shift_time(base, o.shift_video), shift_time(base, audio))
 
     def row_losses(self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised) -> Joint[torch.Tensor]:
         """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where all is given."""
@@ -217,16 +223,34 @@ class LossBalance(nn.Module):
             self.seen[i] = 1.0
 
 
-def router_loss(routing: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """Mean balance loss over layers (1 at balance) and, for the log, it and the experts' load.
+class RouterBalance:
+    """Balance loss of the experts over the micro-batches of a step and all ranks.
 
-    The load is that of all ranks, so that two processes ask for the same balance as one with their rows together.
+    Experts specialise only if balance is asked of many rows together (arXiv 2501.11873): the load that a micro-batch is
+    judged by is that of all before it in the step as well, on all ranks. Call `forget` after the step.
     """
-    if not routing:
-        return None, {}
-    stats = [RoutingStats(r) for r in routing]
-    balance = torch.stack([balance_loss(s, s.all_reduce()).mean() for s in stats]).mean()
-    reports = [load_report(s) for s in stats]
-    return balance, {"experts/balance": balance.detach(),
-                     "experts/max_over_mean": torch.stack([r.max_over_mean.max() for r in reports]),
-                     "experts/dead": torch.stack([r.dead.sum().float() for r in reports])}
+
+    def __init__(self) -> None:
+        self._load: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def forget(self) -> None:
+        """Start a new step."""
+        self._load.clear()
+
+    def __call__(self, routing: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Mean balance loss over layers (1 at balance) and, for the log, it and the experts' load."""
+        if not routing:
+            return None, {}
+        losses = []
+        for layer, data in enumerate(routing):
+            stats, key = RoutingStats(data), (len(routing), layer)
+            total = stats.all_reduce().data
+            if key in self._load:
+                total = total + self._load[key]
+            self._load[key] = total
+            losses.append(balance_loss(stats, RoutingStats(total)).mean())
+        balance = torch.stack(losses).mean()
+        reports = [load_report(RoutingStats(r)) for r in routing]
+        return balance, {"experts/balance": balance.detach(),
+                         "experts/max_over_mean": torch.stack([r.max_over_mean.max() for r in reports]),
+                         "experts/dead": torch.stack([r.dead.sum().float() for r in reports])}

@@ -48,6 +48,15 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
                              eps=options.adam_epsilon, weight_decay=options.adam_weight_decay, fused=True)
 
 
+def eight_bit(groups: Any, options: FitOptions) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with moments in eight bits (Dettmers et al., arXiv 2110.02861); its states need an
+    accelerator or a recent CPU build of the package."""
+    from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+
+    return AdamW8bit(list(groups), lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
+                     eps=options.adam_epsilon, weight_decay=options.adam_weight_decay)
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, options: FitOptions) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm-up, then cosine, constant or linear, by diffusers' `get_scheduler`; every group keeps its own peak."""
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +26,11 @@ class ModelOptions:
     preset: str = "presenter"
     """Size of a model from scratch: tiny, presenter, base or large."""
     codecs: str | None = None
-    """Folder with vae, audio_vae and vocoder, to export a whole pipeline from scratch training."""
+    """Folder with vae, audio_vae and vocoder for the exported pipeline; nothing takes those of the model or teacher."""
     vocab_size: int = 4096
     """Entries of the caption tokenizer that scratch training makes from the captions."""
+    preset_changes: dict[str, int] = field(default_factory=dict)
+    """Numbers of the preset that differ, such as { num_layers = 4 }; its lists of layers then end earlier."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -46,6 +49,10 @@ class DataOptions:
     """Share of rows that lose the spoken words."""
     text_dropout: float = 0.05
     """Share of rows that lose both."""
+    video_caption_dropout: float = 0.0
+    """Share of rows whose picture alone does not follow the description."""
+    audio_caption_dropout: float = 0.0
+    """Share of rows whose sound alone does not follow the description."""
     video_script: float = 0.5
     """Share of micro-batches with sound in which the video branch reads the words too, warped by up to 80 ms."""
     validation_items: int = 32
@@ -80,14 +87,21 @@ class ObjectiveOptions:
     """How the two modalities share the loss: fixed weights, divided by their running means, or learned."""
     loss_weights: dict[str, float] = field(default_factory=lambda: {"video": 1.0, "audio": 1.0})
     """Weight of each modality, on top of the balance."""
+    phoneme_head: float = 0.0
+    """Weight of naming the phoneme that sounds, from the sound's middle block; 0 builds no head."""
+    viseme_head: float = 0.0
+    """Weight of naming the viseme that shows, from the picture's middle block; 0 builds no head."""
     router_balance: float = 0.01
     """Weight of the experts' load-balance loss."""
 
 
 @dataclass(frozen=True)
 class RateOptions:
-    """Learning rates that differ from `learning_rate`."""
+    """The optimizer, and learning rates that differ from `learning_rate`."""
 
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """adamw; adamw8bit (package bitsandbytes) with a quarter of its memory; or muon for the matrices inside the
+    blocks and adamw for the rest, with one learning rate for both."""
     branch_learning_rate: dict[str, float] = field(default_factory=dict)
     """Learning rate of a branch: video, audio, cross, shared, text or memory; 0 freezes it."""
     memory_table_learning_rate: float = 0.05
@@ -111,6 +125,53 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
+class DistillOptions:
+    """Learning from a teacher. `pretrained_model_name_or_path` is what the student starts from, usually the teacher."""
+
+    teacher: str | None = None
+    """Pipeline folder or hub name of the teacher; without one the run is no distillation."""
+    distill: Literal["size", "guidance", "steps"] = "steps"
+    """What is learned: the teacher's estimates in a smaller model, its guided estimates in one pass, or where several
+    of its guided steps lead in one."""
+    teacher_guidance_scale: float | None = None
+    """Text guidance of the teacher's picture; nothing takes what its pipeline recommends, and 1 for size."""
+    teacher_audio_guidance_scale: float | None = None
+    """Text guidance of the teacher's sound; likewise."""
+    student_steps: int = 8
+    """Steps of the student's sampler: its grid for `steps`, and for what it learns on its own trajectories."""
+    teacher_substeps: int = 2
+    """Guided steps of the teacher inside one step of the student."""
+    own_steps: int = 0
+    """Before it learns, the student takes up to so many steps of its own from a noisier point (DAgger); 0 never."""
+    data_weight: float = 0.0
+    """Share of the plain loss on the data, for size and guidance."""
+    feature_weight: float = 0.0
+    """Weight of the distance between the normalised outputs of matching blocks."""
+    start_from_teacher: bool = True
+    """A student from a preset starts with those weights of the teacher's that fit."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Clips made and judged at each validation."""
+
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts, words to speak in double quotes; in TOML, since a comma on the command line makes a list."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What happens to the finished model besides output_dir/final."""
+
+    push_to_hub: bool = False
+    """Upload output_dir/final to the hub at the end."""
+    hub_model_id: str | None = None
+    """Name on the hub: user/model."""
+    hub_private: bool = False
+    """Make a private repository there."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run."""
 
@@ -119,6 +180,9 @@ class Recipe:
     objective: ObjectiveOptions
     rates: RateOptions
     adapter: AdapterOptions
+    distillation: DistillOptions
+    samples: SampleOptions
+    export: ExportOptions
     training: FitOptions
 
     def check(self) -> None:
@@ -143,9 +207,13 @@ class Recipe:
             hit = [t for t in wrong if o.tasks.get(t)]
             if o.modalities == (only,) and hit:
                 raise ValueError(f"tasks contain {hit[0]}, but modalities={[only]} learns nothing from it; drop it")
-        for name in ("caption_dropout", "script_dropout", "text_dropout", "video_script"):
+        for name in ("caption_dropout", "script_dropout", "text_dropout", "video_script",
+                     "video_caption_dropout", "audio_caption_dropout"):
             if not 0 <= getattr(d, name) <= 1:
                 raise ValueError(f"{name}={getattr(d, name)}: needs a share from 0 to 1")
+        for name in ("phoneme_head", "viseme_head", "router_balance"):
+            if not getattr(o, name) >= 0:
+                raise ValueError(f"{name}={getattr(o, name)}: needs a weight of at least 0")
         for name in ("shift_video", "shift_audio", "logit_std", "loss_floor"):
             if not getattr(o, name) > 0:
                 raise ValueError(f"{name}={getattr(o, name)}: needs a number above 0")
@@ -161,6 +229,41 @@ class Recipe:
                 raise ValueError(f"lora_targets: {target!r} matches nothing; needs {', '.join(BRANCHES)} or all")
         if a.branch_rank and not a.rank:
             raise ValueError(f"branch_rank={a.branch_rank}: has no effect with rank=0; set rank")
+        if self.model.preset_changes and self.model.pretrained_model_name_or_path:
+            raise ValueError(f"preset_changes={self.model.preset_changes}: change a preset, but this run starts from "
+                             "pretrained_model_name_or_path; drop one of them")
+        self._check_distillation()
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        e, model = self.export, self.model
+        if e.push_to_hub and not e.hub_model_id:
+            raise ValueError("push_to_hub=true: needs hub_model_id, such as user/model")
+        if e.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            raise ValueError("push_to_hub=true: HF_HUB_OFFLINE is set, so nothing can be pushed; unset one of them")
+        if self.samples.sample_prompts and not self.training.validation_steps:
+            raise ValueError("sample_prompts: are made at validations, but validation_steps=0; set it")
+        if self.samples.sample_prompts and not (model.codecs or model.pretrained_model_name_or_path
+                                                or self.distillation.teacher):
+            raise ValueError("sample_prompts: need codecs to be heard and seen; set codecs to a folder with vae, "
+                             "audio_vae and vocoder, such as avdiff/bundled")
+
+    def _check_distillation(self) -> None:
+        d = self.distillation
+        for name, low in (("student_steps", 1), ("teacher_substeps", 1), ("own_steps", 0), ("feature_weight", 0)):
+            if not getattr(d, name) >= low:
+                raise ValueError(f"{name}={getattr(d, name)}: needs at least {low}")
+        if not 0 <= d.data_weight <= 1:
+            raise ValueError(f"data_weight={d.data_weight}: needs a share from 0 to 1")
+        if d.teacher is None:
+            changed = [f.name for f in fields(d) if getattr(d, f.name) != f.default]
+            if changed:
+                raise ValueError(f"{changed[0]}={getattr(d, changed[0])}: has no effect without a teacher; set teacher")
+        elif self.objective.phoneme_head or self.objective.viseme_head:
+            raise ValueError("phoneme_head, viseme_head: have no effect in a distillation; use feature_weight")
+        elif d.distill == "steps" and d.data_weight:
+            raise ValueError(f"data_weight={d.data_weight}: a point where several steps lead has no plain loss; "
+                             "set it to 0 or distill to size or guidance")
 
 
 def taught(objective: ObjectiveOptions) -> tuple[str, ...]:

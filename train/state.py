@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from avdiff.core.memory_table import memory_tables
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _UMASK = os.umask(0o022)  # it can only be read by setting it
@@ -39,14 +41,17 @@ class EMA:
     The decay warms up as min(decay, (1 + n) / (10 + n)) at update n, so that early weights are forgotten.
 
     Args:
-        modules: the modules to follow. Only parameters with `requires_grad` are averaged; buffers stay as they are.
+        modules: the modules to follow. Averaged are parameters with `requires_grad` and memory tables that a row
+            optimizer trains; buffers stay as they are.
         decay: in [0, 1).
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._live = {f"{m}.{name}": p for m, module in modules.items()
-                      for name, p in module.named_parameters() if p.requires_grad}
+        self._live: dict[str, torch.Tensor] = {f"{m}.{name}": p for m, module in modules.items()
+                                               for name, p in module.named_parameters() if p.requires_grad}
+        self._live |= {f"{m}.{name}.rows": table.rows for m, module in modules.items()
+                       for name, table in memory_tables(module) if table.collecting and table.rows is not None}
         self.shadow = {name: p.detach().float().clone() for name, p in self._live.items()}
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from avdiff.core.row_optim import RowOptimizer
 from avdiff.train.state import write_tensors
 
 
@@ -42,6 +43,7 @@ class Task:
         groups: None, or a key per item; a micro-batch never mixes keys (buckets of equal shape).
         phases: the optimizers, in the order in which each step runs them; GANs have ("generator", "discriminator").
         device: set by `fit` before anything else happens.
+        step: set by `fit` before each `validate`: optimizer steps done.
         common_seed: set by `fit` before each `loss`: seed for what a micro-batch shares, the same on all ranks.
     """
 
@@ -53,6 +55,7 @@ class Task:
     ema_modules: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")
     common_seed: int = 0
+    step: int = 0
 
     def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
         """Loss of one micro-batch (tensors are on the device, bf16 autocast is on if asked for).
@@ -73,6 +76,11 @@ class Task:
 
     def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer | None:
         """Optimizer of a phase; None (the default) is AdamW over `parameters(phase)`."""
+        return None
+
+    def row_optimizer(self, phase: str) -> RowOptimizer | None:
+        """Optimizer of memory tables that learn with this phase: their gradients are logged and clipped with the rest.
+        The task steps it in `after_step`."""
         return None
 
     def phases_at(self, step: int) -> tuple[str, ...]:
