@@ -27,14 +27,18 @@ _HOME = {
     "ClipSpec": "avdiff.clip",
     "FaceReader": "avdiff.models.face_reader",
     "Guidance": "avdiff.guidance",
+    "ImpactReader": "avdiff.models.impact_reader",
     "Joint": "avdiff.latents",
     "JointFlowMatchScheduler": "avdiff.schedulers.joint_flow_match",
     "JointLatents": "avdiff.latents",
     "LipNetwork": "avdiff.models.lip_network",
     "PhoneRecogniser": "avdiff.models.recogniser",
     "PhoneTimer": "avdiff.models.reader",
+    "PromptWorld": "avdiff.models.prompt_world",
     "PronunciationReader": "avdiff.models.reader",
+    "Retake": "avdiff.pipelines.given",
     "read_clip": "avdiff.data.media",
+    "streams": "avdiff.pipelines.long",
     "write_clip": "avdiff.data.media",
     # diffusers looks up the base classes of a saved component by name in the library that it is recorded under.
     "ModelMixin": "diffusers",
@@ -69,7 +73,9 @@ if TYPE_CHECKING:
     from avdiff.latents import JointLatents as JointLatents
     from avdiff.models.audio_vae import AVAudioVAE as AVAudioVAE
     from avdiff.models.face_reader import FaceReader as FaceReader
+    from avdiff.models.impact_reader import ImpactReader as ImpactReader
     from avdiff.models.lip_network import LipNetwork as LipNetwork
+    from avdiff.models.prompt_world import PromptWorld as PromptWorld
     from avdiff.models.reader import PhoneTimer as PhoneTimer
     from avdiff.models.reader import PronunciationReader as PronunciationReader
     from avdiff.models.recogniser import PhoneRecogniser as PhoneRecogniser
@@ -77,6 +83,8 @@ if TYPE_CHECKING:
     from avdiff.models.transformer import AVTransformer as AVTransformer
     from avdiff.models.video_vae import AVVideoVAE as AVVideoVAE
     from avdiff.models.vocoder import AVVocoder as AVVocoder
+    from avdiff.pipelines.given import Retake as Retake
+    from avdiff.pipelines.long import streams as streams
     from avdiff.pipelines.output import AVPipelineOutput as AVPipelineOutput
     from avdiff.pipelines.pipeline_av import AVDiffPipeline as AVDiffPipeline
     from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler as JointFlowMatchScheduler

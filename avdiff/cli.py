@@ -13,16 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from textwrap import shorten
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 import avdiff
 from avdiff.cli_data import app as data_app
-
-if TYPE_CHECKING:
-    from avdiff.clip import ClipSpec
+from avdiff.cli_eval import app as eval_app
 
 app = typer.Typer(
     help="Joint audio-video diffusion: make clips that speak, train and measure.",
@@ -57,20 +56,25 @@ class Wish:
     image: str | None = None
     audio: str | None = None
     video: str | None = None
+    last_image: str | None = None
+    mask: str | None = None
+    retake: str | None = None
+    extend: float | None = None
 
     def check(self, where: str = "") -> Wish:
         """Refuse what has the wrong type or is out of range; `where` names the line of a file."""
-        for name in ("prompt", "output", "language", "negative_prompt", "image", "audio", "video"):
+        texts = "prompt output language negative_prompt image audio video last_image mask retake"
+        for name in texts.split():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if not isinstance(value, str) and (value is not None or name == "prompt"):
                 raise ValueError(f"{where}{name}={value!r}: needs a text")
         if not self.prompt.strip():
             raise ValueError(f"{where}prompt: is empty, needs a description of the clip")
-        if self.seconds is not None and (
-            not isinstance(self.seconds, int | float) or not 0 < self.seconds <= 3600  # also refuses NaN
-        ):
-            raise ValueError(f"{where}seconds={self.seconds}: needs a duration above 0 and at most 3600 s")
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
+        for name in ("seconds", "extend"):
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 0 < value <= 3600):  # also refuses NaN
+                raise ValueError(f"{where}{name}={value}: needs a duration above 0 and at most 3600 s")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise ValueError(f"{where}seed={self.seed}: needs a whole number from 0 to 2^63 - 1")
         return self
 
@@ -87,6 +91,7 @@ class Sampling:
     audio_guidance_scale: float | None
     generate_video: bool | None
     generate_audio: bool | None
+    check_prompt: bool | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Those that were given, as keyword arguments of the pipeline."""
@@ -105,32 +110,48 @@ def generate(
     ] = "presenter",
     seed: Annotated[int | None, typer.Option(help="Same seed, same clip. Drawn and reported if not given.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length; by default as long as the words take.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")
+    ] = None,
     language: Annotated[
         str | None, typer.Option(help="Of the spoken words: en, es, fr, hi, it, ja, pt or zh; found out if not given.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Text guidance of the picture; 1 is none.")] = None,
-    audio_guidance: Annotated[float | None, typer.Option(help="Text guidance of the sound; 1 is none.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "--guidance-scale", help="Text guidance of the picture; 1 is none.")
+    ] = None,
+    audio_guidance: Annotated[
+        float | None,
+        typer.Option("--audio-guidance", "--audio-guidance-scale", help="Text guidance of the sound; 1 is none."),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frames a second: 25, 29.97, 30000/1001.")] = None,
     image: Annotated[str | None, typer.Option(help="Picture file: the first frame.")] = None,
     audio: Annotated[str | None, typer.Option(help="Sound file that drives the picture.")] = None,
-    video: Annotated[str | None, typer.Option(help="Silent film that gets its sound.")] = None,
+    video: Annotated[str | None, typer.Option(help="Film that gets its sound, or is changed as below.")] = None,
+    last_image: Annotated[str | None, typer.Option(help="Picture file: the last frame.")] = None,
+    extend: Annotated[float | None, typer.Option(help="Seconds by which --video is continued.")] = None,
+    retake: Annotated[str | None, typer.Option(help="START:END, seconds of --video or --audio made anew.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Picture file: white where --video is made anew.")] = None,
     no_video: Annotated[bool, typer.Option("--no-video", help="Sound alone.")] = False,
     no_audio: Annotated[bool, typer.Option("--no-audio", help="Picture alone.")] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Try a prompt that the model says it cannot follow.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each clip.")] = False,
 ) -> None:
     """Make a clip from a description: `avdiff generate 'A woman says "good morning"' -o out.mp4`."""
     if (prompt is None) == (prompts is None):
         raise ValueError("needs either a prompt or --prompts FILE")
-    common = Wish(prompt or "", output, seed, seconds, language, negative_prompt, image, audio, video)
+    given = (image, audio, video, last_image, mask, retake, extend)
+    common = Wish(prompt or "", output, seed, seconds, language, negative_prompt, *given)
     wishes = [common.check()] if prompts is None else read_wishes(prompts, common)
     _check_outputs(wishes)
     sampling = Sampling(
-        height, width, fps, steps, guidance, audio_guidance, False if no_video else None, False if no_audio else None
+        height, width, fps, steps, guidance, audio_guidance,
+        *(False if left_out else None for left_out in (no_video, no_audio, anyway)),
     )
     pipe = load_pipeline(model, device)
     for wish in wishes:
@@ -148,22 +169,33 @@ def read_wishes(path: Path, common: Wish) -> list[Wish]:
         raise ValueError(f"prompts={path}: no such file")
     known = {f.name for f in fields(Wish)}
     folder, wishes = Path(common.output or "."), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # also without the mark that some editors put in front
+    except ValueError as error:
+        raise ValueError(f"prompts={path}: needs UTF-8 text ({error})") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}: "
         try:
             told = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}is not JSON ({error})") from error
         if not isinstance(told, dict) or not set(told) <= known:
             raise ValueError(f"{where}needs an object with keys among {', '.join(sorted(known))}")
         wish = replace(common, **{"output": f"{number:04}.mp4", **told}).check(where)
-        wishes.append(replace(wish, output=str(folder / str(wish.output))))
+        name = Path(str(wish.output))
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(f"{where}output={name}: needs a name inside {folder}")
+        wishes.append(replace(wish, output=str(folder / name)))
     if not wishes:
         raise ValueError(f"prompts={path}: holds no line")
     if folder.suffix in (".mp4", ".wav") or folder.is_file():
         raise ValueError(f"output={folder}: needs a folder when --prompts is given")
+    names = [wish.output for wish in wishes]
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path}: output={double} is asked for twice, needs a name of its own for each line")
     folder.mkdir(parents=True, exist_ok=True)
     return wishes
 
@@ -174,12 +206,14 @@ def _check_outputs(wishes: list[Wish]) -> None:
         path = Path(str(wish.output))
         if path.suffix.lower() not in (".mp4", ".mov", ".m4a", ".wav"):
             raise ValueError(f"output={path}: needs a name that ends in .mp4, .mov, .m4a or .wav")
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"output={path}: needs a file name in a folder that exists")
+        if "\0" in str(path) or path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f"output={str(path)!r}: needs a file name, without NUL, in a folder that exists")
 
 
 def load_pipeline(model: str, device: str | None) -> Any:
     """The pipeline by a preset's name, a folder or a hub name; a model that cannot be loaded is one sentence."""
+    if len(model) > 1000:
+        raise ValueError(f"model={model[:40]}...: needs the folder or the hub name of a pipeline")
     folder = Path(avdiff.PRESENTER) if model == "presenter" else Path(model)
     if model == "presenter" and not (folder / "model_index.json").is_file():
         raise ValueError("model=presenter: this copy of avdiff has no weights in it; give --model FOLDER")
@@ -195,9 +229,12 @@ def load_pipeline(model: str, device: str | None) -> Any:
     try:
         pipe = AVDiffPipeline.from_pretrained(str(folder) if folder.is_dir() else model, use_safetensors=True)
     except Exception as error:  # whatever a broken or foreign file provokes in the loaders
-        raise ValueError(f"model={model}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        said = shorten(str(error).strip() or type(error).__name__, 240)
+        raise ValueError(f"model={model}: cannot be loaded ({said})") from error
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), leave=False)
     try:
+        if device == "meta":
+            raise RuntimeError("it holds no values")
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device}: is not usable here ({str(error).splitlines()[0]})") from error
@@ -209,6 +246,7 @@ def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any
 
     import torch
 
+    from avdiff.cli_given import continue_clip, given_parts
     from avdiff.data.media import write_clip
 
     seed = secrets.randbits(31) if wish.seed is None else wish.seed
@@ -221,78 +259,26 @@ def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any
     if str(wish.output).lower().endswith((".wav", ".m4a")):
         arguments["generate_video"] = False
     given = given_parts(pipe, wish, arguments)
-    start = time.perf_counter()
-    result = pipe(wish.prompt, output_type="np", **(arguments | given))
-    seconds = time.perf_counter() - start
-    frames = None if result.frames is None else result.frames[0]
-    audio = None if result.audio is None else result.audio[0].float().cpu().numpy()
-    if "video" in given:  # what was given goes into the file as it is, not as the codecs render it
-        frames = (given["video"][0].permute(1, 2, 3, 0).numpy() + 1) / 2
-    if "audio" in given and audio is not None:
-        audio = given["audio"][0].numpy()[:, : audio.shape[-1]]
     facts = {"model": model, "seed": seed, "prompt": wish.prompt, "avdiff": avdiff.__version__}
-    write_clip(str(wish.output), frames, result.frame_rate, audio, result.sampling_rate, facts)
-    length = 0.0 if audio is None else audio.shape[-1] / result.sampling_rate
-    if frames is not None:
-        length = len(frames) / result.frame_rate
-    shape = {} if frames is None else {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]}
+    start = time.perf_counter()
+    if wish.extend is not None:
+        shape = continue_clip(pipe, wish, arguments | given, facts)
+    else:
+        result = pipe(wish.prompt, output_type="np", **(arguments | given))
+        frames = None if result.frames is None else result.frames[0]
+        audio = None if result.audio is None else result.audio[0].float().cpu().numpy()
+        write_clip(str(wish.output), frames, result.frame_rate, audio, result.sampling_rate, facts)
+        shape = {"seconds": round(float(0 if audio is None else audio.shape[-1] / result.sampling_rate), 3)}
+        if frames is not None:
+            shape = {"seconds": round(float(len(frames) / result.frame_rate), 3), "frames": len(frames),
+                     "height": frames.shape[1], "width": frames.shape[2]}
+    seconds = time.perf_counter() - start
     return {
         "output": wish.output,
         **facts,
-        "seconds": round(float(length), 3),
         **shape,
         "compute_seconds": round(seconds, 2),
     }
-
-
-def given_parts(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Picture, sound or film that the user gave, as the pipeline wants them, with the length they ask for."""
-    if wish.audio is not None and wish.video is not None:
-        raise ValueError("audio and video are both given: nothing is left to generate")
-    import torch
-
-    from avdiff.clip import ClipSpec, as_fps
-    from avdiff.data.media import read_clip
-
-    size = (arguments.get("height", 128), arguments.get("width", 128))
-    fps, clock, rate = as_fps(arguments.get("frame_rate", 25)), pipe.clock, pipe.audio_vae.config.sample_rate
-    parts: dict[str, Any] = {}
-    if wish.image is not None:
-        parts["image"] = _to_video(_read_image(wish.image, size))[:, 0]
-    if wish.video is not None:
-        frames = read_clip(wish.video, fps=fps, size=size, max_seconds=wish.seconds).frames
-        if frames is None:
-            raise ValueError(f"video={wish.video}: has no pictures in it")
-        whole = 1 + (len(frames) - 1) // clock.video_stride * clock.video_stride
-        parts |= {"video": _to_video(frames[:whole])[None], "num_frames": whole, "seconds": None}
-    if wish.audio is not None:
-        sound = read_clip(wish.audio, sample_rate=rate, max_seconds=wish.seconds).audio
-        if sound is None:
-            raise ValueError(f"audio={wish.audio}: has no sound in it")
-        clip: ClipSpec = ClipSpec.from_seconds(sound.shape[1] / rate, fps, sample_rate=rate, clock=clock)
-        waveform = torch.zeros(1, pipe.audio_vae.config.audio_channels, clip.audio_tokens * clock.audio_stride)
-        waveform[..., : sound.shape[1]] = torch.from_numpy(sound.mean(axis=0))
-        parts |= {"audio": waveform, "num_frames": clip.num_frames, "seconds": None}
-    return parts
-
-
-def _read_image(path: str, size: tuple[int, int]) -> Any:
-    """(1, H, W, 3) uint8, cropped at the centre and scaled."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image={path}: cannot be read as a picture ({error})") from error
-    return np.array(ImageOps.fit(picture, (size[1], size[0])))[None]
-
-
-def _to_video(frames: Any) -> Any:
-    """(F, H, W, 3) uint8 -> (3, F, H, W) float in [-1, 1]."""
-    import torch
-
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def _sentence(report: dict[str, Any]) -> str:
@@ -306,13 +292,17 @@ def _sentence(report: dict[str, Any]) -> str:
 
 @app.command()
 def info(
-    file: Annotated[Path | None, typer.Argument(help="A media file; without one, the presets are listed.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A media file; without one, what is in the package.")] = None,
+    presets: Annotated[bool, typer.Option("--presets", help="How large the sizes are that can be trained.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is in a media file, or how large the presets are (total and active parameters)."""
-    from avdiff.about import describe_file, describe_presets
+    """What the package holds (networks, licence, training data), the presets' sizes, or what is in a media file."""
+    from avdiff.about import describe_bundled, describe_file, describe_presets
 
-    print(describe_presets(as_json) if file is None else describe_file(file, as_json))
+    if file is not None:
+        print(describe_file(file, as_json))
+    else:
+        print(describe_presets(as_json) if presets else describe_bundled(Path(avdiff.PRESENTER), as_json))
 
 
 @app.command()
@@ -337,6 +327,7 @@ def _passed_on(name: str, module: str) -> Callable[[typer.Context], None]:
 
 
 app.add_typer(data_app, name="data")
+app.add_typer(eval_app, name="eval")
 for _name, (_module, _help) in PASSED_ON.items():
     _settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(_name, help=_help, add_help_option=False, context_settings=_settings)(_passed_on(_name, _module))

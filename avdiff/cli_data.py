@@ -137,6 +137,9 @@ def cache(
     languages: Languages = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
     seconds: Annotated[float, typer.Option(help="Length of each presenter clip.")] = 2.52,
+    stills: Annotated[
+        bool, typer.Option("--stills", help="One picture of each presenter clip, without sound: many faces soon.")
+    ] = False,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
     allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Captions too, for training that freezes the encoder.")] = False,
@@ -169,8 +172,8 @@ def cache(
     if count is None:
         raise ValueError("needs --count N presenters, or --data FOLDER of real clips")
     made = cache_presenters(
-        folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), rank=rank, ranks=ranks,
-        progress=_progress("encoding"),
+        folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), stills=stills,
+        rank=rank, ranks=ranks, progress=_progress("encoding"),
     )  # fmt: skip
     print(f"{made}: {count} clips")
 

@@ -11,8 +11,8 @@ A scale of 1 is none and costs no pass; 0 is a value like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,6 +140,13 @@ class Guidance:
     def terms(self) -> tuple[TextGuidance | CrossModalGuidance, ...]:
         """The guiding terms whose scale is not 1 for both modalities."""
         return tuple(t for t in (self.text, self.cross) if any(getattr(t, m) != 1.0 for m in MODALITIES))
+
+    def only(self, generated: Collection[str], heard: bool = True) -> Guidance:
+        """The same guidance without scales that change nothing: of modalities that are given or absent, and those of
+        cross-modal guidance where a modality has no partner to hear (`heard` is False)."""
+        text = {m: getattr(self.text, m) if m in generated else 1.0 for m in MODALITIES}
+        cross = {m: getattr(self.cross, m) if m in generated and heard else 1.0 for m in MODALITIES}
+        return replace(self, text=TextGuidance(**text), cross=CrossModalGuidance(**cross))
 
     def passes(self, step_fraction: float | None = None) -> tuple[str, ...]:
         """Names of the network passes that the step at `step_fraction` = index / steps needs, "cond" first.

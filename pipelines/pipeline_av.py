@@ -1,49 +1,63 @@
 """AVDiffPipeline: text, pictures and sounds in; one clip with sound out.
 
-Which task is run follows from what is given: nothing but a prompt (text to audio-video), `image` (its first frame),
-`audio` (it drives the picture), `video` (it gets its sound); `generate_video=False` or `generate_audio=False` leaves a
-modality out. A given part keeps noise level 0 while the rest is denoised around it.
+Which task is run follows from what is given: nothing but a prompt (text to audio-video), `image` and `last_image` (its
+first and last frame), `audio` (it drives the picture), `video` (it gets its sound); `generate_video=False` or
+`generate_audio=False` leaves a modality out. A clip that is longer than the given sound or film continues it; `retake`
+makes a span of it anew, `mask` a region. A given part keeps noise level 0 while the rest is denoised around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 
-from avdiff.clip import ClipSpec, Clock
+from avdiff.clip import Clock
 from avdiff.guidance import Guidance
-from avdiff.latents import Joint, JointLatents
+from avdiff.latents import Joint
 from avdiff.models.audio_vae import AVAudioVAE
 from avdiff.models.conditions import Positions, Script
+from avdiff.models.prompt_world import PromptWorld
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.models.video_vae import AVVideoVAE
 from avdiff.models.vocoder import AVVocoder
 from avdiff.pipelines.codecs import CodecMixin
+from avdiff.pipelines.given import GivenMixin, Retake, per_clip
+from avdiff.pipelines.inputs import check_finite, check_memory, checked
+from avdiff.pipelines.loading import SafeLoadingMixin
+from avdiff.pipelines.long import LongMixin
+from avdiff.pipelines.lora import AVLoraLoaderMixin
 from avdiff.pipelines.output import AVPipelineOutput
 from avdiff.pipelines.prompt import Request, understand
-from avdiff.pipelines.steps import StepMixin
+from avdiff.pipelines.steps import StepMixin, Told
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
-__all__ = ["AVDiffPipeline"]
+__all__ = ["RECOMMENDED", "AVDiffPipeline"]
+
+# What a call uses that does not say otherwise, unless the pipeline's config does (a distilled one's).
+RECOMMENDED = {"num_inference_steps": 16, "guidance_scale": 2.0, "audio_guidance_scale": 2.0}
 
 
-class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
+class AVDiffPipeline(
+    SafeLoadingMixin, DiffusionPipeline, AVLoraLoaderMixin, CodecMixin, GivenMixin, StepMixin, LongMixin
+):
     """Joint audio-video generation.
 
     Args:
         transformer: denoiser. scheduler: steps both modalities. vae, audio_vae, vocoder: codecs.
-        text_encoder, tokenizer: captions to features.
+        text_encoder, tokenizer: captions to features. world: what the model can make; without one, any prompt is taken.
+        num_inference_steps, guidance_scale, audio_guidance_scale: what a call uses that does not say otherwise; a
+            distilled model says fewer steps and no guidance.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae->vocoder"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["text_encoder", "tokenizer", "world"]
     _callback_tensor_inputs = ["latents", "audio_latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
@@ -55,8 +69,14 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         vocoder: AVVocoder,
         text_encoder: CaptionEncoder | None = None,
         tokenizer: Any = None,
+        world: PromptWorld | None = None,
+        num_inference_steps: int = 16,
+        guidance_scale: float = 2.0,
+        audio_guidance_scale: float = 2.0,
     ) -> None:
         super().__init__()
+        scales = dict(guidance_scale=guidance_scale, audio_guidance_scale=audio_guidance_scale)
+        self.register_to_config(num_inference_steps=num_inference_steps, **scales)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -65,7 +85,10 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
             vocoder=vocoder,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            world=world,
         )
+        if transformer is None or vae is None or audio_vae is None:
+            return  # captions alone can be encoded
         self.clock = Clock(
             video_stride=vae.config.temporal_compression_ratio,
             spatial_stride=vae.config.spatial_compression_ratio,
@@ -77,9 +100,24 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         self.video_processor = VideoProcessor(vae_scale_factor=self.clock.spatial_stride)
 
     @property
-    def guidance_scale(self) -> Joint[float]:
-        """Text guidance of each modality in the running call."""
-        return Joint(self._guidance.text.video, self._guidance.text.audio)
+    def guidance_scale(self) -> float:
+        """Text guidance of the picture in the running call; a callback may set `pipe._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def audio_guidance_scale(self) -> float:
+        """Text guidance of the sound in the running call; a callback may set `pipe._audio_guidance_scale`."""
+        return self._audio_guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call guides by text."""
+        return self._guidance_scale != 1 or self._audio_guidance_scale != 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """Those of the running call."""
+        return self._attention_kwargs
 
     @property
     def num_timesteps(self) -> int:
@@ -98,8 +136,8 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
 
     def encode_prompt(
         self,
-        prompt: list[str],
-        negative_prompt: list[str] | None = None,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -112,11 +150,11 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
             negative_prompt_embeds, negative_prompt_attention_mask = self._features(negative_prompt)
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
-    def _features(self, text: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(self, text: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder: pass prompt_embeds and prompt_attention_mask")
         tokens = self.tokenizer(
-            text,
+            [text] if isinstance(text, str) else text,
             padding="max_length",
             truncation=True,
             return_tensors="pt",
@@ -124,53 +162,6 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         )
         mask = tokens.attention_mask.to(self._execution_device)
         return self.text_encoder(tokens.input_ids.to(self._execution_device), mask), mask
-
-    def prepare_latents(
-        self,
-        clip: ClipSpec,
-        batch: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        positions: Positions,
-        generate: Joint[bool],
-        given: Joint[torch.Tensor],
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-    ) -> tuple[JointLatents, Joint[torch.Tensor]]:
-        """Noise for what is generated, clean tokens for the given, and the mask of given tokens: bool (B, N), or (B,)
-        where a modality is given or generated as a whole.
-
-        Args:
-            given: clean packed tokens (B, n, C); they are the first n tokens of their modality.
-        """
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(
-                f"generator is a list of {len(generator)}: needs one generator for each of the {batch} clips"
-            )
-        device, c = self._execution_device, self.transformer.config
-
-        def state(wanted: bool, tokens: int, channels: int, start: torch.Tensor | None, clean: torch.Tensor | None):
-            if not wanted and clean is None:
-                return None, None
-            noise = (
-                randn_tensor((batch, tokens, channels), generator, device, torch.float32) if start is None else start
-            )
-            if noise.shape != (batch, tokens, channels):
-                raise ValueError(f"latents of shape {tuple(noise.shape)}: this call needs {(batch, tokens, channels)}")
-            known = torch.zeros(batch, tokens, dtype=torch.bool, device=device)
-            if clean is not None:
-                n = min(clean.shape[1], tokens)
-                noise = torch.cat([clean[:, :n].to(noise), noise[:, n:]], dim=1)
-                known[:, :n] = True
-            # One level for a whole clip is the common case, and much cheaper to modulate than one for each token.
-            return noise.to(device), known if bool((known != known[:, :1]).any()) else known[:, 0]
-
-        video, video_known = state(bool(generate.video), clip.video_tokens, c.video_channels, latents, given.video)
-        audio, audio_known = state(
-            bool(generate.audio), clip.audio_tokens, c.audio_channels, audio_latents, given.audio
-        )
-        masks = Joint(video_known, audio_known)
-        seconds = Joint(positions.video[:, 0], positions.audio[:, 0])
-        return JointLatents(video, audio, masks.map(lambda m: (~m).float()), seconds), masks
 
     def check_inputs(
         self,
@@ -202,6 +193,7 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
             )
 
     @torch.no_grad()
+    @checked
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -211,9 +203,9 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         frame_rate: Fraction | float = 25,
         height: int = 128,
         width: int = 128,
-        num_inference_steps: int = 16,
-        guidance_scale: float = 2.0,
-        audio_guidance_scale: float = 2.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        audio_guidance_scale: float | None = None,
         guidance: Guidance | None = None,
         num_videos_per_prompt: int = 1,
         generate_video: bool = True,
@@ -221,8 +213,13 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         image: torch.Tensor | None = None,
         audio: torch.Tensor | None = None,
         video: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+        retake: Retake | None = None,
+        mask: torch.Tensor | None = None,
         language: str | None = None,
         script: Script | None = None,
+        speech_start: float | None = None,
+        check_prompt: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         audio_latents: torch.Tensor | None = None,
@@ -240,22 +237,34 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
 
         Args:
             prompt: description; words to speak stand in double quotes. negative_prompt: what guidance leads from.
-            seconds or num_frames: length (num_frames = 1 + k * video stride); with neither, as long as the words take.
+            seconds or num_frames: length (num_frames = 1 + k * video stride); with neither, as long as what is given,
+                or as the words take. A clip that is longer than what is given continues it.
             height, width: pixels. frame_rate: frames per second.
-            guidance_scale, audio_guidance_scale: text guidance of video and audio, 1 is none; or a whole `guidance`.
-            image: (3, H, W) or (B, 3, H, W) in [-1, 1], the first frame. audio: (B, C, S) at the audio VAE's rate.
-            video: (B, 3, F, H, W) in [-1, 1]. script: spoken words on the clock instead of the prompt's.
+            num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text guidance of video and
+                audio, 1 is none; or a whole `guidance`. Where they are not given, the pipeline's config decides.
+            image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], first and last frame, as the codec renders them.
+            video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come back as they were
+                given, but for 10 ms of sound ahead of what is new.
+            retake: a span of the given clip that is made anew. mask: (H, W) or (F, H, W), above 0.5 where the given
+                video is made anew; the rest of such a frame is as the codec renders it.
+            script: spoken words on the clock instead of the prompt's. speech_start: seconds at which the words begin;
+                by default after the sound that is continued.
+            check_prompt: refuse prompts beyond the pipeline's `world`, if it has one.
             latents, audio_latents: packed starting noise (B, N, C).
 
         Raises:
             ValueError: one sentence that names the argument, its value and what fits.
         """
         generate = Joint(generate_video, generate_audio)
+        num_inference_steps = _or(num_inference_steps, self.config.num_inference_steps)
         self.check_inputs(
             prompt, prompt_embeds, generate, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
         )
-        self._guidance = guidance or Guidance(text=Joint(guidance_scale, audio_guidance_scale))
-        self._interrupt, self._current_timestep = False, None
+        scales = (_or(guidance_scale, self.config.guidance_scale),
+                  _or(audio_guidance_scale, self.config.audio_guidance_scale))
+        self._guidance = guidance or Guidance(text=Joint(*scales))
+        self._guidance_scale, self._audio_guidance_scale = self._guidance.text.video, self._guidance.text.audio
+        self._interrupt, self._current_timestep, self._attention_kwargs = False, None, attention_kwargs
         device = self._execution_device
 
         prompts = _repeat([prompt] if isinstance(prompt, str) else prompt, num_videos_per_prompt)
@@ -264,8 +273,13 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
         frame = dict(
             fps=frame_rate, height=height, width=width, sample_rate=self.audio_vae.config.sample_rate, clock=self.clock
         )
-        request: Request = understand(prompts, frame, seconds, num_frames, language, script)
+        widened = bool(getattr(self.transformer, "peft_config", None))  # an adapter may have learned more
+        world = self.world if check_prompt and not widened else None
+        given_parts = any(part is not None for part in (image, last_image, audio, video))
+        length, num_frames, begin = self._length(seconds, num_frames, frame, audio, video, speech_start)
+        request: Request = understand(prompts, frame, length, num_frames, language, script, world, given_parts, begin)
         clip = request.clip
+        check_memory(clip, batch)
         positions = Positions.of(clip, device)
 
         prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
@@ -278,19 +292,20 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
                 negative_prompt_attention_mask,
             )
         )
-        prompt_embeds, prompt_attention_mask = (_per_clip(x, batch) for x in (prompt_embeds, prompt_attention_mask))
+        prompt_embeds, prompt_attention_mask = (per_clip(x, batch) for x in (prompt_embeds, prompt_attention_mask))
         if negative_prompt_embeds is not None:
-            negative_prompt_embeds = _per_clip(negative_prompt_embeds, batch)
-            negative_prompt_attention_mask = _per_clip(negative_prompt_attention_mask, batch)
-        given = self._given(image, audio, video, batch)
+            negative_prompt_embeds = per_clip(negative_prompt_embeds, batch)
+            negative_prompt_attention_mask = per_clip(negative_prompt_attention_mask, batch)
+        given = self._given(clip, batch, image, last_image, audio, video, retake, mask)
         state, known = self.prepare_latents(clip, batch, generator, positions, generate, given, latents, audio_latents)
-        conditions = self._conditions(
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
+        told = Told(
+            partial(self.transformer.prepare, attention_kwargs=attention_kwargs),
+            {
+                "cond": (prompt_embeds, prompt_attention_mask),
+                "no_text": (negative_prompt_embeds, negative_prompt_attention_mask),
+            },
             positions,
-            request.script,
+            None if request.script is None else request.script.to(device),
             batch,
         )
 
@@ -304,51 +319,22 @@ class AVDiffPipeline(DiffusionPipeline, CodecMixin, StepMixin):
                     *(s[i].expand(batch) for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio))
                 )
                 self._current_timestep = self.scheduler.timesteps[i]
-                estimate = self._estimate(state, known, sigmas, conditions, i / num_inference_steps, attention_kwargs)
+                estimate = self._estimate(state, known, sigmas, told, i / num_inference_steps, attention_kwargs)
                 state = self.scheduler.step(estimate, i, state, known)
                 if callback_on_step_end is not None:
-                    state, conditions = self._callback(
-                        callback_on_step_end,
-                        callback_on_step_end_tensor_inputs,
-                        i,
-                        state,
-                        conditions,
-                        prompt_embeds,
-                        negative_prompt_embeds,
-                    )
+                    state = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs, i, state, told)
                 progress.update()
 
-        frames, waveform = self._decode(state, clip, generate, output_type)
+        check_finite(state.latents)
+        frames, waveform = self._decode(state, clip, given, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames, waveform)
         return AVPipelineOutput(frames, waveform, self.vocoder.config.sampling_rate, clip.fps)
 
-    def _given(
-        self, image: torch.Tensor | None, audio: torch.Tensor | None, video: torch.Tensor | None, batch: int
-    ) -> Joint[torch.Tensor]:
-        """Clean packed tokens of what the caller gave."""
-        if image is not None and video is not None:
-            raise ValueError("image and video are both given: an image is the first frame of a video to be generated")
-        if image is not None:
-            image = image if image.ndim == 4 else image[None]
-            video = image[:, :, None]
-        tokens = Joint(video, audio)
-        encoded = Joint(
-            None if tokens.video is None else self.encode_video(tokens.video),
-            None if tokens.audio is None else self.encode_audio(tokens.audio),
-        )
-        return encoded.map(lambda x: x.expand(batch, -1, -1) if x.shape[0] == 1 else x)
 
-    def _decode(self, state: JointLatents, clip: ClipSpec, generate: Joint[bool], output_type: str):
-        """Tokens to frames and waveform; a modality that was given is returned as its codec renders it."""
-        if output_type == "latent":
-            return state.video, state.audio
-        frames = None if state.video is None else self.decode_video(state.video, clip)
-        waveform = None if state.audio is None else self.decode_audio(state.audio, clip)
-        if frames is not None:
-            frames = self.video_processor.postprocess_video(frames, output_type=output_type)
-        return frames, waveform
+def _or(given: Any, default: Any) -> Any:
+    return default if given is None else given
 
 
 def _repeat(items: list[str] | None, times: int) -> list[str] | None:
@@ -362,8 +348,3 @@ def _repeat_negative(negative: str | list[str] | None, batch: int) -> list[str] 
     if batch % len(items):
         raise ValueError(f"negative_prompt has {len(items)} texts for {batch} clips: give one, or one for each")
     return _repeat(items, batch // len(items))
-
-
-def _per_clip(rows: Any, batch: int) -> Any:
-    """Repeat given rows so that there is one for each of the `batch` clips."""
-    return rows.repeat_interleave(batch // rows.shape[0], dim=0)

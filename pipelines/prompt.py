@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from avdiff.clip import ClipSpec
@@ -11,6 +12,7 @@ from avdiff.data.corpus.visemes import Phone
 from avdiff.data.reading import read
 from avdiff.data.script import script_from_phones
 from avdiff.models.conditions import Script
+from avdiff.models.prompt_world import PromptWorld
 
 DEFAULT_SECONDS = 2.5  # a clip without words
 
@@ -28,10 +30,13 @@ class Request:
 def understand(
     prompts: list[str] | None,
     frame: dict[str, Any],
-    seconds: float | None = None,
+    seconds: float | Fraction | None = None,
     num_frames: int | None = None,
     language: str | None = None,
     script: Script | None = None,
+    world: PromptWorld | None = None,
+    given: bool = False,
+    begin: float = 0.0,
 ) -> Request:
     """Read prompts.
 
@@ -41,16 +46,24 @@ def understand(
         seconds, num_frames: length of the clip; with neither, as long as the longest of the words takes.
         language: of the words; None finds it out for each prompt.
         script: used as it is in place of the prompts' words.
+        world: what the model can make; None takes every prompt. given: sound or pictures come with the prompts.
+        begin: seconds at which the words begin.
 
     Raises:
-        ValueError: both lengths are given, or words that do not fit into the length.
+        ValueError: both lengths are given, a prompt beyond the world, or words that do not fit into the length.
     """
     if seconds is not None and num_frames is not None:
         raise ValueError(f"seconds={seconds} and num_frames={num_frames}: give one of them")
     parsed = [parse_prompt(p) for p in prompts or []]
+    for prompt, (description, words) in zip(prompts or [], parsed, strict=True):
+        if world is not None:
+            world.check(prompt, description, words, given or script is not None)
     spoken: list[tuple[Phone, ...]] = [()] * len(parsed)
     if script is None:
-        spoken = [read(words, language).phones if words else () for _, words in parsed]
+        spoken = [
+            tuple(p._replace(start=p.start + begin, end=p.end + begin) for p in read(words, language).phones)
+            if words else () for _, words in parsed
+        ]
     needed = max((phones[-1].end for phones in spoken if phones), default=DEFAULT_SECONDS)
     clip = (
         ClipSpec(num_frames, **frame)

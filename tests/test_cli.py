@@ -189,12 +189,28 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_info_lists_presets_with_their_sizes(capsys) -> None:
-    assert run("info", "--json") == 0
+    assert run("info", "--presets", "--json") == 0
     sizes = {row["preset"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(sizes) == {"tiny", "presenter", "base", "large"}
     assert 0.8e9 < sizes["base"]["network"] < 1.3e9
     assert 8e9 < sizes["large"]["network"] + sizes["large"]["memory"] < 13e9
     assert all(0 < row["active"] <= row["network"] for row in sizes.values())
+
+
+def test_info_tells_what_is_in_the_package(capsys) -> None:
+    import torch
+
+    from avdiff import PRESENTER
+    from avdiff.models.vocoder import AVVocoder
+
+    assert run("info", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    rows = {row["network"]: row for row in said["bundled"]}
+    vocoder = AVVocoder.from_pretrained(PRESENTER, subfolder="vocoder", torch_dtype=torch.float32)
+    assert rows["vocoder"]["values"] == sum(v.numel() for v in vocoder.state_dict().values())
+    assert "Apache-2.0" in said["licence"] and said["data"] and said["limits"]
+    assert run("info") == 0
+    assert "reader/words" in capsys.readouterr().out
 
 
 def test_active_parameters_match_what_one_token_touches() -> None:
@@ -224,7 +240,7 @@ def test_data_commands(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "clips"
     assert run("data", "corpus", folder, "--count", 2, "--size", 64, "--languages", "en") == 0
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [line["file_name"] for line in lines] == ["0000.mp4", "0001.mp4"]
+    assert [line["file_name"] for line in lines] == ["000000.mp4", "000001.mp4"]
     for line in lines:
         info = probe(folder / line["file_name"])
         assert info.height == 64 and info.video_seconds and info.audio_seconds and line["caption"]
@@ -253,5 +269,34 @@ def test_doctor_reports(capsys, tmp_path: Path) -> None:
     said = json.loads(capsys.readouterr().out)
     assert code == (1 if said["problems"] else 0)
     assert said["codecs"]["libx264"] and said["torch"]
+    assert all("not installed: pip install" in v or v[0].isdigit() for v in said["extras"].values())
     (tmp_path / "a.safetensors").write_bytes(b"abc")
     assert "ba7816bf8f01cfea" in weights(tmp_path)["a.safetensors"]  # SHA-256 of "abc" (FIPS 180-4, appendix)
+
+
+def test_film_is_continued_and_changed(model: str, tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    film, mask = rng.integers(0, 255, (11, 64, 128, 3), dtype=np.uint8), np.zeros((64, 128), np.uint8)
+    mask[:, :64] = 255
+    write_clip(tmp_path / "film.mp4", film, 25, rng.uniform(-0.3, 0.3, (1, 10_560)), 24000)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(film[0]).save(tmp_path / "last.png")
+    common = ["--model", model, "--steps", "1", "--height", "64", "--width", "128", "--video", tmp_path / "film.mp4",
+              "-o", tmp_path / "y.mp4"]
+    for options, frames in ((["--extend", "0.4"], 21), (["--retake", "0.1:0.2"], 11),
+                            (["--mask", tmp_path / "mask.png"], 11)):
+        assert run("generate", "a bird", *common, *options) == 0
+        clip, info = read_clip(tmp_path / "y.mp4"), probe(tmp_path / "y.mp4")
+        assert clip.frames is not None and len(clip.frames) == frames and info.audio_seconds == info.video_seconds
+        if "--mask" not in options:  # what was given is what it was, but for another round of mp4
+            before = read_clip(tmp_path / "film.mp4").frames
+            assert before is not None and np.abs(clip.frames[0].astype(int) - before[0]).mean() < 20
+    image = ["--last-image", tmp_path / "last.png", "--height", "64", "--width", "128"]
+    assert generate(model, "a bird", *image, "-o", tmp_path / "z.mp4") == 0
+    capsys.readouterr()
+    for options, said in ((["--retake", "2"], "retake=2: needs START:END"),
+                          (["--extend", "1", "--mask", tmp_path / "mask.png"], "extend and mask are both given")):
+        assert run("generate", "a bird", *common, *options) == 2
+        assert said in capsys.readouterr().err
+    assert generate(model, "a bird", "--extend", "1", "-o", tmp_path / "z.mp4") == 2
+    assert "extend=1.0: needs --video" in capsys.readouterr().err

@@ -28,7 +28,8 @@ FLOORS = (
     ("avdiff.data", "avdiff.evaluation"),
     ("avdiff.pipelines",),
     ("avdiff.train",),
-    ("avdiff.cli", "avdiff.cli_data", "avdiff.about", "avdiff.__main__"),
+    ("avdiff.cli", "avdiff.cli_data", "avdiff.cli_given", "avdiff.cli_eval", "avdiff.cli_eval_all", "avdiff.about",
+     "avdiff.__main__"),
 )
 GENERATORS = ("avdiff.models.transformer", "avdiff.models.blocks", "avdiff.pipelines", "avdiff.train")
 BANNED_CALLS = (

@@ -66,6 +66,17 @@ class AVAttnProcessor:
         )
 
 
+class HeadNorm(nn.Module):
+    """Heads of x (..., E) with unit RMS times a weight; in the dtype of x, which autocast may have lowered."""
+
+    def __init__(self, dim_head: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim_head))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], None, 1e-6) * self.weight.to(x.dtype)
+
+
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head attention with QK-norm (Henry et al. 2020) whose keys may come from several token sources.
 
@@ -92,8 +103,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(first, inner, bias=False)
         self.add_k_proj = nn.ModuleList(nn.Linear(d, inner, bias=False) for d in rest)
         self.add_v_proj = nn.ModuleList(nn.Linear(d, inner, bias=False) for d in rest)
-        self.norm_q = nn.RMSNorm(dim_head, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim_head, eps=1e-6)
+        self.norm_q = HeadNorm(dim_head)
+        self.norm_k = HeadNorm(dim_head)
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim, bias=False)])
         AttentionModuleMixin.set_processor(self, AVAttnProcessor())
 
@@ -114,24 +125,20 @@ class Attention(nn.Module, AttentionModuleMixin):
         key_phases = (query_phases,) * len(sources) if key_phases is None else key_phases
         to_k, to_v = [self.to_k, *self.add_k_proj], [self.to_v, *self.add_v_proj]
 
-        query = self._normed(self.to_q(x), self.norm_q)  # (B, Q, H, E)
+        query = self.norm_q(self._heads(self.to_q(x)))  # (B, Q, H, E)
         if query_phases is not None:
             query = apply_rotary(query, query_phases)
         keys, values = [], []
         for source, phases, k, v in zip(sources, key_phases, to_k, to_v, strict=True):
             if source is None:
                 continue
-            key = self._normed(k(source), self.norm_k)
+            key = self.norm_k(self._heads(k(source)))
             keys.append(key if phases is None else apply_rotary(key, phases))
             values.append(self._heads(v(source)))
         key, value = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # (B, K, H, E)
 
         out = self.processor(self, query.to(value.dtype), key.to(value.dtype), value, attention_mask)
         return self.to_out[0](out.flatten(2))  # (B, Q, D)
-
-    def _normed(self, x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
-        """Heads of x with unit RMS times the norm's weight; in the dtype of x, which autocast may have lowered."""
-        return F.rms_norm(self._heads(x), (self.dim_head,), None, 1e-6) * norm.weight.to(x.dtype)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, H*E) -> (B, N, H, E)."""

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from avdiff.core.memory_table import MappedRows, MemoryTable
 
 _INT64_MAX = 2**63 - 1
+MAX_TABLE = 2**33  # rows of one head: beyond it a table is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class NgramHash:
     def __post_init__(self) -> None:
         if self.max_order < 2 or self.heads < 1:
             raise ValueError(f"max_order={self.max_order}, heads={self.heads}: needs max_order >= 2 and heads >= 1")
+        if not 2 <= self.table_size <= MAX_TABLE:
+            raise ValueError(f"table_size={self.table_size}: needs 2 to {MAX_TABLE} rows")
         if not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(f"pad_id={self.pad_id}: needs an id below vocab_size={self.vocab_size}")
 
@@ -223,8 +226,8 @@ class Engram(nn.Module):
         self.table = MemoryTable(hashing.num_rows, dim_head, dtype, std, mapped)
         self.to_k = nn.Linear(hashing.reads * dim_head, dim, bias=False)
         self.to_v = nn.Linear(hashing.reads * dim_head, dim, bias=False)
-        self.norm_q = nn.RMSNorm(dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim, eps=1e-6)
+        self.norm_q = WideNorm(dim, eps=1e-6)
+        self.norm_k = WideNorm(dim, eps=1e-6)
         nn.init.zeros_(self.to_v.weight)
         self.register_buffer("hash_check", torch.tensor(hashing.fingerprint()))
         self.register_load_state_dict_post_hook(lambda module, _: module.check_hash())
@@ -239,10 +242,13 @@ class Engram(nn.Module):
         hashing = self.hashing
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < hashing.vocab_size:
             raise ValueError(f"ids: hold {int(ids.min())}..{int(ids.max())}; needs 0..{hashing.vocab_size - 1}")
+        rest = self.to_k.weight  # an offloaded model is read where it rests
+        device, ids = ids.device, ids if rest.is_meta else ids.to(rest.device)
+        segments = segments if segments is None or rest.is_meta else segments.to(rest.device)
         e = self.table(hashing(ids.long(), segments)).flatten(-2).to(self.to_k.weight.dtype)  # (B, T, (N-1)*K*E)
-        keys = _fp32_norm(self.to_k(e), self.norm_k)
+        keys = self.norm_k(self.to_k(e))
         present = (ids != hashing.pad_id)[..., None]
-        return MemoryRead(keys, self.to_v(e) * present)
+        return MemoryRead(keys, self.to_v(e) * present.to(e.device)).to(device)
 
     def forward(self, h: torch.Tensor, read: MemoryRead, index: torch.Tensor | None = None) -> torch.Tensor:
         """h (B, Q, D) and what was read at its positions, or at positions `index` (B, Q) -> update (B, Q, D)."""
@@ -253,7 +259,7 @@ class Engram(nn.Module):
 
     def gate(self, h: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """(B, Q, D), (B, Q, D) -> (B, Q, 1) in (0, 1), in fp32."""
-        s = (_fp32_norm(h, self.norm_q) * keys).sum(-1, keepdim=True) / math.sqrt(h.shape[-1])
+        s = (self.norm_q(h) * keys).sum(-1, keepdim=True) / math.sqrt(h.shape[-1])
         return torch.sigmoid(s.sign() * s.abs().clamp_min(1e-6).sqrt())
 
     def check_hash(self) -> None:
@@ -264,5 +270,8 @@ class Engram(nn.Module):
                              f"vocab_size={int(self.hash_check[0])}, pad_id={int(self.hash_check[1])} or other tables")
 
 
-def _fp32_norm(x: torch.Tensor, norm: nn.RMSNorm) -> torch.Tensor:
-    return F.rms_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.eps)
+class WideNorm(nn.RMSNorm):
+    """RMS norm in fp32 whatever the dtypes of input and weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)

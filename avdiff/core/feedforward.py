@@ -17,4 +17,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(F.silu(gate) * up)
+        if torch.is_grad_enabled():
+            return self.proj_out(F.silu(gate) * up)
+        return self.proj_out(F.silu(gate).mul_(up))  # the same numbers, one large buffer less

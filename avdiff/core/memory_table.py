@@ -8,6 +8,7 @@ Shape legend: R rows of the table, D channels of a row, U unique rows of one loo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -33,6 +34,7 @@ _STORED: dict[str, tuple[np.dtype[Any], torch.dtype]] = {
 }
 _READERS = 32  # parallel preads: a disk queue this deep hides the latency of single 4 KiB reads
 _PROBES = 64  # rows whose residency is asked for before a read
+_AROUND = 2**16  # bytes that Linux maps around a faulting page if they are cached (fault_around_bytes)
 
 
 class MappedRows:
@@ -57,6 +59,10 @@ class MappedRows:
         self._file = open(self.path, "rb")  # noqa: SIM115  (lives as long as the mapping)
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._map.madvise(mmap.MADV_RANDOM)  # a fault must not drag 128 KiB of neighbours into memory
+        with contextlib.suppress(AttributeError, OSError):  # where there are no huge pages
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # nor map 2 MiB, as it does where the cache has a huge page
+        self._touched = 0  # bytes that gathers may have mapped into this process
+        self._advise("POSIX_FADV_RANDOM")  # nor must a read
         flat = np.frombuffer(self._map, np.uint8, shape[0] * self._row_bytes, begin)
         # A header may leave the data at an address that is odd for the type, so rows are taken as bytes.
         self._rows = flat.reshape(shape[0], self._row_bytes)
@@ -67,7 +73,7 @@ class MappedRows:
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (...) of int64 -> values (..., D) in the stored type."""
         wanted = rows.detach().cpu().numpy()
-        taken = self._rows[wanted] if self.resident(wanted) else self._read_cold(wanted)
+        taken = self._gather(wanted) if self.resident(wanted) else self._read_cold(wanted)
         return torch.from_numpy(taken.view(self._bits)).view(self.dtype).to(rows.device)
 
     def prefetch(self) -> None:
@@ -77,18 +83,42 @@ class MappedRows:
     def release(self) -> None:
         """Drop the table's pages from this process and, if no one else maps them, from the page cache."""
         self._map.madvise(mmap.MADV_DONTNEED)
-        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._advise("POSIX_FADV_DONTNEED")
 
     def resident(self, rows: np.ndarray) -> bool:
         """Whether a sample of these rows is in the page cache; False if the system cannot tell."""
         sample = rows.reshape(-1)[:: max(1, rows.size // _PROBES)]
-        base, page = self._rows.ctypes.data, mmap.PAGESIZE
-        flag = ctypes.c_ubyte()
-        for row in sample.tolist():
-            address = (base + row * self._row_bytes) // page * page
-            if _mincore()(ctypes.c_void_p(address), ctypes.c_size_t(1), ctypes.byref(flag)) or not flag.value & 1:
+        return all(self._is_cached(row * self._row_bytes) for row in sample.tolist())
+
+    def _is_cached(self, place: int) -> bool:
+        """Whether the byte at `place` of the table could be read without the disk."""
+        if hasattr(os, "RWF_NOWAIT"):
+            # Before mincore: of a file that we may not write, Linux lets mincore say that all of it is resident.
+            try:
+                return os.preadv(self._file.fileno(), [bytearray(1)], self._begin + place, os.RWF_NOWAIT) == 1
+            except BlockingIOError:
                 return False
-        return True
+            except OSError:  # not every file system knows the flag
+                pass
+        page, flag = mmap.PAGESIZE, ctypes.c_ubyte()
+        address = (self._rows.ctypes.data + place) // page * page
+        failed = _LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), ctypes.byref(flag))
+        return not failed and bool(flag.value & 1)
+
+    def _advise(self, what: str) -> None:
+        """A hint to the page cache, where the system takes one (macOS does not)."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, getattr(os, what))
+
+    def _gather(self, wanted: np.ndarray) -> np.ndarray:
+        """Warm rows from the mapping, which is let go of when it may have grown to a fiftieth of the table: the pages
+        stay in the cache, but a process that runs for long must not come to hold the table."""
+        taken = self._rows[wanted]
+        self._touched += wanted.size * _AROUND
+        if self._touched > max(2**26, self._rows.nbytes // 50):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+        return taken
 
     def _read_cold(self, wanted: np.ndarray) -> np.ndarray:
         """Sorted unique rows by parallel preads, then put in the order asked for."""
@@ -123,13 +153,18 @@ class MemoryTable(nn.Module):
     def __init__(self, num_rows: int, dim: int, dtype: torch.dtype = torch.float32, std: float = 0.1,
                  mapped: MappedRows | None = None) -> None:
         super().__init__()
-        if mapped is not None and mapped.shape != (num_rows, dim):
-            raise ValueError(f"mapped table: {mapped.path} holds {mapped.shape} (rows, channels); "
-                             f"needs {(num_rows, dim)}")
+        if mapped is not None:
+            _check_shape(mapped, (num_rows, dim))
         self.num_rows, self.dim, self.mapped = num_rows, dim, mapped
         self.collecting = False  # switched on by the row optimizer that trains this table
         self.pending: list[PendingRows] = []
         self.register_buffer("rows", None if mapped else torch.randn(num_rows, dim).mul_(std).to(dtype))
+
+    def map_from(self, path: str | os.PathLike[str], name: str = "rows") -> None:
+        """Let go of the rows in RAM and read them from a file from now on; the file must hold as many."""
+        mapped = MappedRows(path, name)
+        _check_shape(mapped, (self.num_rows, self.dim))
+        self.mapped, self.rows = mapped, None
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], name: str = "rows") -> MemoryTable:
@@ -192,6 +227,11 @@ def merge_rows(rows: torch.Tensor, grads: torch.Tensor) -> tuple[torch.Tensor, t
     return unique, torch.zeros(len(unique), grads.shape[1]).to(grads).index_add_(0, inverse, grads)
 
 
+def _check_shape(mapped: MappedRows, shape: tuple[int, int]) -> None:
+    if mapped.shape != shape:
+        raise ValueError(f"mapped table: {mapped.path} holds {mapped.shape} (rows, channels); needs {shape}")
+
+
 def memory_tables(module: nn.Module) -> Iterator[tuple[str, MemoryTable]]:
     """All tables inside a module with their names, e.g. to hand them to a row optimizer."""
     for name, child in module.named_modules():
@@ -210,20 +250,20 @@ def _locate(path: Path, name: str) -> tuple[str, list[int], int]:
             header = json.loads(file.read(length))
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         kind, shape, (begin, end) = (tensors[name][key] for key in ("dtype", "shape", "data_offsets"))
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError("no numbers")
     except KeyError:
         raise ValueError(f"table {name!r}: not in {path}, which holds {sorted(tensors)[:8]}") from None
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"path={path}: not a safetensors file, or damaged") from None
+    except OSError as error:
+        raise ValueError(f"path={path}: cannot be read ({error.strerror})") from None
     if kind not in _STORED or len(shape) != 2:
         raise ValueError(f"table {name!r}: is {kind} of shape {shape}; needs (rows, channels) of {', '.join(_STORED)}")
     begin += 8 + length
     if shape[0] * shape[1] * _STORED[kind][0].itemsize != end + 8 + length - begin or end + 8 + length > size:
         raise ValueError(f"path={path}: not a safetensors file, or damaged")
     return kind, shape, begin
-
-
-def _mincore() -> Any:
-    return _LIBC.mincore
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

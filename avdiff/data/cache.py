@@ -177,6 +177,7 @@ def cache_presenters(
     seconds: float = 2.52,
     languages: Sequence[str] | None = None,
     event_share: float = 0.2,
+    stills: bool = False,
     rank: int = 0,
     ranks: int = 1,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -185,15 +186,16 @@ def cache_presenters(
 
     Args:
         model: folder with `vae/` and `audio_vae/` inside, or what was loaded from it. bank: folder of the speech bank,
-            None for the default one. seconds: length of every clip. The other arguments are those of `PresenterCorpus`
-            and `write_cache`.
+            None for the default one. seconds: length of every clip. stills: one picture of each clip, without sound.
+            The other arguments are those of `PresenterCorpus` and `write_cache`.
     """
     from avdiff.data.corpus.dataset import PresenterCorpus
     from avdiff.data.corpus.speech import SpeechBank
 
     codecs = model if isinstance(model, Codecs) else load_codecs(model)
     speech = SpeechBank(bank, decoded=True)
-    corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share)
+    corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share,
+                             still=stills)  # fmt: skip
     options = {
         "source": "presenters",
         "bank": speech.fingerprint,
@@ -202,6 +204,7 @@ def cache_presenters(
         "seconds": seconds,
         "languages": list(languages or ()),
         "event_share": event_share,
+        **({"stills": True} if stills else {}),
     }
     return write_cache(corpus, codecs, folder, options, rank, ranks, progress)
 

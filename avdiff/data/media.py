@@ -72,15 +72,19 @@ def write_clip(
         frames: (F, H, W, 3) array or tensor, or any iterable of (H, W, 3) pictures or PIL images (a generator keeps
             memory constant); uint8, or float in [0, 1]. None writes sound alone.
         fps: frame rate; 29.97 means 30000/1001.
-        audio: (C, S) or (S,) float, 1 or 2 channels; values beyond [-1, 1] are clipped.
+        audio: (C, S) or (S,) float, 1 or 2 channels; values beyond [-1, 1] are clipped. Or an iterator of such pieces.
         metadata: JSON-able facts (model, seed, prompt...); given, the comment tag says "AI-generated" and lists them.
 
     Raises:
         MediaError: wrong shapes, types or suffix, an unwritable place, a full disk. No partial file stays behind.
     """
     path = Path(path)
-    samples = None if audio is None else _as_audio(audio, sample_rate)
-    _check_target(path, frames is not None, samples is not None, sample_rate)
+    try:
+        facts = json.dumps(metadata, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise MediaError(f"metadata: needs what JSON can hold ({error})") from error
+    channels, sound = (0, iter(())) if audio is None else _sound_pieces(audio, sample_rate)
+    _check_target(path, frames is not None, channels > 0, sample_rate)
     rate = None
     if frames is not None:
         if fps is None:
@@ -94,8 +98,8 @@ def write_clip(
             options["movie_timescale"] = str(sample_rate)
         with av.open(str(temporary), "w", format=CONTAINERS[path.suffix.lower()], options=options) as container:
             if metadata is not None:
-                container.metadata["comment"] = f"{NOTICE} {json.dumps(metadata, ensure_ascii=False)}"
-            _encode(container, frames, rate, samples, sample_rate)
+                container.metadata["comment"] = f"{NOTICE} {facts}"
+            _encode(container, frames, rate, channels, sound, sample_rate)
 
 
 def write_wav(path: str | Path, audio: Any, sample_rate: int, metadata: dict[str, Any] | None = None) -> None:
@@ -118,7 +122,8 @@ def _encode(
     container: Any,
     frames: Iterable[Any] | None,
     fps: Fraction | None,
-    audio: np.ndarray | None,
+    channels: int,
+    pieces: Iterator[np.ndarray],
     sample_rate: int | None,
 ) -> None:
     """Interleave both streams in time, so that a player can start before the end of the file."""
@@ -127,10 +132,10 @@ def _encode(
     if frames is not None and picture is None:
         raise MediaError("frames: needs at least one picture")
     video = None if picture is None or fps is None else _add_video(container, picture.shape, fps)
-    sound: Any = None if audio is None or sample_rate is None else _add_sound(container, len(audio), sample_rate)
+    sound: Any = None if not channels or sample_rate is None else _add_sound(container, channels, sample_rate)
     chunks: Iterator[Any] = iter(())
-    if audio is not None and sample_rate is not None:
-        chunks = _sound_frames(audio, sample_rate, sound)
+    if channels and sample_rate is not None:
+        chunks = _sound_frames(pieces, sample_rate, sound)
     shape, count, heard = None if picture is None else picture.shape, 0, Fraction(0)
     while picture is not None and fps is not None and video is not None:
         if picture.shape != shape:
@@ -187,8 +192,8 @@ def _pictures(frames: Iterable[Any]) -> Iterator[np.ndarray]:
 
 def _as_audio(audio: Any, sample_rate: int | None) -> np.ndarray:
     """(C, S) float32 in [-1, 1], C of 1 or 2."""
-    if sample_rate is None or not 1000 <= sample_rate <= 384_000:
-        raise MediaError(f"sample_rate={sample_rate}: needs 1000 to 384000 Hz")
+    if not isinstance(sample_rate, int | np.integer) or not 1000 <= sample_rate <= 384_000:
+        raise MediaError(f"sample_rate={sample_rate!r}: needs 1000 to 384000 Hz")
     samples = np.asarray(audio.detach().cpu().float() if hasattr(audio, "detach") else audio)
     samples = samples[None] if samples.ndim == 1 else samples
     if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0 or samples.dtype.kind != "f":
@@ -199,15 +204,35 @@ def _as_audio(audio: Any, sample_rate: int | None) -> np.ndarray:
     return np.ascontiguousarray(np.clip(samples, -1, 1), dtype=np.float32)
 
 
-def _sound_frames(audio: np.ndarray, sample_rate: int, stream: Any) -> Iterator[Any]:
-    """Cut sound into the encoder's frames."""
-    pcm = stream.codec_context.name != "aac"
-    for start in range(0, audio.shape[1], AAC_FRAME):
-        part = np.ascontiguousarray(audio[:, start : start + AAC_FRAME])
+def _sound_pieces(audio: Any, sample_rate: int | None) -> tuple[int, Iterator[np.ndarray]]:
+    """Channels, and the sound (C, S) in pieces of `AAC_FRAME` samples; the last may be shorter."""
+    parts = (_as_audio(part, sample_rate) for part in (audio if isinstance(audio, Iterator) else [audio]))
+    first = next(parts, None)
+    if first is None:
+        raise MediaError("audio: holds no piece of sound")
+
+    def cut(rest: np.ndarray) -> Iterator[np.ndarray]:
+        while rest.shape[1]:
+            while rest.shape[1] < AAC_FRAME and (more := next(parts, None)) is not None:
+                if len(more) != len(rest):
+                    raise MediaError(f"audio: a piece with {len(more)} channels follows one with {len(rest)}")
+                rest = np.concatenate([rest, more], axis=1)
+            yield rest[:, :AAC_FRAME]
+            rest = rest[:, AAC_FRAME:]
+
+    return len(first), cut(first)
+
+
+def _sound_frames(pieces: Iterator[np.ndarray], sample_rate: int, stream: Any) -> Iterator[Any]:
+    """The encoder's frames."""
+    pcm, start = stream.codec_context.name != "aac", 0
+    for piece in pieces:
+        part = np.ascontiguousarray(piece)
         if pcm:  # packed 16-bit: (1, samples * channels)
             part = np.rint(part * 32767).astype(np.int16).T.reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(part, format="s16" if pcm else "fltp", layout=LAYOUTS[len(audio)])
+        frame = av.AudioFrame.from_ndarray(part, format="s16" if pcm else "fltp", layout=LAYOUTS[len(piece)])
         frame.sample_rate, frame.pts, frame.time_base = sample_rate, start, Fraction(1, sample_rate)
+        start += piece.shape[1]
         yield frame
 
 
@@ -220,6 +245,8 @@ def _check_target(path: Path, pictures: bool, sound: bool, sample_rate: int | No
         raise MediaError(f"path={path}: needs a name that ends in {', '.join(fits)}")
     if sound and suffix != ".wav" and sample_rate not in AAC_RATES:
         raise MediaError(f"sample_rate={sample_rate}: AAC needs one of {', '.join(map(str, AAC_RATES))}")
+    if "\0" in str(path):  # FFmpeg would write to the name up to there
+        raise MediaError(f"path={str(path)!r}: holds a NUL character")
     if path.is_dir():
         raise MediaError(f"path={path}: is a folder, needs a file name")
     if not path.absolute().parent.is_dir():

@@ -291,8 +291,9 @@ def _read_sound(
 
 def _check_complete(path: str | Path, stream: Any, end: Fraction, limit: Fraction | None) -> None:
     """A file cut short decodes without complaint up to the cut; its header tells."""
-    if limit is None and stream.duration is not None:
-        expected = _start(stream) + stream.duration * stream.time_base
+    if stream.duration is not None:
+        seconds = stream.duration * stream.time_base
+        expected = _start(stream) + (seconds if limit is None else min(seconds, limit))
         if end < expected - max(Fraction(1, 4), expected / 50):
             found = f"its {stream.type} ends at {float(end):.2f} s of {float(expected):.2f} s"
             raise MediaError(f"path={path}: is cut short, {found}")

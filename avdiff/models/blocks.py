@@ -59,6 +59,20 @@ class Branch(nn.Module):
         self.cross_gate = nn.Parameter(torch.full((dim,), 0.2))
         self.ff = MoE(dim, hidden, experts, top_k) if experts else SwiGLU(dim, hidden)
 
+    def forward(
+        self,
+        query: torch.Tensor,
+        sources: Sequence[torch.Tensor | None],
+        query_time: torch.Tensor,
+        source_times: Sequence[torch.Tensor],
+        window: torch.Tensor | None,
+        partner_gate: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The meeting: what the branch hears of the others, on the time axis alone and within the local window, times
+        its gate: the block's own level plus what the partner's noise level says (None without a partner)."""
+        heard = self.cross_attn(query, sources, query_time, source_times, window)
+        return (self.cross_gate if partner_gate is None else self.cross_gate + partner_gate) * heard
+
     def feed(self, x: torch.Tensor, modulation: Modulation) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Feed-forward, dense or MoE, with its routing statistics."""
         h, stats = modulation(x), None
@@ -141,7 +155,7 @@ class DualBlock(nn.Module):
                 video.dtype
             )
             if self.video.text_attn is not None:
-                video = video + self.video.text_attn(rms_norm(video), [c.text], attention_mask=c.text_mask)
+                video = video + self.video.text_attn(rms_norm(video), [c.text], attention_mask=c.caption_mask("video"))
         if audio is not None:
             assert audio_step is not None
             a_attn, a_ff = self.audio.modulation(audio_step.rows)
@@ -149,17 +163,17 @@ class DualBlock(nn.Module):
                 audio.dtype
             )
             if self.audio.text_attn is not None:
-                audio = audio + self.audio.text_attn(rms_norm(audio), [c.text], attention_mask=c.text_mask)
+                audio = audio + self.audio.text_attn(rms_norm(audio), [c.text], attention_mask=c.caption_mask("audio"))
 
         if not isolated:
             # Snapshots of all three before any update: the order of the lines below does not matter.
             nv, na, ns = (None if x is None else rms_norm(x) for x in (video, audio, shared))
             if video is not None and nv is not None and video_step is not None and (na is not None or ns is not None):
-                heard = self._meet(self.video, nv, (na, ns), c.video_time, (c.audio_time, c.tick_time), c, "video")
-                video = video + (gate(self.video, video_step) * heard).to(video.dtype)
+                heard = self._meet("video", nv, (na, ns), c.video_time, (c.audio_time, c.tick_time), c, video_step)
+                video = video + heard.to(video.dtype)
             if audio is not None and na is not None and audio_step is not None and (nv is not None or ns is not None):
-                heard = self._meet(self.audio, na, (nv, ns), c.audio_time, (c.video_time, c.tick_time), c, "audio")
-                audio = audio + (gate(self.audio, audio_step) * heard).to(audio.dtype)
+                heard = self._meet("audio", na, (nv, ns), c.audio_time, (c.video_time, c.tick_time), c, audio_step)
+                audio = audio + heard.to(audio.dtype)
             if self.shared is not None and shared is not None:
                 shared, routing = self.shared(shared, (ns, nv, na), c)
                 stats.append(routing)
@@ -176,26 +190,21 @@ class DualBlock(nn.Module):
         outputs = (video, torch.cat(tail, dim=1) if tail else None)
         return (*outputs, *routed)
 
-    @staticmethod
     def _meet(
-        branch: Branch,
+        self,
+        name: str,
         query: torch.Tensor,
         sources: tuple,
-        query_time,
+        query_time: torch.Tensor,
         source_times: tuple,
         conditions: Conditions,
-        name: str,
+        step: StepRows,
     ) -> torch.Tensor:
-        """Cross-attention on the time axis alone, within the local window."""
+        """What branch `name` hears; a model without a shared stream has no projections for one."""
+        branch: Branch = self.video if name == "video" else self.audio
         n = 1 + len(branch.cross_attn.add_k_proj)
-        return branch.cross_attn(
-            query, sources[:n], query_time, source_times[:n], joined_window(conditions, name, sources[:n])
-        )
-
-
-def gate(branch: Branch, step: StepRows) -> torch.Tensor:
-    """How much of the partner is let in: the block's own level plus what the partner's noise level says."""
-    return branch.cross_gate if step.cross_gate is None else branch.cross_gate + step.cross_gate
+        window = joined_window(conditions, name, sources[:n])
+        return branch(query, sources[:n], query_time, source_times[:n], window, step.cross_gate)
 
 
 def split_ticks(x: torch.Tensor | None, ticks: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -6,10 +6,14 @@ the shared stream, F latent frames, L caption tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+
+from avdiff.latents import Joint
 
 if TYPE_CHECKING:
     from avdiff.clip import ClipSpec
@@ -34,7 +38,11 @@ class Positions:
         """Positions of a clip that begins at `start` seconds."""
         video, audio, ticks = clip.video_positions(), clip.audio_positions(), clip.tick_positions()
         video[:, 0] += start
-        return cls(video.to(device), (audio + start).to(device), (ticks + start).to(device), clip.video_grid)
+        return cls(video, audio + start, ticks + start, clip.video_grid).to(device)
+
+    def to(self, device: torch.device | str) -> Positions:
+        """Copy on another device."""
+        return replace(self, video=self.video.to(device), audio=self.audio.to(device), ticks=self.ticks.to(device))
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,42 @@ class Conditions:
     sound_script: torch.Tensor | None
     memory: dict[int, MemoryRead] | None
     num_ticks: int
+    caption_masks: Joint[torch.Tensor] | None = None  # in place of `text_mask` where the branches do not read alike
+
+    def caption_mask(self, modality: str) -> torch.Tensor:
+        """What of the caption a branch reads."""
+        return self.text_mask if self.caption_masks is None else getattr(self.caption_masks, modality)
+
+    def unread(self, rows: Joint[torch.Tensor]) -> Conditions:
+        """The same conditions where a branch reads no caption in `rows` (B,) bool; the register stays."""
+        first = torch.zeros_like(self.text_mask)
+        first[..., 0] = True
+        return replace(self, caption_masks=rows.map(lambda r: self.text_mask & (~r[:, None, None, None] | first)))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditions]) -> Conditions:
+        """Join the batches of one clip's conditions; shorter captions are padded, and the padding masked."""
+        first, length = parts[0], max(p.text.shape[1] for p in parts)
+
+        def rows(values: list[Any]) -> Any:
+            return None if values[0] is None else torch.cat(values)
+
+        def pad(x: torch.Tensor, axis: int) -> torch.Tensor:
+            missing = length - x.shape[axis]
+            return F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing)) if missing else x
+
+        memory = None
+        if first.memory is not None:
+            memory = {i: type(r).cat([p.memory[i] for p in parts if p.memory is not None])
+                      for i, r in first.memory.items()}
+        return replace(
+            first,
+            text=rows([pad(p.text, 1) for p in parts]),
+            text_mask=rows([pad(p.text_mask, 3) for p in parts]),
+            video_script=rows([p.video_script for p in parts]),
+            sound_script=rows([p.sound_script for p in parts]),
+            memory=memory,
+        )
 
     def narrowed(self, audio: bool, ticks: bool) -> Conditions:
         """The same conditions for a forward without the audio branch or without the shared stream."""
@@ -111,6 +155,11 @@ class Conditions:
         if memory is not None:
             memory = {i: replace(r, keys=r.keys[:, kept], values=r.values[:, kept]) for i, r in memory.items()}
         return replace(self, sound_script=sound, memory=memory, num_ticks=keep_ticks)
+
+
+def beside(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x where the weight is: an offloaded model rests elsewhere (on "meta" until its own hook fetches it)."""
+    return x if weight.is_meta else x.to(weight.device)
 
 
 MILLISECOND = 1e-3  # tolerance of comparisons on the clock: far below a token, far above fp32 rounding

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from avdiff.models.conditions import Positions, Script, overlap_matrix
+from avdiff.models.conditions import Positions, Script, beside, overlap_matrix
 
 
 class ConvBlock(nn.Module):
@@ -54,7 +54,9 @@ class ScriptEncoder(nn.Module):
 
     def forward(self, script: Script, positions: Positions) -> tuple[torch.Tensor, torch.Tensor | None]:
         """-> features for audio tokens and ticks (B, N_a + N_s, D_a), and for video tokens (B, N_v, D_v) or None."""
-        x = self.symbol(script.phonemes) + self.mark(script.marks)  # (B, P, D)
+        x = self.symbol(beside(self.symbol.weight, script.phonemes))  # (B, P, D)
+        x = x + self.mark(beside(self.mark.weight, script.marks))
+        script, positions = script.to(x.device), positions.to(x.device)
         for block in self.blocks:
             x = block(x)
         seconds = positions.audio[:, 0]

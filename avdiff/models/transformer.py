@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import FirstBlockCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from avdiff.core.engram import Engram, MemoryRead, NgramHash
@@ -37,7 +40,8 @@ from avdiff.models.script_encoder import ScriptEncoder
 
 @dataclass
 class AVTransformerOutput(BaseOutput):
-    """Clean-data estimates (B, N, C) of the modalities that took part, and MoE routing statistics by layer."""
+    """Clean-data estimates (B, N, C) of the modalities that took part, and MoE routing statistics by layer (which the
+    tuple of `return_dict=False` leaves out)."""
 
     video: torch.Tensor | None = None
     audio: torch.Tensor | None = None
@@ -64,7 +68,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DualBlock"]
     _repeated_blocks = ["DualBlock"]
-    _keep_in_fp32_modules = ["time"]
+    _keep_in_fp32_modules = ["time", "router"]
     _skip_layerwise_casting_patterns = ["norm", "memory", "router", "proj_in_video", "proj_in_audio", "time", "table"]
 
     @register_to_config
@@ -195,6 +199,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             for p in head.parameters():
                 nn.init.zeros_(p)
 
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
     def prepare(
         self,
         text: torch.Tensor | None,
@@ -202,17 +208,20 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         positions: Positions,
         script: Script | None = None,
         batch_size: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Conditions:
         """Everything that does not change from step to step, computed once for a prompt.
 
         Args:
             text: (B, L, text_dim) caption features; text_mask: (B, L) bool. None is the unconditional caption.
             positions: the clip's tokens on the clock. script: spoken words, None for a clip without.
+            attention_kwargs: "scale" of a LoRA, as in `forward`.
         """
         batch = batch_size or next(
             x.shape[0] for x in (text, None if script is None else script.phonemes) if x is not None
         )
-        register = self.text_register.expand(batch, -1, -1)
+        device = positions.video.device  # where an offloaded model's weights will be when they are used
+        register = self.text_register.to(device).expand(batch, -1, -1)
         mask = torch.ones(batch, 1, dtype=torch.bool, device=register.device)
         if text is not None:
             assert text_mask is not None
@@ -236,6 +245,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             if self.script_encoder is None:
                 raise ValueError("script was given, but this model has num_phonemes=0 and cannot read one")
             sound, video = self.script_encoder(script, positions)
+            sound, video = sound.to(device), None if video is None else video.to(device)
             memory = self._recall(script, positions)
         return Conditions(
             register,
@@ -292,6 +302,10 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         """
         if hidden_states is None and audio_hidden_states is None:
             raise ValueError("hidden_states and audio_hidden_states are both None: needs video, audio or both")
+        if (hidden_states is None or audio_hidden_states is None) and isinstance(
+            self._cache_config, FirstBlockCacheConfig
+        ):
+            raise ValueError("FirstBlockCache compares picture and sound of a block: needs both, or disable_cache()")
         batch = next(x.shape[0] for x in (hidden_states, audio_hidden_states) if x is not None)
         if conditions is None:
             if positions is None:
@@ -307,6 +321,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             None if video is None else self.time["video"](timestep),
             None if audio is None else self.time["audio"](audio_timestep),
         )
+        embedded = embedded.map(lambda e: (e[0].to(working), e[1]))  # `time` stays in fp32, what reads it may not
         steps = self._step_rows(embedded)
 
         sound, shared = split_ticks(c.sound_script, c.num_ticks)
@@ -324,7 +339,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             else:
                 outputs = block(*args)
             video, audio, *stats = outputs
-            routing += stats
+            routing += [s for s in stats if s is not None]  # a block that a cache skipped has none
 
         audio, _ = split_ticks(audio, c.num_ticks)
         if video is not None and embedded.video is not None:
@@ -334,7 +349,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             audio = self.proj_out_audio(self._modulate_out("audio", audio, embedded.audio[0]))
             audio = clean_estimate(audio_hidden_states, audio, audio_timestep)
         if not return_dict:
-            return (video, audio, routing)
+            return (video, audio)
         return AVTransformerOutput(video=video, audio=audio, routing=routing)
 
     def _step_rows(self, embedded: Joint) -> Joint[StepRows]:
@@ -365,6 +380,11 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
     def _modulate_out(self, name: str, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         shift, scale = self.out_modulation[name](embedding).chunk(2, dim=-1)
         return (rms_norm(x) * (1 + scale) + shift).to(x.dtype)
+
+
+# What diffusers' caches need to know of a block. `TransformerBlockRegistry.register` would import all its own models.
+_BLOCK = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1, _cls=DualBlock)
+TransformerBlockRegistry._registry[DualBlock] = _BLOCK
 
 
 def clean_estimate(noisy: torch.Tensor | None, output: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:

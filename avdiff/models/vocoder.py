@@ -16,7 +16,7 @@ Harmonic-plus-noise filtering as in the neural homomorphic vocoder (Liu et al., 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,9 @@ class AVVocoder(ModelMixin, ConfigMixin):
         refine_steps: Griffin-Lim iterations, about 2 ms per second of sound each; 0 takes S as it is.
     """
 
-    # half precision is audible in phases
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["pitch", "enter", "blocks", "heads"]
+    # Half precision is audible in phases. Of the weights only the norm of the heads takes the model's dtype, and it
+    # computes in fp32 all the same: so a vocoder loaded in half precision says that it has this dtype.
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["pitch", "enter", "blocks", "1"]  # "1" is the linear layer in heads
 
     @register_to_config
     def __init__(self, sampling_rate: int = 24000, hop_length: int = 240, n_fft: int = 960, mel_bins: int = 100,
@@ -128,7 +129,9 @@ class AVVocoder(ModelMixin, ConfigMixin):
         x = self.enter(features.float())
         for block in self.blocks:
             x = block(x)
-        shape = self.heads(x).float().unflatten(-1, (6, -1)).unbind(dim=-2)  # six of (N, T, bins)
+        norm, to_shape = cast(nn.LayerNorm, self.heads[0]), self.heads[1]
+        x = F.layer_norm(x, norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        shape = to_shape(x).float().unflatten(-1, (6, -1)).unbind(dim=-2)  # six of (N, T, bins)
         smooth = (self.frames.envelope(mel) + 1e-6).log()
         envelope = (self.frames.envelope(mel, FITS) + 1e-6).log()
         voice = torch.polar((smooth + shape[0].clamp(max=LOUDEST)).exp(), shape[1]) * pulses

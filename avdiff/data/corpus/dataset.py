@@ -46,6 +46,7 @@ class CorpusOptions:
         event_share: share of clips with sounding objects. augment_share: share of speech clips with degraded sound.
         keep_clean: return the undegraded sound too, as `audio_clean`.
         video, audio: leave one out to save its time.
+        still: one picture of a random moment instead, without sound or words: many presenters for little time.
     """
 
     size: int = 128
@@ -57,6 +58,7 @@ class CorpusOptions:
     keep_clean: bool = False
     video: bool = True
     audio: bool = True
+    still: bool = False
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 4096:
@@ -143,14 +145,20 @@ class PresenterCorpus(Dataset):
         """The clip of at least `seconds`; the picture's size is not bound to the codec's grid here."""
         return ClipSpec.from_seconds(round(seconds, 4), as_fps(self.options.fps))
 
+    def _times(self, clip: ClipSpec, moment: np.random.Generator) -> np.ndarray:
+        """Seconds at which pictures are drawn: the middle of each frame, or of one."""
+        times = _middles(clip)
+        first = int(moment.integers(len(times)))
+        return times[first : first + 1] if self.options.still else times
+
     def _speech(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
         """A presenter says one or more sentences."""
-        words, face, motion, phrase, sound = rng.spawn(5)
+        words, face, motion, phrase, sound, moment = rng.spawn(6)
         plan = draw_plan(sound, self.options.augment_share)
         passage, clip = self._passage(words, plan)
         first = passage.utterances[0]
         identity = sample_identity(face, first.gender, "test" if self.split == "test_voices" else self.split)
-        times = _middles(clip)
+        times = self._times(clip, moment)
         mouth = viseme_track(passage.phones, times)
         poses = pose_track(motion, times, passage.phones)
         text = join_sentences([u.text for u in passage.utterances], first.lang, phrase)
@@ -167,21 +175,21 @@ class PresenterCorpus(Dataset):
             "text": text,
             "captions": captions,
             "caption": captions[int(phrase.integers(len(captions)))],
-            "phones": tile(passage.phones, float(clip.seconds)),
+            "phones": () if self.options.still else tile(passage.phones, float(clip.seconds)),
             "mouth": mouth,
             "lip_points": np.stack([lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]),
             "attributes": attributes,
             "impacts": (),
             "fps": clip.fps,
         }
-        if self.options.audio:
+        if self.options.audio and not self.options.still:
             degraded = degrade(sound, passage.audio, plan.kinds, SAMPLE_RATE) if plan.kinds else passage.audio
             item["audio"] = torch.from_numpy(degraded[: clip.num_samples].copy())[None]
             if self.options.keep_clean:
                 item["audio_clean"] = torch.from_numpy(passage.audio[: clip.num_samples].copy())[None]
         if self.options.video:
             item["video"] = _stack(
-                lambda i: render_face(identity, mouth[i], poses[i], self.options.size), clip.num_frames
+                lambda i: render_face(identity, mouth[i], poses[i], self.options.size), len(times)
             )
         return item
 
@@ -218,7 +226,7 @@ class PresenterCorpus(Dataset):
 
     def _event(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
         """An object sounds."""
-        shape, phrase = rng.spawn(2)
+        shape, phrase, moment = rng.spawn(3)
         low, high = self.options.range
         seconds = shape.uniform(low, max(low, min(high, LONGEST_EVENT)))
         clip, event = self._clip(seconds), sample_event(shape, seconds)
@@ -236,11 +244,11 @@ class PresenterCorpus(Dataset):
             "impacts": event.impacts,
             "fps": clip.fps,
         }
-        if self.options.audio:
+        if self.options.audio and not self.options.still:
             item["audio"] = torch.from_numpy(event_audio(event, clip.num_samples, SAMPLE_RATE))[None]
         if self.options.video:
-            times = _middles(clip)
-            item["video"] = _stack(lambda i: render_event(event, float(times[i]), self.options.size), clip.num_frames)
+            times = self._times(clip, moment)
+            item["video"] = _stack(lambda i: render_event(event, float(times[i]), self.options.size), len(times))
         return item
 
 

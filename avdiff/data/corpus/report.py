@@ -1,6 +1,7 @@
 """How exact the corpus is: `python -m avdiff.data.corpus.report --count 300 --bank BANK`.
 
-Mouths are read off the pixels, onsets and phone times off the sound: never from the truth they are compared with.
+Mouths and impacts are read off the pixels, onsets and phone times off the sound: never from the truth they are
+compared with.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class CorpusReport:
     impacts: int = 0
     onset_within_5ms: float | None = None
     onset_worst_ms: float | None = None
+    impacts_seen: float | None = None
     clips_per_cpu_second: float | None = None
     seconds_of_clips: float = 0.0
     voices: dict[str, float] = field(default_factory=dict)
@@ -73,6 +75,7 @@ def measure_corpus(
 def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
     """Mouths, events and speed."""
     mouths, errors, spent = _Mouths(), [], 0.0
+    seen: list[bool] = []
     for index in range(len(corpus)):
         start = time.process_time()
         item = corpus[index]
@@ -82,11 +85,12 @@ def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
             mouths.add(presenter(corpus, item), item)
         else:
             errors += _onset_errors(item)
+            seen += _impacts_seen(item)
     report.clips_per_cpu_second = len(corpus) / spent
     report.speech_clips, report.bilabials = len(mouths.by_clip), len(mouths.closed)
     if mouths.by_clip:
-        seen, truth = (np.concatenate(part) for part in zip(*mouths.by_clip, strict=True))
-        report.frames, report.mouth_r = len(seen), float(np.corrcoef(seen, truth)[0, 1])
+        shown, truth = (np.concatenate(part) for part in zip(*mouths.by_clip, strict=True))
+        report.frames, report.mouth_r = len(shown), float(np.corrcoef(shown, truth)[0, 1])
         report.mouth_r_lowest = min(float(np.corrcoef(a, b)[0, 1]) for a, b in mouths.by_clip)
         report.mouth_best_lag = int(LAGS[int(np.argmax([_lagged(mouths.by_clip, lag) for lag in LAGS]))])
     if mouths.closed:
@@ -95,6 +99,8 @@ def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
         report.impacts = len(errors)
         report.onset_within_5ms = float(np.mean(np.abs(errors) <= ONSET))
         report.onset_worst_ms = 1000 * float(np.abs(errors).max())
+    if seen:
+        report.impacts_seen = float(np.mean(seen))
 
 
 class _Mouths:
@@ -142,6 +148,20 @@ def _onset_errors(item: dict[str, Any]) -> list[float]:
     return [onset_seconds(sound, time, rate) - time for time in item["impacts"]]
 
 
+def _impacts_seen(item: dict[str, Any]) -> list[bool]:
+    """Whether each impact is seen in the pixels within half a frame; [] without the impact reader's weights."""
+    from avdiff.evaluation.events import load_reader, match, visual_impacts
+
+    fps = float(item["fps"])
+    try:
+        reader = load_reader()
+    except ValueError:
+        return []
+    found = visual_impacts(item["video"].numpy(), fps, reader)
+    met = {i for i, _ in match(np.array(item["impacts"]), found, 0.5 / fps)}
+    return [i in met for i in range(len(item["impacts"]))]
+
+
 def voice_shifts(bank: SpeechBank, languages: Sequence[str] | None = None) -> dict[str, float]:
     """ "language voice" -> milliseconds by which its labels should come later; a blend counts as its first voice."""
     groups: dict[str, list[Any]] = defaultdict(list)
@@ -184,6 +204,7 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
         (f"bilabials closed, of {report.bilabials}", told(report.bilabials_closed), "0.98"),
         (f"event onsets within 5 ms, of {report.impacts}", told(report.onset_within_5ms), "1.0"),
         ("  worst, ms", told(report.onset_worst_ms, ".1f"), "5"),
+        ("  impacts seen within half a frame", told(report.impacts_seen), "0.98"),
         (f"phone labels against sound, {len(report.voices)} voices, mean shift, ms", f"{shifts.mean():+.1f}", ""),
         (f"  worst voice ({worst}), ms", f"{shifts[np.abs(shifts).argmax()]:+.1f}", "10"),
         (f"digit word errors, {report.digit_strings} strings", told(report.digit_wer, ".3f"), "0.05"),
