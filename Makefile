@@ -6,7 +6,7 @@ PROMPT ?= A woman says "good morning"
 LOOP_DIR ?= runs/loop
 BANK ?= runs/bank
 
-.PHONY: help setup demo loop weights test check fix clean
+.PHONY: help setup demo loop weights bench test check fix clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / - /'
@@ -29,6 +29,9 @@ loop: $(STAMP)  ## the whole road in minutes: mini-bank -> codecs -> training ->
 
 weights: $(STAMP)  ## rebuild all that ships, hours: make weights BANK=folder of a speech bank
 	$(BIN)/python samples/weights.py --bank $(BANK) --folder runs/weights
+
+bench: $(STAMP)  ## ratios and speeds, measured side by side -> bench.json (10 GiB of free disk, no other work meanwhile)
+	$(BIN)/python samples/bench/run.py --output bench.json
 
 test: $(STAMP)  ## all tests but the slow ones, on CPU, offline
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
