@@ -34,7 +34,7 @@ _STORED: dict[str, tuple[np.dtype[Any], torch.dtype]] = {
 }
 _READERS = 32  # parallel preads: a disk queue this deep hides the latency of single 4 KiB reads
 _PROBES = 64  # rows whose residency is asked for before a read
-_AROUND = 2**16  # bytes that Linux maps around a faulting page if they are cached (fault_around_bytes)
+_AROUND = 2**21  # bytes that Linux may map around a faulting page: the largest piece of a file that it caches as one
 
 
 class MappedRows:
@@ -61,7 +61,6 @@ class MappedRows:
         self._map.madvise(mmap.MADV_RANDOM)  # a fault must not drag 128 KiB of neighbours into memory
         with contextlib.suppress(AttributeError, OSError):  # where there are no huge pages
             self._map.madvise(mmap.MADV_NOHUGEPAGE)  # nor map 2 MiB, as it does where the cache has a huge page
-        self._touched = 0  # bytes that gathers may have mapped into this process
         self._advise("POSIX_FADV_RANDOM")  # nor must a read
         flat = np.frombuffer(self._map, np.uint8, shape[0] * self._row_bytes, begin)
         # A header may leave the data at an address that is odd for the type, so rows are taken as bytes.
@@ -111,14 +110,17 @@ class MappedRows:
             os.posix_fadvise(self._file.fileno(), 0, 0, getattr(os, what))
 
     def _gather(self, wanted: np.ndarray) -> np.ndarray:
-        """Warm rows from the mapping, which is let go of when it may have grown to a fiftieth of the table: the pages
-        stay in the cache, but a process that runs for long must not come to hold the table."""
-        taken = self._rows[wanted]
-        self._touched += wanted.size * _AROUND
-        if self._touched > max(2**26, self._rows.nbytes // 50):
+        """Warm rows from the mapping, which is let go of before it may have grown to a fiftieth of a large table: the
+        pages stay in the cache, but a process must not come to hold the table."""
+        most = max(2**26, self._rows.nbytes // 50)
+        if self._rows.nbytes <= most:
+            return self._rows[wanted]
+        unique, inverse = np.unique(wanted, return_inverse=True)
+        out, chunk = np.empty((len(unique), self._row_bytes), np.uint8), most // _AROUND
+        for first in range(0, len(unique), chunk):
+            out[first : first + chunk] = self._rows[unique[first : first + chunk]]
             self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
-        return taken
+        return out[inverse.reshape(wanted.shape)]
 
     def _read_cold(self, wanted: np.ndarray) -> np.ndarray:
         """Sorted unique rows by parallel preads, then put in the order asked for."""
