@@ -38,7 +38,8 @@ def stages(folder: Path, bank: str) -> list[Stage]:
     """All stages, in order."""
     python = [sys.executable, "-m"]
     out = {name: folder / name for name in ("video_vae", "audio_vae", "vocoder", "recogniser", "lip_network",
-                                            "face_reader", "words", "times", "presenter", "presenter_fast")}
+                                            "face_reader", "words", "times", "impacts", "faces", "presenter",
+                                            "presenter_fast")}
     codecs, latents = folder / "codecs", folder / "latents"
 
     def train(module: str, recipe: str, name: str, *more: str) -> list[str]:
@@ -55,7 +56,12 @@ def stages(folder: Path, bank: str) -> list[Stage]:
     def judge(name: str, hours: float, *more: str) -> Stage:
         return Stage(name, train("judges", name, name, *more), final(name, name), hours, {name: final(name, name)})
 
-    shape = ["--codecs", str(codecs)]
+    def learn(name: str, recipe: str, hours: float, *more: str) -> Stage:
+        command = [*python, "avdiff.train.finetune", str(RECIPES / f"{recipe}.toml"), "--validation_data",
+                   str(latents / "val"), "--output_dir", str(out[name]), "--resume_from_checkpoint", "latest", *more]
+        ships = {part: out[name] / "final" / part for part in ("transformer", "text_encoder", "tokenizer")}
+        return Stage(name, command, out[name] / "final" / "model_index.json", hours, ships)
+
     return [
         Stage("video_vae", train("codecs", "video_vae", "video_vae"), final("video_vae", "vae"), 2.5,
               {"vae": final("video_vae", "vae")}),
@@ -71,14 +77,17 @@ def stages(folder: Path, bank: str) -> list[Stage]:
               final("words", "reader"), 0.5, {"reader/words": final("words", "reader")}),
         Stage("times", [*python, "avdiff.train.reader", "times", "--bank", bank, "--output_dir", str(out["times"])],
               final("times", "timer"), 0.1, {"reader/times": final("times", "timer")}),
-        cache("short", "--count", "6000", "--seconds", "1.24", "--seed", "1"),
-        cache("long", "--count", "5000", "--seconds", "2.52"),
+        Stage("impacts", [*python, "avdiff.train.impacts", "--output", str(out["impacts"])],
+              out["impacts"] / "config.json", 0.2, {"impact_reader": out["impacts"]}),
+        cache("faces", "--count", "30000", "--stills", "--seed", "7"),
+        cache("stills", "--count", "10000", "--stills", "--seed", "8"),
+        cache("long", "--count", "4000"),
         cache("val", "--count", "128", "--split", "val"),
-        Stage("presenter", [*python, "avdiff.train.finetune", str(RECIPES / "presenter.toml"), *shape,
-                            "--train_data", f"{latents / 'short'},{latents / 'long'}", "--validation_data",
-                            str(latents / "val"), "--output_dir", str(out["presenter"]), "--resume_from_checkpoint",
-                            "latest"], out["presenter"] / "final" / "model_index.json", 3.0,
-              {part: out["presenter"] / "final" / part for part in ("transformer", "text_encoder", "tokenizer")}),
+        learn("faces", "presenter_faces", 0.4, "--codecs", str(codecs), "--train_data", str(latents / "faces")),
+        learn("presenter", "presenter", 3.0, "--pretrained_model_name_or_path", str(out["faces"] / "final"),
+              "--train_data", f"{latents / 'long'},{latents / 'stills'}"),
+        learn("presenter_fast", "distill", 1.0, "--pretrained_model_name_or_path", str(out["presenter"] / "final"),
+              "--teacher", str(out["presenter"] / "final"), "--train_data", str(latents / "long")),
     ]
 
 
