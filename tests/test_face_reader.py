@@ -129,3 +129,15 @@ def test_reader_marks_of_a_rendered_clip_need_no_truth() -> None:
     reading = judges.read_faces(frames, reader, batch=2)
     assert set(reading.attributes) == set(ATTRIBUTES) and all(0 < c <= 1 for c in reading.certainty.values())
     np.testing.assert_allclose(reading.box, place.box.numpy(), atol=1e-5)
+
+
+def test_answers_keep_their_names_through_a_file(tmp_path: Path) -> None:
+    """A config file sorts its keys: the order in which attributes were named must not matter."""
+    model = FaceReader({"zeal": ("a", "b"), "age": ("old", "young", "new"), "mood": ("good", "bad")}).eval()
+    model.save_pretrained(tmp_path)
+    pictures = torch.rand(2, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        before = model.find(pictures).attributes
+        after = FaceReader.from_pretrained(tmp_path).eval().find(pictures).attributes
+    assert {name: len(logits[0]) for name, logits in before.items()} == {"zeal": 2, "age": 3, "mood": 2}
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import compress, zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from avdiff.data.corpus.captions import parse_prompt
 from avdiff.data.script import script_from_phones, smooth_warp
 from avdiff.models.conditions import Positions
 from avdiff.train.recipe import DataOptions
+
+LONG_CAPTION = 192  # bytes: Latin and Chinese captions of the corpus are shorter, most of its Hindi ones longer
+MANY_CAPTIONS = 256  # long captions that make a bucket of their own
 
 
 class TrainingClips(Dataset):
@@ -52,8 +57,18 @@ class TrainingClips(Dataset):
         return {**row, "caption": "" if silent else parse_prompt(captions[chosen])[0]}
 
     def groups(self) -> list[tuple[Any, ...]]:
-        """Bucket of each item: clips of one size and length, with the same modalities."""
-        return [(self.cache.clip(i), *_held(self.cache, i)) for i in range(len(self.cache))]
+        """Bucket of each item: clips of one size and length, with the same modalities. Long captions are apart where
+        there are many of them, since every caption of a micro-batch is padded to its longest."""
+        keys = [(self.cache.clip(i), *_held(self.cache, i)) for i in range(len(self.cache))]
+        long = [longest_caption(record) > LONG_CAPTION for _, record in getattr(self.cache, "items", ())]
+        many = {key for key, count in Counter(compress(keys, long)).items() if count >= MANY_CAPTIONS}
+        return [(*key, "long captions") if is_long and key in many else key
+                for key, is_long in zip_longest(keys, long, fillvalue=False)]
+
+
+def longest_caption(record: Mapping[str, Any]) -> int:
+    """Bytes of an item's longest caption."""
+    return max(len(c.encode()) for c in record.get("captions") or [record.get("caption", "")])
 
 
 def _held(cache: Any, index: int) -> tuple[str, ...]:
