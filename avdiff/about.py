@@ -25,6 +25,8 @@ BUNDLED_NETWORKS = {  # folder in avdiff/bundled -> what it is for
     "transformer": "draws and speaks: the presenter", "text_encoder": "reads the description",
     "vae": "pictures to latents and back", "audio_vae": "sound to latents and back", "vocoder": "mel to sound",
     "reader/words": "letters to phonemes", "reader/times": "phonemes to seconds",
+    "recogniser": "judge: which phones are heard", "face_reader": "judge: who and what mouth is seen",
+    "lip_network": "judge: whether lips fit the sound", "impact_reader": "judge: which frames show an impact",
 }
 
 

@@ -139,6 +139,7 @@ def generate(
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Try a prompt that the model says it cannot follow.")
     ] = False,
+    lora: Annotated[str | None, typer.Option(help="Folder of a LoRA that `avdiff train` made.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each clip.")] = False,
 ) -> None:
@@ -154,6 +155,8 @@ def generate(
         *(False if left_out else None for left_out in (no_video, no_audio, anyway)),
     )
     pipe = load_pipeline(model, device)
+    if lora is not None:
+        load_lora(pipe, lora)
     for wish in wishes:
         report = make(pipe, wish, sampling, model)
         print(json.dumps(report, ensure_ascii=False) if as_json else _sentence(report))
@@ -238,6 +241,15 @@ def load_pipeline(model: str, device: str | None) -> Any:
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device}: is not usable here ({str(error).splitlines()[0]})") from error
+
+
+def load_lora(pipe: Any, folder: str) -> None:
+    """Put a LoRA on the pipeline; one that cannot be loaded is one sentence."""
+    try:
+        pipe.load_lora_weights(folder)
+    except Exception as error:  # whatever a broken or foreign file provokes in the loaders
+        said = shorten(str(error).strip() or type(error).__name__, 240)
+        raise ValueError(f"lora={folder}: cannot be loaded ({said})") from error
 
 
 def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any]:

@@ -142,6 +142,9 @@ def cache(
     ] = False,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
     allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
+    no_words: Annotated[
+        bool, typer.Option("--no-words", help="Real clips: do not look for the quoted words in the sound.")
+    ] = False,
     text: Annotated[bool, typer.Option("--text", help="Captions too, for training that freezes the encoder.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
@@ -163,7 +166,7 @@ def cache(
         from avdiff.data.cache_clips import cache_clips
         from avdiff.data.clips import ClipOptions
 
-        options = ClipOptions(buckets=buckets, allow_silent=allow_silent)
+        options = ClipOptions(buckets=buckets, allow_silent=allow_silent, words=not no_words)
         cached = cache_clips(folder, data, load_codecs(model, text), options, rank, ranks, _progress("encoding"))
         for name, reason in cached.refused.items():
             print(f"{name}: refused: {reason}")

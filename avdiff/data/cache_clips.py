@@ -40,7 +40,7 @@ def cache_clips(folder: str | os.PathLike[str], data: str | os.PathLike[str], co
     table = find_clips(data)
     clips = _checked(table, Path(folder), options)
     made_by = {"source": "clips", "content": content_hash(table), "buckets": options.buckets, "fit": options.fit,
-               "fps": str(options.fps), "allow_silent": options.allow_silent}  # fmt: skip
+               "fps": str(options.fps), "allow_silent": options.allow_silent, "words": options.words}  # fmt: skip
     write_cache(clips, codecs, folder, made_by, rank, ranks, progress)
     refused, names = dict(clips.refused), [entry.name for entry in clips.entries]
     for path in sorted(Path(folder).glob("shard-*.json")):

@@ -19,7 +19,10 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec, Clock, as_fps
 from avdiff.data.clip_table import PICTURE_SUFFIXES, ClipEntry, find_clips
+from avdiff.data.corpus.captions import parse_prompt
+from avdiff.data.corpus.passage import tile
 from avdiff.data.media import MediaError, MediaInfo, probe, read_clip
+from avdiff.data.spoken import phones_of_clip
 
 SILENT_RMS = 10 ** (-60 / 20)  # under this level a sound is no sound
 # channels in FFmpeg's order FL FR FC LFE BL BR (SL SR); ITU-R BS.775 weights, scaled to a sum of 1
@@ -29,6 +32,7 @@ DOWNMIX = {
     6: (0.28, 0.28, 0.20, 0.0, 0.12, 0.12),
     8: (0.24, 0.24, 0.17, 0.0, 0.0875, 0.0875, 0.0875, 0.0875),
 }
+LONGEST_SPEECH = 60.0  # seconds of sound that words are looked for in
 STRETCH = (0.8, 1.25)  # a sound may be slowed or sped up this much to fit; beyond it is another recording
 
 
@@ -42,6 +46,8 @@ class ClipOptions:
         fit: "pad" cuts a sound that is too long and fills one that is too short; "stretch" first brings a separate
             sound to the length of its video, by at most a quarter, without changing its pitch.
         allow_silent: keep clips without sound; their items have no "audio", so nothing learns silence.
+        words: find out when the words that a caption quotes are heard; a clip that does not say them is refused.
+            Without it items have no phones, and training learns no speech from them.
     """
 
     buckets: str = "128x128x51"
@@ -50,6 +56,7 @@ class ClipOptions:
     channels: int = 1
     fit: str = "pad"
     allow_silent: bool = False
+    words: bool = True
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -92,7 +99,8 @@ class RealClips(Dataset):
     """Clips of a folder. Items are dicts:
 
     video (F, H, W, 3) uint8 and audio (C, samples) float32 tensors (where the clip has them), fps, sample_rate,
-    caption, captions, language, text "", phones (), impacts (), attributes {}, kind "clip", name, and where given
+    caption, captions, language, text (the words that the caption quotes), phones (when they are heard, as in
+    `phones_of_clip`; empty without words or sound), impacts (), attributes {}, kind "clip", name, and where given
     video_mask (F, H, W) bool, audio_mask (samples,) bool, reference_video (F, H, W, 3) uint8, reference_audio
     (C, samples).
 
@@ -198,9 +206,26 @@ class RealClips(Dataset):
             sound = self._sound(entry, own, spec)
             if np.sqrt(np.mean(sound**2)) >= SILENT_RMS:
                 item["audio"] = torch.from_numpy(sound)
+                item |= self._words(entry, spec, sound)
             elif not self.options.allow_silent:
                 raise MediaError(f"{entry.name}: its sound is silence where it is used; run `avdiff data check`")
         return item | self._beside(entry, spec)
+
+    def _words(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray | None) -> dict[str, Any]:
+        """Text and phones of the quoted words, which may go on after the clip's end, where `sound` (C, S) stops."""
+        text = parse_prompt(entry.caption)[1]
+        path = entry.audio or entry.video
+        if not text or path is None or not self.options.words:
+            return {}
+        if self.options.fit == "pad":
+            sound = read_clip(path, sample_rate=spec.sample_rate, max_seconds=LONGEST_SPEECH).audio
+        language = entry.extra.get("language")
+        try:
+            assert sound is not None
+            phones = phones_of_clip(text, sound, spec.sample_rate, None if language is None else str(language))
+        except ValueError as error:
+            raise MediaError(f"{entry.name}: {error}") from error
+        return {"text": text, "phones": tile(phones, float(spec.seconds))}
 
     def _pictures(self, entry: ClipEntry, path: Path, spec: ClipSpec) -> tuple[torch.Tensor, np.ndarray | None]:
         """(F, H, W, 3) uint8, and the file's own sound (C, S) at the model's rate."""
