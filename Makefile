@@ -6,7 +6,7 @@ PROMPT ?= A woman says "good morning"
 LOOP_DIR ?= runs/loop
 BANK ?= runs/bank
 
-.PHONY: help setup demo loop weights bench test check fix clean
+.PHONY: help setup demo loop finetune evaluate weights bench test check fix clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / - /'
@@ -26,6 +26,13 @@ demo: $(STAMP)  ## speak a sentence with the weights in the package -> demo.mp4
 loop: $(STAMP)  ## the whole road in minutes: mini-bank -> codecs -> training -> mp4
 	rm -rf $(LOOP_DIR)
 	$(BIN)/python samples/loop.py --folder $(LOOP_DIR)
+
+finetune: $(STAMP)  ## a new look and sound by LoRA in minutes, measured before and after -> runs/finetune
+	rm -rf runs/finetune
+	$(BIN)/python samples/finetune.py --folder runs/finetune
+
+evaluate: $(STAMP)  ## the presenter on all held-out prompts beside its ceilings, an hour: make evaluate BANK=speech bank
+	$(BIN)/python samples/evaluate.py --bank $(BANK) --folder runs/evaluation
 
 weights: $(STAMP)  ## rebuild all that ships, hours: make weights BANK=folder of a speech bank
 	$(BIN)/python samples/weights.py --bank $(BANK) --folder runs/weights
