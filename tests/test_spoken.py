@@ -11,6 +11,7 @@ import pytest
 from avdiff.data.clips import ClipOptions, RealClips
 from avdiff.data.corpus.dataset import PresenterCorpus
 from avdiff.data.corpus.phones import SILENCE
+from avdiff.data.corpus.writer import write_corpus
 from avdiff.data.media import MediaError, write_clip
 
 LANGUAGES = ("en", "es", "ja")
@@ -61,3 +62,14 @@ def test_words_that_are_not_said_are_refused(spoken: tuple[Path, dict[str, dict]
         clips[index]
     quiet = RealClips(root, ClipOptions(words=False))
     assert quiet[index]["phones"] == () and "audio" in quiet[index]
+
+
+def test_phones_that_the_corpus_wrote_are_taken_as_they_are(tmp_path: Path) -> None:
+    corpus = PresenterCorpus(None, "train", ["en"], 3, 3, seconds=2.04, size=64, event_share=0.0, audio=True)
+    write_corpus(corpus, tmp_path / "c")
+    clips = RealClips(tmp_path / "c")
+    for index in range(len(clips)):
+        wanted = corpus[index]["phones"]
+        found = clips[index]["phones"]
+        assert [p.symbol for p in found] == [p.symbol for p in wanted][: len(found)] and len(found) > 3
+        assert [p.start for p in found] == pytest.approx([p.start for p in wanted][: len(found)], abs=1e-6)

@@ -59,7 +59,7 @@ class TrainingClips(Dataset):
     def groups(self) -> list[tuple[Any, ...]]:
         """Bucket of each item: clips of one size and length, with the same modalities. Long captions are apart where
         there are many of them, since every caption of a micro-batch is padded to its longest."""
-        keys = [(self.cache.clip(i), *_held(self.cache, i)) for i in range(len(self.cache))]
+        keys: list[tuple[Any, ...]] = [(self.cache.clip(i), *_held(self.cache, i)) for i in range(len(self.cache))]
         long = [longest_caption(record) > LONG_CAPTION for _, record in getattr(self.cache, "items", ())]
         many = {key for key, count in Counter(compress(keys, long)).items() if count >= MANY_CAPTIONS}
         return [(*key, "long captions") if is_long and key in many else key

@@ -21,6 +21,7 @@ from avdiff.clip import ClipSpec, Clock, as_fps
 from avdiff.data.clip_table import PICTURE_SUFFIXES, ClipEntry, find_clips
 from avdiff.data.corpus.captions import parse_prompt
 from avdiff.data.corpus.passage import tile
+from avdiff.data.corpus.visemes import Phone
 from avdiff.data.media import MediaError, MediaInfo, probe, read_clip
 from avdiff.data.spoken import phones_of_clip
 
@@ -212,8 +213,12 @@ class RealClips(Dataset):
         return item | self._beside(entry, spec)
 
     def _words(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray | None) -> dict[str, Any]:
-        """Text and phones of the quoted words, which may go on after the clip's end, where `sound` (C, S) stops."""
+        """Text and phones of the quoted words, which may go on after the clip's end, where `sound` (C, S) stops;
+        phones that the metadata knows (as `avdiff data corpus` writes them) are taken as they are."""
         text = parse_prompt(entry.caption)[1]
+        if isinstance(entry.extra.get("phones"), list):
+            known = [Phone(*phone) for phone in entry.extra["phones"]]
+            return {"text": text or "", "phones": tile(known, float(spec.seconds))}
         path = entry.audio or entry.video
         if not text or path is None or not self.options.words:
             return {}

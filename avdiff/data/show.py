@@ -56,7 +56,7 @@ def folder_items(folder: str | os.PathLike[str], count: int) -> Iterator[dict[st
         except MediaError as error:
             yield {**item, "refused": str(error)}
             continue
-        truth = {"phones": tuple(Phone(*p) for p in entry.extra.get("phones") or ())}
+        truth: dict[str, Any] = {"phones": tuple(Phone(*p) for p in entry.extra.get("phones") or ())}
         if entry.extra.get("mouth"):
             truth["mouth"] = np.asarray(entry.extra["mouth"])
         yield {**item, **truth, "video": clip.frames, "fps": clip.fps, "audio": sound.audio,
