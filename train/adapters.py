@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from avdiff.train.recipe import BRANCHES, AdapterOptions
+from avdiff.train.sharding import whole
 
 _ROLES = (  # the first that matches
     ("memory", r"(^|\.)memory\."),
@@ -73,12 +74,13 @@ def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def delta_norms(module: nn.Module) -> dict[str, float]:
-    """Frobenius norm of the update scale * B A of each branch: a branch that stays at 0 learns nothing."""
+    """Frobenius norm of the update scale * B A of each branch: a branch that stays at 0 learns nothing. All ranks must
+    call it where weights are in slices."""
     squares: dict[str, float] = {}
     for name, layer in lora_layers(module).items():
         branch = branch_of(name + ".weight")
         for adapter in layer.active_adapters:
-            a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+            a, b = whole(layer.lora_A[adapter].weight).float(), whole(layer.lora_B[adapter].weight).float()
             # |BA|^2 = sum((B'B) * (AA')) needs no matrix of the layer's full size
             square = float(((b.T @ b) * (a @ a.T)).sum()) * layer.scaling[adapter] ** 2
             squares[branch] = squares.get(branch, 0.0) + square

@@ -6,6 +6,7 @@ Implement `Task` (see train/task.py); `fit` owns the rest: AdamW by phase, warm-
 accumulation, several processes, the order of the data, and checkpoints from which a run goes on bit for bit.
 Gradients are averaged over processes in flat buckets after the last micro-batch rather than by DDP's forward hooks:
 so a loss may call any method of a module (encode, decode), and a branch that took no part keeps `grad = None`.
+Under FSDP the blocks of a module are cut over the processes (train/sharding.py) and averaged by FSDP.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 
 from avdiff.core.allocator import keep_freed_memory
-from avdiff.train import state
+from avdiff.train import optim, state
+from avdiff.train import sharding as cuts
 from avdiff.train.feed import Feed, mix
 from avdiff.train.launch import Stop, make_accelerator, open_trackers
 from avdiff.train.meter import Logbook, Means
-from avdiff.train.optim import average_gradients, build_optimizer, build_scheduler, group_norms, parameter_names
+from avdiff.train.optim import average_gradients, build_optimizer, build_scheduler, clip_gradients, group_norms
+from avdiff.train.sharding import Sharding
 from avdiff.train.task import FitOptions, FitSummary, Loss, Task, row_generators
 
 __all__ = ["FitOptions", "FitSummary", "Loss", "NonFiniteError", "Task", "fit", "row_generators"]
@@ -34,14 +37,17 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message names the step and the part."""
 
 
-def fit(task: Task, options: FitOptions) -> FitSummary:
+def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> FitSummary:
     """Train `task` until `max_train_steps`, a signal or `max_seconds`; always leaves a checkpoint to go on from.
+
+    `sharding`: how weights are cut over the processes; None: as accelerate was launched, which is not at all but for
+    FSDP.
 
     Raises:
         ValueError: options that do not fit the data or the checkpoint. NonFiniteError: NaN or infinity.
         state.CheckpointError: a checkpoint could not be written (full disk).
     """
-    run = Run(task, options)
+    run = Run(task, options, sharding)
     run.start()
     began, first, waited, reason = time.monotonic(), run.step, 0.0, "finished"
     with Stop() as stop, run.log_open():
@@ -73,30 +79,33 @@ def fit(task: Task, options: FitOptions) -> FitSummary:
 class Run:
     """Everything that moves during training; `train_step` and `save` are its two halves."""
 
-    def __init__(self, task: Task, options: FitOptions) -> None:
+    def __init__(self, task: Task, options: FitOptions, sharding: Sharding | None = None) -> None:
         self.task, self.options = task, options
         self.root = Path(options.output_dir)
         self.accelerator = make_accelerator(options)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.first = self.accelerator.is_main_process
+        self.sharding = sharding or cuts.requested(self.accelerator)
         task.device = self.accelerator.device
         if task.device.type == "cpu":
             keep_freed_memory()
         set_seed(options.seed, device_specific=True)
-        for module in task.modules.values():
-            module.to(task.device)
-        self._same_on_all_ranks()
+        if self.sharding is not None:
+            cuts.shard(task.modules, task.device, self.sharding)
+        for module in task.modules.values() if self.sharding is None else ():
+            cuts.settle(module.to(task.device), task.device)
         self.optimizers = {phase: build_optimizer(task, phase, options) for phase in task.phases}
         self.schedulers = {phase: build_scheduler(o, options) for phase, o in self.optimizers.items()}
         self.phase_params = {phase: [p for g in o.param_groups for p in g["params"]]
                              for phase, o in self.optimizers.items()}
-        names = parameter_names(task.modules)
+        names = optim.parameter_names(task.modules)
         self.norm_groups = {id(p): task.norm_group(names[id(p)]) for ps in self.phase_params.values() for p in ps}
         followed = task.modules if task.ema_modules is None else {m: task.modules[m] for m in task.ema_modules}
         self.ema = state.EMA(followed, options.ema_decay) if options.ema_decay else None
         self.feed = Feed(task.dataset, task.collate, options.train_batch_size, options.gradient_accumulation_steps,
                          self.rank, self.world, options.seed, options.dataloader_num_workers, task.groups)
         self.means = Means()
-        self.log = Logbook(self.root / "log.jsonl", options.max_train_steps, self.accelerator.is_main_process)
+        self.log = Logbook(self.root / "log.jsonl", options.max_train_steps, self.first)
         self.step, self.best = 0, float("inf")
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
@@ -166,7 +175,7 @@ class Run:
             self.means.add(self._key(phase, f"grad_norm/{name}"), float(norm))
         if self.options.max_grad_norm and norms:
             total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-            torch.nn.utils.clip_grads_with_norm_(self.phase_params[phase], self.options.max_grad_norm, total)
+            clip_gradients(self.phase_params[phase], self.options.max_grad_norm, total)
             if rows is not None:
                 rows.scale_grads((self.options.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
 
@@ -222,7 +231,7 @@ class Run:
             if name not in self.metrics:
                 raise ValueError(f"best_metric={name!r}: validation gives {', '.join(self.metrics) or 'no metrics'}")
             value = -self.metrics[name] if self.options.best_metric.startswith("+") else self.metrics[name]
-            if value < self.best:
+            if self.agree(self.first and value < self.best):  # all ranks take part in an export, or none
                 self.best = value
                 self._export("best")
 
@@ -230,6 +239,7 @@ class Run:
     def _averaged(self) -> Iterator[None]:
         """Averaged weights, eval mode; training mode of every submodule is put back afterwards."""
         modes = [(m, m.training) for module in self.task.modules.values() for m in module.modules()]
+        cuts.reshard(self.task.modules)
         with self.ema.applied() if self.ema else nullcontext():
             for module in self.task.modules.values():
                 module.eval()
@@ -238,11 +248,13 @@ class Run:
             finally:
                 for module, mode in modes:
                     module.training = mode
+                cuts.reshard(self.task.modules)
 
     def _export(self, name: str) -> None:
-        if self.accelerator.is_main_process:
-            with state.replacing(self.root / name) as directory:
-                self.task.save(directory)
+        with cuts.exportable(self.task.modules, self.first):
+            if self.first:
+                with state.replacing(self.root / name) as directory:
+                    self.task.save(directory)
 
     def _tell(self, values: dict[str, float]) -> None:
         if values:
@@ -293,42 +305,59 @@ class Run:
         if self.agree(error is not None):
             raise error or state.CheckpointError(f"{target}: another process could not write its part")
         self.checkpoint = target
-        if self.accelerator.is_main_process:
+        if self.first:
             state.keep_newest(self.root, self.options.checkpoints_total_limit)
 
     def _write(self, target: Path) -> None:
+        parts = self._parts()
+        try:
+            if self.first:
+                with state.writing(target) as folder:
+                    for name, content in parts:
+                        write = state.write_tensors if name.endswith(".safetensors") else state.write_tree
+                        write(folder / name, content)
+                    state.seal(folder, target, self._facts())
+        finally:  # the other ranks gather to the end, also when this one could not write
+            for _ in parts:
+                pass
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        """Files of a checkpoint and what the first rank writes to them. All ranks must go through them all."""
         own = {"rng": state.rng_state(), "means": self.means.state_dict()}
         others = gather_object([own]) if self.world > 1 else [own]  # small: rank 0 writes it all
-        if not self.accelerator.is_main_process:
-            return
-        with state.writing(target) as folder:
-            for name in self.task.modules:
-                state.write_tensors(folder / f"{name}.safetensors", self.task.module_state(name))
-            if self.ema:
-                state.write_tensors(folder / "ema.safetensors", self.ema.state_dict())
-            if extra := self.task.extra_state_dict():
-                state.write_tensors(folder / "extra.safetensors", extra)
-            state.write_tree(folder / "training.pt", {
-                "step": self.step, "best": self.best, "feed": self.feed.state_dict(), "ranks": others,
-                "optimizers": {p: o.state_dict() for p, o in self.optimizers.items()},
-                "schedulers": {p: s.state_dict() for p, s in self.schedulers.items()},
-            })
-            state.seal(folder, target, {"step": self.step, "num_processes": self.world, "torch": torch.__version__,
-                                        "options": self.options.fixed(), "settings": self.task.settings()})
+        for name in self.task.modules:
+            yield f"{name}.safetensors", cuts.gathered(self.task.module_state(name), self.first)
+        if self.ema:
+            yield "ema.safetensors", cuts.gathered(self.ema.state_dict(), self.first)
+        if extra := self.task.extra_state_dict():
+            yield "extra.safetensors", extra
+        yield "training.pt", {
+            "step": self.step, "best": self.best, "feed": self.feed.state_dict(), "ranks": others,
+            "optimizers": {p: cuts.gathered(o.state_dict(), self.first) for p, o in self.optimizers.items()},
+            "schedulers": {p: s.state_dict() for p, s in self.schedulers.items()},
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        sharded = {} if self.sharding is None else {"sharding": "fsdp2"}
+        return {"step": self.step, "num_processes": self.world, "torch": torch.__version__, **sharded,
+                "options": self.options.fixed(), "settings": self.task.settings()}
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any], skipped: list[str]) -> None:
         for reason in skipped:
             self.log.say(f"skipped: {reason}")
-        self._refuse_changes(checkpoint, manifest)
+        for line in state.refuse_changes(checkpoint, manifest, self._facts(), self.options.allow_changed_options):
+            self.log.say(f"changed on resume: {line}")
         for name in self.task.modules:
-            self.task.load_module_state(name, state.read_tensors(checkpoint / f"{name}.safetensors"))
+            saved = state.read_tensors(checkpoint / f"{name}.safetensors")
+            self.task.load_module_state(name, cuts.slices(saved, self.task.module_state(name)))
         if self.ema and (checkpoint / "ema.safetensors").exists():
             self.ema.load_state_dict(state.read_tensors(checkpoint / "ema.safetensors"))
         if (checkpoint / "extra.safetensors").exists():
             self.task.load_extra_state_dict(state.read_tensors(checkpoint / "extra.safetensors"))
         tree = state.read_tree(checkpoint / "training.pt")
         for phase in self.task.phases:
-            self.optimizers[phase].load_state_dict(tree["optimizers"][phase])
+            own = cuts.optimizer_slices(tree["optimizers"][phase], self.optimizers[phase])
+            self.optimizers[phase].load_state_dict(own)
             self.schedulers[phase].load_state_dict(tree["schedulers"][phase])
         self.feed.load_state_dict(tree["feed"])
         self.step, self.best, self.checkpoint = tree["step"], tree["best"], checkpoint
@@ -336,15 +365,6 @@ class Run:
             state.set_rng_state(tree["ranks"][self.rank]["rng"])
             self.means.load_state_dict(tree["ranks"][self.rank]["means"])
         self.log.say(f"resumed from {checkpoint} at step {self.step}")
-
-    def _refuse_changes(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        changes = state.changed({**manifest["options"], **manifest["settings"], "processes": manifest["num_processes"]},
-                                {**self.options.fixed(), **self.task.settings(), "processes": self.world})
-        if changes and not self.options.allow_changed_options:
-            raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: was trained with other options "
-                             f"({'; '.join(changes)}); put them back or set allow_changed_options")
-        for line in changes:
-            self.log.say(f"changed on resume: {line}")
 
     def finish(self, reason: str) -> None:
         """Last log line, checkpoint and, if the run is complete, validation and export to `final`."""
@@ -367,13 +387,6 @@ class Run:
         votes = torch.tensor(float(flag), device=self.task.device)
         torch.distributed.all_reduce(votes)
         return bool(votes > 0)
-
-    def _same_on_all_ranks(self) -> None:
-        if self.world > 1:
-            with torch.no_grad():
-                for module in self.task.modules.values():
-                    for tensor in (*module.parameters(), *module.buffers()):
-                        tensor.copy_(broadcast(tensor.detach().clone()))
 
 
 def _factor(scheduler: torch.optim.lr_scheduler.LambdaLR) -> float:

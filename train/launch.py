@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from avdiff.train.task import FitOptions
 
 HANDLED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,
-           DistributedType.MULTI_XPU)
+           DistributedType.MULTI_XPU, DistributedType.FSDP)
 
 
 def make_accelerator(options: FitOptions) -> Accelerator:
@@ -33,7 +33,7 @@ def make_accelerator(options: FitOptions) -> Accelerator:
                               project_dir=options.output_dir)
     if accelerator.distributed_type not in HANDLED:
         raise ValueError(f"distributed_type={accelerator.distributed_type.value}: this loop handles one process or "
-                         "data-parallel ones; choose MULTI_GPU or MULTI_CPU in `accelerate config`")
+                         "data-parallel ones; choose MULTI_GPU, MULTI_CPU or FSDP (version 2) in `accelerate config`")
     return accelerator
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from avdiff.train.sharding import apart, local
 from avdiff.train.task import FitOptions, Task
 
 NO_DECAY_OWNERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -20,10 +22,14 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
     """The task's own optimizer, or AdamW over `task.parameters(phase)`, split into parameters with and without decay.
 
     Raises:
-        ValueError: no parameters, a parameter twice, or one that belongs to no module of the task.
+        ValueError: no parameters, a parameter twice, one that belongs to no module of the task, or an own optimizer
+            over weights in slices.
     """
     own = task.optimizer(phase, options)
     if own is not None:
+        if any(isinstance(p, DTensor) for group in own.param_groups for p in group["params"]):
+            raise ValueError(f"optimizer: {type(own).__name__} works on whole matrices, and FSDP keeps slices of them; "
+                             "choose adamw, or launch without FSDP")
         return own
     names = parameter_names(task.modules)
     spared = _undecayed(task.modules)
@@ -40,8 +46,8 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
         decayed = [p for p in params if p.ndim > 1 and id(p) not in spared]
         rest = [p for p in params if p.ndim <= 1 or id(p) in spared]
         common = {k: v for k, v in entry.items() if k != "params"}
-        groups += [{**common, "params": decayed}] if decayed else []
-        groups += [{**common, "params": rest, "weight_decay": 0.0}] if rest else []
+        groups += [{**common, "params": part} for part in apart(decayed)]
+        groups += [{**common, "params": part, "weight_decay": 0.0} for part in apart(rest)]
     if not groups:
         raise ValueError(f"parameters({phase!r}): nothing to train; is everything frozen?")
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
@@ -71,8 +77,12 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
 
 @torch.no_grad()
 def average_gradients(params: Sequence[nn.Parameter], world: int) -> None:
-    """Mean over ranks; a parameter that no rank used keeps None, so that AdamW leaves it bit-identical."""
-    if world == 1:
+    """Mean over ranks; a parameter that no rank used keeps None, so that AdamW leaves it bit-identical.
+
+    Gradients in slices are left alone: FSDP has averaged them during the backward.
+    """
+    params = [p for p in params if not isinstance(p, DTensor)]
+    if world == 1 or not params:
         return
     used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     torch.distributed.all_reduce(used)
@@ -91,12 +101,31 @@ def average_gradients(params: Sequence[nn.Parameter], world: int) -> None:
 
 @torch.no_grad()
 def group_norms(params: Sequence[nn.Parameter], groups: Mapping[int, str]) -> dict[str, torch.Tensor]:
-    """Euclidean norm of the gradients of each group; `groups` maps id(parameter) -> group."""
+    """Euclidean norm of the gradients of each group; `groups` maps id(parameter) -> group.
+
+    Of gradients in slices that over all ranks, which must call it together.
+    """
     members: dict[str, list[torch.Tensor]] = {}
+    sliced: dict[str, list[torch.Tensor]] = {}
     for p in params:
         if p.grad is not None:
-            members.setdefault(groups[id(p)], []).append(p.grad)
-    return {name: torch.nn.utils.get_total_norm(grads) for name, grads in members.items()}
+            kind = sliced if isinstance(p.grad, DTensor) else members
+            kind.setdefault(groups[id(p)], []).append(local(p.grad))
+    norms = {name: torch.nn.utils.get_total_norm(grads) for name, grads in members.items()}
+    if sliced:
+        squares = torch.stack([torch.nn.utils.get_total_norm(grads).square() for grads in sliced.values()])
+        torch.distributed.all_reduce(squares)
+        for name, norm in zip(sliced, squares.sqrt(), strict=True):
+            norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
+    return norms
+
+
+@torch.no_grad()
+def clip_gradients(params: Sequence[nn.Parameter], max_norm: float, total: torch.Tensor) -> None:
+    """Scale gradients of norm `total` down to `max_norm`, as torch's `clip_grads_with_norm_`, in slices or whole."""
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0).to(grads[0].device))
 
 
 def _as_groups(entries: Any) -> list[dict[str, Any]]:

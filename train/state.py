@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from avdiff.core.memory_table import memory_tables
+from avdiff.train.sharding import local, slices
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -58,8 +59,8 @@ class EMA:
     def update(self) -> None:
         """Take in the current parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        live = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - decay)
+        live = [local(p.detach()).float() for p in self._live.values()]
+        torch._foreach_lerp_([local(s) for s in self.shadow.values()], live, 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -78,17 +79,18 @@ class EMA:
             parameter.copy_(values[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Shadow tensors plus the number of updates."""
+        """Shadow tensors, in slices where the weights are, plus the number of updates."""
         return {**self.shadow, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over a saved average; names must match exactly."""
+        """Take over a saved average of whole tensors; names must match exactly."""
         missing = self.shadow.keys() ^ (state.keys() - {"updates"})
         if missing:
             raise ValueError(f"the saved EMA does not fit the model: {_some(missing)}")
         self.updates = int(state["updates"])
+        cut = slices(state, self.shadow)
         for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
+            shadow.copy_(cut[name])
 
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -269,6 +271,26 @@ def keep_newest(root: Path, limit: int | None, spare: Iterable[Path] = ()) -> No
             if old.resolve() not in spared:
                 (old / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves it visibly broken
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_changes(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: bool) -> list[str]:
+    """Lines `name: old -> new` for what differs between the manifest of a checkpoint and the facts of this run.
+
+    Raises:
+        ValueError: something differs and is not `allowed`; or only one of the two runs is sharded: its optimizer groups
+            parameters in its own way.
+    """
+    if ("sharding" in saved) != ("sharding" in now):
+        kind = "with" if "sharding" in saved else "without"
+        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: was trained {kind} FSDP; launch it the same "
+                         "way, or start from its exported weights")
+    before, after = ({**facts["options"], **facts["settings"], "processes": facts["num_processes"]}
+                     for facts in (saved, now))
+    changes = changed(before, after)
+    if changes and not allowed:
+        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: was trained with other options "
+                         f"({'; '.join(changes)}); put them back or set allow_changed_options")
+    return changes
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
