@@ -17,15 +17,16 @@ class CodecMixin:
     audio_vae: Any
     vocoder: Any
     clock: Clock
+    _execution_device: Any
 
     def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
         """Video (B, 3, F, H, W) in [-1, 1] -> packed normalised tokens."""
-        z = self.vae.encode(frames.to(self.vae.dtype)).latent_dist.mode()
+        z = self.vae.encode(frames.to(self._execution_device, self.vae.dtype)).latent_dist.mode()
         return pack_video(normalise_latents(z, self.vae), self.clock.patch).float()
 
     def encode_audio(self, waveform: torch.Tensor) -> torch.Tensor:
         """Waveform (B, C, S) at the audio VAE's rate -> packed normalised tokens."""
-        z = self.audio_vae.encode(self.audio_vae.mel(waveform)).latent_dist.mode()
+        z = self.audio_vae.encode(self.audio_vae.mel(waveform.to(self._execution_device))).latent_dist.mode()
         return pack_audio(normalise_latents(z, self.audio_vae)).float()
 
     def decode_video(self, tokens: torch.Tensor, clip: ClipSpec) -> torch.Tensor:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,19 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("avdiff", max_examples=50, deadline=None, derandomize=True)
 settings.load_profile("avdiff")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--diffusers PATH`: see `external_mixins.py`."""
+    parser.addoption("--diffusers", metavar="PATH", help="source checkout of diffusers, whose mixins test our classes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the tests of a checkout of diffusers importable, and know their markers."""
+    if checkout := config.getoption("--diffusers"):
+        sys.path.insert(0, checkout)
+        for marker in ("attention", "cache", "compile", "cpu_offload", "group_offload", "lora", "memory", "training"):
+            config.addinivalue_line("markers", f"{marker}: a mixin of diffusers")
 
 
 @pytest.fixture(autouse=True)

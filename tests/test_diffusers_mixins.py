@@ -13,6 +13,8 @@ import logging
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
@@ -145,6 +147,53 @@ def test_training_with_an_average() -> None:
     assert flagged == {"AVTransformer"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_audio_codec_in_half_precision_takes_what_it_gives(components, dtype: torch.dtype) -> None:
+    """Its moments are fp32, and its decoder takes them; with fp8 storage the layers work in the compute dtype."""
+    mel = torch.randn(1, 1, 16, 100)
+    vae = copy.deepcopy(components["audio_vae"])
+    with torch.no_grad():
+        wanted, got = vae(mel).sample, vae.to(dtype)(mel.to(dtype)).sample
+        torch.testing.assert_close(got, wanted, atol=0.1, rtol=0.1)
+        torch.testing.assert_close(vae(mel).sample, got, atol=0, rtol=0)
+        vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        assert torch.isfinite(vae(mel).sample).all()
+
+
+def test_caption_features_from_stored_weights(components) -> None:
+    """Every weight is used by its own layer, which is what lets it rest in fp8."""
+    ids, mask = torch.randint(1, 200, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    encoder = copy.deepcopy(components["text_encoder"])
+    with torch.no_grad():
+        wanted = encoder(ids, mask)
+        encoder.to(torch.bfloat16).enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+        assert (encoder(ids, mask).float() - wanted).abs().mean() < 0.2
+
+
+def test_vocoder_stays_in_fp32(components) -> None:
+    """`pipe.to(dtype)` must not change what it computes."""
+    mel = torch.randn(1, 1, 8, 100)
+    vocoder = copy.deepcopy(components["vocoder"])
+    with torch.no_grad():
+        wanted = vocoder(mel)
+        vocoder.to(torch.bfloat16)
+        assert vocoder.dtype == torch.bfloat16 and vocoder.enter.weight.dtype == torch.float32
+        torch.testing.assert_close(vocoder(mel), wanted, atol=2e-2, rtol=0)
+
+
+def test_mel_front_end_moves_an_offloaded_codec(components) -> None:
+    calls = []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(type(module).__name__)
+            return args, kwargs
+    vae = copy.deepcopy(components["audio_vae"])
+    add_hook_to_module(vae, Hook())
+    vae.mel(torch.zeros(1, 1, 1920))
+    assert calls == ["AVAudioVAE"]
+
+
 # -- pipelines --------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +262,23 @@ def test_dtypes(components, tmp_path) -> None:
     mel = torch.randn(1, 1, 8, 100)
     torch.testing.assert_close(loaded.vocoder.read_pitch(mel[0]).hertz, components["vocoder"].read_pitch(mel[0]).hertz)
     assert loaded.vocoder(mel).dtype == torch.float32 and torch.isfinite(loaded.vocoder(mel)).all()
+
+
+def test_half_precision_by_a_cast(components) -> None:
+    parts = {n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()}
+    out = make_pipe(parts).to(torch.bfloat16)(**pipe_inputs())
+    assert torch.isfinite(out.frames).all() and torch.isfinite(out.audio).all()
+
+
+def test_weights_of_every_part_may_rest_elsewhere(components) -> None:
+    """Sequential offload: each weight is on the meta device unless the layer that owns it is running."""
+    parts = {n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()}
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, execution_device=torch.device("cpu"))
+    sound = torch.randn(1, 1, 9600) * 0.1
+    wanted, out = (make_pipe(p)(**pipe_inputs(audio=sound, seconds=0.56)) for p in (components, parts))
+    assert torch.equal(out.frames, wanted.frames) and torch.equal(out.audio, wanted.audio)
 
 
 def test_callbacks_see_what_is_listed(components) -> None:

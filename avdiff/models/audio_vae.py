@@ -89,6 +89,7 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
         fine = -(-3 * self.config.fine_layers // self.config.temporal_compression_ratio)
         return layers * (self.config.kernel // 2) + fine
 
+    @apply_forward_hook
     def mel(self, waveform: Tensor) -> Tensor:
         """Waveform (B, C, S) in [-1, 1] -> normalised log-mel (B, C, T, mel_bins), T = 4 * ceil(S / 960).
 
@@ -118,7 +119,7 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
                              f"{self.config.mel_bins})")
         if not mel.shape[2] or mel.shape[2] % ratio:
             raise ValueError(f"mel has {mel.shape[2]} frames: needs a multiple of {ratio}")
-        x = self.encoder_in(rearrange(mel, "b c (l r) m -> b l (r c m)", r=ratio))  # (B, L, D)
+        x = self.encoder_in(rearrange(mel, "b c (l r) m -> b l (r c m)", r=ratio).to(self.dtype))  # (B, L, D)
         for block in self.encoder_blocks:
             x = block(x)
         moments = self.encoder_out(x).float()  # (B, L, 2 * latent)
@@ -128,7 +129,7 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents (B, latent_channels, L, 1), not normalised -> log-mel (B, C, 4 L, mel_bins)."""
-        x = self.decoder_in(rearrange(z, "b c l 1 -> b l c"))  # (B, L, D)
+        x = self.decoder_in(rearrange(z, "b c l 1 -> b l c").to(self.dtype))  # (B, L, D)
         for block in self.decoder_blocks:
             x = block(x)
         x = rearrange(self.unfold(x), "b l (r d) -> b (l r) d", r=self.config.temporal_compression_ratio)

@@ -86,9 +86,10 @@ class LogMel(nn.Module):
         """
         with torch.autocast(log_mel.device.type, enabled=False):
             target = self.amplitude(log_mel)
-            magnitude = target @ self.spread + 1e-8
+            bank, spread = self.bank.to(target.device), self.spread.to(target.device)  # else only `forward` moves them
+            magnitude = target @ spread + 1e-8
             for _ in range(iterations):
-                magnitude = magnitude * (target @ self.bank.T + 1e-9) / (magnitude @ self.bank @ self.bank.T + 1e-9)
+                magnitude = magnitude * (target @ bank.T + 1e-9) / (magnitude @ bank @ bank.T + 1e-9)
             return magnitude
 
     @staticmethod

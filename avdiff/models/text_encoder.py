@@ -48,7 +48,8 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """ids (B, L) and mask (B, L), 1 for real tokens -> features (B, L, dim); masked places hold no meaning."""
-        x = self.embed(input_ids) + self.position.weight[: input_ids.shape[1]]
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.embed(input_ids) + self.position(places)  # called, not indexed: its weight may be stored elsewhere
         mask = attention_mask.bool()
         # A caption of padding alone would leave nothing to attend to: let it see its first place.
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)[:, None, None]

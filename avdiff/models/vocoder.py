@@ -16,12 +16,14 @@ Harmonic-plus-noise filtering as in the neural homomorphic vocoder (Liu et al., 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple, cast
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.normalization import FP32LayerNorm
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -71,7 +73,7 @@ class AVVocoder(ModelMixin, ConfigMixin):
 
     # Half precision is audible in phases. Of the weights only the norm of the heads takes the model's dtype, and it
     # computes in fp32 all the same: so a vocoder loaded in half precision says that it has this dtype.
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["pitch", "enter", "blocks", "1"]  # "1" is the linear layer in heads
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["frames", "pitch", "enter", "blocks", "1"]  # "1": linear, in heads
 
     @register_to_config
     def __init__(self, sampling_rate: int = 24000, hop_length: int = 240, n_fft: int = 960, mel_bins: int = 100,
@@ -85,12 +87,22 @@ class AVVocoder(ModelMixin, ConfigMixin):
         self.enter = nn.Linear(mel_bins + 2, width)
         self.blocks = nn.ModuleList(TimeBlock(width, expansion, kernel) for _ in range(layers))
         shapes = nn.Linear(width, 6 * (n_fft // 2 + 1))
-        self.heads = nn.Sequential(nn.LayerNorm(width), shapes)
+        self.heads = nn.Sequential(FP32LayerNorm(width), shapes)
         bias = shapes.bias.detach().view(6, -1)
         bias.zero_()
         bias[0], bias[2], bias[3] = -0.5, -1.0, -4.0  # pulses and noise share the envelope, the free part starts faint
         bias[5] = -0.2
         shapes.weight.detach().mul_(0.3)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AVVocoder:
+        """A `pipe.to(dtype)` leaves in fp32 what `from_pretrained(dtype=...)` does."""
+        kept = {id(p) for name, p in self.named_parameters() if {*name.split(".")} & {*self._keep_in_fp32_modules}}
+
+        def keep(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return x.to(moved.device) if id(x) in kept and moved.element_size() < x.element_size() else moved
+
+        return super()._apply(keep, recurse)
 
     def forward(self, mel: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Normalised log-mel (B, C, T, mel_bins) -> waveform (B, C, T * hop_length), about [-1, 1].
@@ -129,9 +141,7 @@ class AVVocoder(ModelMixin, ConfigMixin):
         x = self.enter(features.float())
         for block in self.blocks:
             x = block(x)
-        norm, to_shape = cast(nn.LayerNorm, self.heads[0]), self.heads[1]
-        x = F.layer_norm(x, norm.weight.shape, norm.weight.float(), norm.bias.float(), norm.eps)
-        shape = to_shape(x).float().unflatten(-1, (6, -1)).unbind(dim=-2)  # six of (N, T, bins)
+        shape = self.heads(x).float().unflatten(-1, (6, -1)).unbind(dim=-2)  # six of (N, T, bins)
         smooth = (self.frames.envelope(mel) + 1e-6).log()
         envelope = (self.frames.envelope(mel, FITS) + 1e-6).log()
         voice = torch.polar((smooth + shape[0].clamp(max=LOUDEST)).exp(), shape[1]) * pulses
@@ -180,12 +190,12 @@ class AVVocoder(ModelMixin, ConfigMixin):
         size, hop = self.config.n_fft, self.config.hop_length
         side = (size - hop) // 2
         frames = F.pad(wave[:, None], (side, side), mode="reflect")[:, 0].unfold(1, size, hop)
-        return torch.fft.rfft(frames * self.frames.window) * (4.0 / size)
+        return torch.fft.rfft(frames * self.frames.window.to(wave.device)) * (4.0 / size)
 
     def overlap_add(self, spectrum: Tensor) -> Tensor:
         """Least-squares inverse of `spectrum`: (N, T, n_fft / 2 + 1) complex -> (N, T * hop)."""
         size, hop = self.config.n_fft, self.config.hop_length
-        window = self.frames.window
+        window = self.frames.window.to(spectrum.device)
         frames = torch.fft.irfft(spectrum * (size / 4.0), size) * window  # (N, T, n_fft)
         weight = window.square().expand(1, spectrum.shape[1], -1)
         side = (size - hop) // 2
