@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import compress, zip_longest
 from typing import Any
 
 import numpy as np
@@ -60,10 +59,10 @@ class TrainingClips(Dataset):
         """Bucket of each item: clips of one size and length, with the same modalities. Long captions are apart where
         there are many of them, since every caption of a micro-batch is padded to its longest."""
         keys: list[tuple[Any, ...]] = [(self.cache.clip(i), *_held(self.cache, i)) for i in range(len(self.cache))]
-        long = [longest_caption(record) > LONG_CAPTION for _, record in getattr(self.cache, "items", ())]
-        many = {key for key, count in Counter(compress(keys, long)).items() if count >= MANY_CAPTIONS}
-        return [(*key, "long captions") if is_long and key in many else key
-                for key, is_long in zip_longest(keys, long, fillvalue=False)]
+        records = [record for _, record in getattr(self.cache, "items", ())]
+        long = {i for i, record in enumerate(records) if longest_caption(record) > LONG_CAPTION}
+        many = {key for key, count in Counter(keys[i] for i in long).items() if count >= MANY_CAPTIONS}
+        return [(*key, "long captions") if i in long and key in many else key for i, key in enumerate(keys)]
 
 
 def longest_caption(record: Mapping[str, Any]) -> int:
