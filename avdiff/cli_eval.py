@@ -23,6 +23,13 @@ LIP_NETWORK = {"offset_frames": "frames", "offset_ms": "ms", "score_at_zero": "a
                "confidence": "conf."}  # fmt: skip
 SYNCNET = {"offset_frames": "frames", "offset_ms": "ms", "distance_at_zero": "D at 0", "lse_d": "LSE-D",
            "lse_c": "LSE-C"}  # fmt: skip
+SYNCHFORMER = {"offset_frames": "frames", "offset_ms": "ms", "desync": "DeSync", "score_at_zero": "at 0",
+               "score": "best"}  # fmt: skip
+COLUMNS = {"lip_network": LIP_NETWORK, "syncnet": SYNCNET, "synchformer": SYNCHFORMER}
+CONVERSION = (
+    "python -c \"import torch; from safetensors.torch import save_file; save_file({k: v.contiguous() for k, v in "
+    "torch.load('in.pt', map_location='cpu', weights_only=False)['model'].items()}, 'synchformer.safetensors')\""
+)
 SUMMED = ("offset_abs_frames", "within_1_frame", "margin", "face_coverage", "speech_coverage")
 
 
@@ -35,11 +42,19 @@ def lipsync(
     backend: Annotated[
         str,
         typer.Option(
-            help="lip_network, or syncnet for LSE-C and LSE-D (needs --weights). Never compare numbers of two "
-            "backends. Synchformer's DeSync is not here: its steps of 200 ms are too coarse for lips."
+            help="lip_network, syncnet for LSE-C and LSE-D, or synchformer for DeSync (both need --weights). Never "
+            "compare numbers of two backends. Synchformer judges whole pictures and any sound of 4.8 s or more, in "
+            "steps of 200 ms, which are too coarse for lips."
         ),
     ] = "lip_network",
-    weights: Annotated[Path | None, typer.Option(help="SyncNet's weights: .safetensors, or syncnet_v2.model.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="SyncNet's weights (.safetensors, or syncnet_v2.model), or Synchformer's (.safetensors, or MMAudio's "
+            "synchformer_state_dict.pth). Synchformer's own .pt must be converted once, where omegaconf is installed, "
+            "and runs code of its authors when it is read: " + CONVERSION
+        ),
+    ] = None,
     quirks: Annotated[
         bool, typer.Option("--quirks", help="SyncNet: pad with zeros, and tell the offset with its port's sign too.")
     ] = False,
@@ -91,7 +106,7 @@ def lipsync(
     rows = face_rows(rows) if per_face else rows
     header = judge.header()
     summary = write_reports(rows, header, json, csv, html, "offset_abs_frames", "Lip-sync")
-    columns = LIP_NETWORK if judge.backend.name == "lip_network" else SYNCNET
+    columns = COLUMNS[judge.backend.name]
     _print_table(rows, columns | {"face_coverage": "face", "speech_coverage": "speech"})
     shown = {key: summary["numbers"][key] for key in (*columns, *SUMMED) if key in summary["numbers"]}
     print_summary(summary | {"numbers": shown}, header)

@@ -19,7 +19,7 @@ def test_gallery_of_corpus_and_real_clips(tmp_path):
     spoken, struck = (
         PresenterCorpus(REPO_BANK, size=32, length=3, seconds=2.0, event_share=share)[0] for share in (0.0, 1.0)
     )
-    real = RealClips(tmp_path, ClipOptions(buckets="64x64x25"))[0]
+    real = RealClips(tmp_path, ClipOptions(buckets="64x64x25", words=False))[0]
     assert write_gallery([spoken, struck, real], tmp_path / "page.html", "Clips & more") == 3
     page = (tmp_path / "page.html").read_text(encoding="utf8")
     assert page.count("<section>") == 3 and page.count("data:image/webp") == 6

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+import avdiff
 from avdiff.train.task import FitOptions
 
 TOGETHER = ("joint", "a2v", "v2a", "extend", "image", "retake", "inpaint")  # drawn per row, both modalities present
@@ -22,7 +23,8 @@ class ModelOptions:
     """Which model is trained."""
 
     pretrained_model_name_or_path: str | None = None
-    """Pipeline folder or hub name to start from; nothing trains from scratch."""
+    """Pipeline folder or hub name to start from, or presenter for the one in the package; nothing trains from
+    scratch."""
     preset: str = "presenter"
     """Size of a model from scratch: tiny, presenter, base or large."""
     codecs: str | None = None
@@ -33,6 +35,9 @@ class ModelOptions:
     """Numbers of the preset that differ, such as { num_layers = 4 }; its lists of layers then end earlier."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        _find_shipped(self, "pretrained_model_name_or_path", "codecs")
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,9 @@ class DistillOptions:
     start_from_teacher: bool = True
     """A student from a preset starts with those weights of the teacher's that fit."""
 
+    def __post_init__(self) -> None:
+        _find_shipped(self, "teacher")
+
 
 @dataclass(frozen=True)
 class SampleOptions:
@@ -246,7 +254,7 @@ class Recipe:
         if self.samples.sample_prompts and not (model.codecs or model.pretrained_model_name_or_path
                                                 or self.distillation.teacher):
             raise ValueError("sample_prompts: need codecs to be heard and seen; set codecs to a folder with vae, "
-                             "audio_vae and vocoder, such as avdiff/bundled")
+                             "audio_vae and vocoder, such as presenter")
 
     def _check_distillation(self) -> None:
         d = self.distillation
@@ -271,6 +279,13 @@ def taught(objective: ObjectiveOptions) -> tuple[str, ...]:
     others = {"video": ("t2a", "v2a"), "audio": ("t2v", "a2v")}
     shares = objective.tasks.items()
     return tuple(m for m in objective.modalities if any(s > 0 and t not in others[m] for t, s in shares))
+
+
+def _find_shipped(options: object, *names: str) -> None:
+    """`presenter` -> the folder of the pipeline in the package."""
+    for name in names:
+        if getattr(options, name) == "presenter":
+            object.__setattr__(options, name, str(avdiff.PRESENTER))
 
 
 def _shares(name: str, table: Mapping[str, float], keys: tuple[str, ...]) -> None:

@@ -236,12 +236,12 @@ class ReaderSource:
 
 
 class WholeSource:
-    """For films that are crops of one face already: the whole picture is the face, its lips are not looked for."""
+    """For crops of one face and for judges of whole scenes: the picture is the face, its lips are not looked for."""
 
     name = "whole"
 
     def header(self) -> dict[str, Any]:
-        return {"landmarks": "none: pictures are crops already"}
+        return {"landmarks": "none: pictures are judged whole"}
 
     def follow(self, pictures: Pictures) -> Followed:
         tracker, count, time = Tracker(), 0, 0.0

@@ -1,4 +1,5 @@
-"""Who judges whether lips fit sound: our lip network on landmarks, or SyncNet on pixels with weights of the user's.
+"""Who judges whether lips fit sound: our lip network on landmarks, or with weights of the user's SyncNet on faces or
+Synchformer on whole pictures.
 
 A backend looks at each face once (`look`), then compares it with any sound (`curves`): the same lips are held against
 shifted and foreign sound at little cost. Scores are the higher the better and not comparable between backends.
@@ -7,7 +8,7 @@ shifted and foreign sound at little cost. Scores are the higher the better and n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 
 import avdiff
-from avdiff.evaluation import judges, syncnet
+from avdiff.evaluation import judges, synchformer, syncnet
 from avdiff.evaluation.face_tracks import Track, square
 from avdiff.evaluation.judges import SyncCurve, sync_curve
+from avdiff.evaluation.synchformer_network import RELEASED, SEGMENTS, Size
 from avdiff.models.lip_network import LipNetwork
 
 LONGEST_WHOLE = 20.0  # s; longer films are judged in windows
@@ -34,9 +36,16 @@ class Windows(NamedTuple):
 
 
 class Backend(Protocol):
-    """A judge of lips and sound."""
+    """A judge of lips and sound.
+
+    Args:
+        whole_picture: it looks at pictures as they are, so that no face is looked for. any_sound: it judges any sound
+            but silence, not only speech.
+    """
 
     name: str
+    whole_picture: bool
+    any_sound: bool
 
     def header(self) -> dict[str, Any]:
         """Version, weight hash and options, for a report."""
@@ -74,7 +83,7 @@ class LipNetworkBackend:
         folder: with other weights than those bundled. reach: largest lag, seconds.
     """
 
-    name = "lip_network"
+    name, whole_picture, any_sound = "lip_network", False, False
 
     def __init__(self, folder: str | Path | None = None, reach: float = judges.REACH) -> None:
         self.network: LipNetwork = judges.load("lip_network", folder)
@@ -130,12 +139,13 @@ class SyncNetBackend:
             pictures are crops of one face already and are only resized.
     """
 
-    name = "syncnet"
+    name, any_sound = "syncnet", False
 
     def __init__(self, weights: str | Path, quirks: bool = False, cropped: bool = False,
                  reach: float = judges.REACH) -> None:
         self.network, self.hash = syncnet.load_syncnet(weights), syncnet.file_hash(weights)
         self.quirks, self.cropped, self.reach = quirks, cropped, round(reach * syncnet.FPS)
+        self.whole_picture = cropped
 
     def header(self) -> dict[str, Any]:
         return {"backend": self.name, "version": avdiff.__version__, "weights": self.hash,
@@ -173,6 +183,63 @@ class SyncNetBackend:
         return numbers
 
 
+# ---------------------------------------------------------------------------------------------------------- Synchformer
+@dataclass
+class SeenBySynchformer:
+    """A film of so many pictures at 25 fps, and features (8, D) of those segments that were asked for so far."""
+
+    film: Film
+    pictures: int
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class SynchformerBackend:
+    """DeSync on whole pictures and any sound: the likeliest offset of the first and of the last 4.8 s, to 200 ms.
+
+    A score is the probability of a lag, `score_at_zero` that of a clip in sync.
+
+    Args:
+        weights: of the network. size: of the network, that of the released weights by default.
+    """
+
+    name, whole_picture, any_sound = "synchformer", True, True
+
+    def __init__(self, weights: str | Path, size: Size = RELEASED) -> None:
+        self.network, self.hash = synchformer.load_synchformer(weights, size), syncnet.file_hash(weights)
+
+    def header(self) -> dict[str, Any]:
+        return {"backend": self.name, "version": avdiff.__version__, "weights": self.hash, "largest_lag_ms": 2000,
+                "lag_step_ms": 200, "desync": "seconds, mean of the first and the last 4.8 s"}
+
+    def look(self, film: Film, track: Track) -> SeenBySynchformer:
+        count = len(track.times)
+        seconds = track.times[-1] * count / max(1, count - 0.5)  # a picture shows the middle of its interval
+        return SeenBySynchformer(film, int(seconds * synchformer.FPS + 1e-3))
+
+    def curves(self, seen: SeenBySynchformer, audio: np.ndarray, sample_rate: int) -> Windows:
+        wave = judges.as_waveform(audio, sample_rate, synchformer.RATE)
+        segments = synchformer.segment_count(seen.pictures, len(wave))
+        if segments < SEGMENTS:
+            shared = min(seen.pictures / synchformer.FPS, len(wave) / synchformer.RATE)
+            raise ValueError(f"picture and sound are there together for {shared:.2f} s: Synchformer needs at least "
+                             f"{synchformer.WINDOW} s")
+        starts = synchformer.window_starts(segments)
+        wanted = {start + i for start in starts for i in range(SEGMENTS)}
+        if missing := wanted - seen.features.keys():
+            clock = (np.arange(seen.pictures) + 0.5) / synchformer.FPS
+            seen.features |= synchformer.see_segments(self.network, on_clock(seen.film(), clock), missing)
+        heard = synchformer.hear_segments(self.network, wave, wanted)
+        logits = synchformer.compare_windows(self.network, seen.features, heard, starts)
+        parts: list[SyncCurve] = [synchformer.offset_curve(row[None]) for row in logits]
+        seconds = [start * synchformer.STEP / synchformer.FPS for start in starts]
+        return Windows(synchformer.offset_curve(logits), parts, seconds)
+
+    def numbers(self, curve: SyncCurve) -> dict[str, float]:
+        assert isinstance(curve, synchformer.OffsetCurve), "of this backend's own curves"
+        return {"desync": curve.desync, "score_at_zero": curve.score_at_zero, "score": curve.score}
+
+
+# ------------------------------------------------------------------------------------------------------------------ all
 def on_clock(pictures: Iterator[tuple[float, np.ndarray]], clock: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """For each time of an ascending clock the picture nearest to it: (place, picture)."""
     place, last = 0, None
@@ -189,6 +256,8 @@ def find_backend(name: str = "lip_network", weights: str | Path | None = None, q
                  cropped: bool = False, reach: float = judges.REACH, folder: str | Path | None = None) -> Backend:
     """A backend by its name; `folder` holds other weights of the lip network than those bundled.
 
+    `reach` is not for Synchformer, whose classes always span 2 s each way.
+
     Raises:
         ValueError: an unknown name, weights missing or given to the wrong one.
     """
@@ -198,8 +267,12 @@ def find_backend(name: str = "lip_network", weights: str | Path | None = None, q
         if weights is None:
             raise ValueError("backend=syncnet: needs --weights PATH; SyncNet's weights are its authors' to give")
         return SyncNetBackend(weights, quirks, cropped, reach)
+    if name == "synchformer":
+        if weights is None or quirks or cropped:
+            raise ValueError("backend=synchformer: needs --weights PATH, a state dict; takes no quirks, no cropped")
+        return SynchformerBackend(weights)
     if name != "lip_network":
-        raise ValueError(f"backend={name!r}: needs lip_network or syncnet")
+        raise ValueError(f"backend={name!r}: needs lip_network or syncnet or synchformer")
     if weights is not None or quirks or cropped:
-        raise ValueError("weights, quirks and cropped: are for backend=syncnet")
+        raise ValueError("weights, quirks and cropped: are for backend=syncnet, weights for synchformer too")
     return LipNetworkBackend(folder, reach)

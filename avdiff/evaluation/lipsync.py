@@ -34,6 +34,7 @@ STATUSES = ("ok", "no_face", "small_face", "no_speech", "too_short", "error")
 FRAME_MS = 40.0  # of `offset_frames`
 LEAST_SECONDS = 0.4  # of lips in view, of speech, and of both at once
 SMALLEST_FACE = 28.0  # pixels across; of a smaller one the lips are too few pixels to read
+SILENCE = 1e-3  # of full scale (-60 dBFS): no sample is louder
 MOST_TRACKS = 8  # faces that are judged, those longest in view
 PLOT_FPS = 25  # of `mouth_curve`
 
@@ -100,7 +101,7 @@ class LipSync:
         if isinstance(backend, str):
             backend = find_backend(backend, folder=network, **options)
         self.backend: Backend = backend
-        if getattr(self.backend, "cropped", False):
+        if self.backend.whole_picture:
             faces = WholeSource()
         self.faces: FaceSource = find_sources(landmarker, faces, reader) if isinstance(faces, str) else faces
 
@@ -161,6 +162,10 @@ class LipSync:
             width = max(t.face_width for t in tracks)
             raise _NotMeasured("small_face", f"the largest face is {width:.0f} pixels wide: needs {SMALLEST_FACE:.0f}")
         tracks = [t for t in tracks if t.face_width >= SMALLEST_FACE]
+        if self.backend.any_sound:
+            if np.abs(audio).max() <= SILENCE:
+                raise _NotMeasured("no_speech", "the sound track is silent")
+            return self._judge(source, row, tracks, audio, followed.pictures)
         heard = [t for t in tracks if spoken_seconds(t, speech, shown / followed.pictures) >= LEAST_SECONDS]
         if not heard:
             raise _NotMeasured("no_speech", f"nobody speaks for {LEAST_SECONDS} s or more while a face is in view")

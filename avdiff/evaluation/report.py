@@ -40,7 +40,7 @@ RATIOS: dict[str, tuple[str, str]] = {
 }
 _COUNTED = frozenset(name for pair in RATIOS.values() for name in pair)
 #: a larger value is worse where a key holds one of these words; size alone counts for offsets and lags
-_WORSE = ("error", "wer", "per", "distance", "clipped", "difference", "silence")
+_WORSE = ("error", "wer", "per", "distance", "clipped", "difference", "silence", "desync")
 _SIGNED = ("offset", "lag")
 
 

@@ -43,6 +43,9 @@ class Size:
     sync_depth: int = 3
 
 
+RELEASED = Size()
+
+
 def _named(**parts: nn.Module) -> nn.Sequential:
     """One after the other, under these names."""
     return nn.Sequential(OrderedDict(parts))
@@ -250,7 +253,7 @@ class Synchformer(nn.Module):
     The released state dict also holds `vfeat_extractor.patch_embed`, which no forward pass uses; it has no place here.
     """
 
-    def __init__(self, size: Size = Size()) -> None:
+    def __init__(self, size: Size = RELEASED) -> None:
         super().__init__()
         self.size = size
         self.vfeat_extractor, self.afeat_extractor = Motionformer(size), SpectrogramTransformer(size)

@@ -78,16 +78,8 @@ def load_syncnet(path: str | Path) -> SyncNet:
     Raises:
         ValueError: no such file, or no weights of SyncNet in it.
     """
-    place = Path(path)
-    if not place.is_file():
-        raise ValueError(f"weights={path}: no such file; needs SyncNet's weights (.safetensors, or syncnet_v2.model)")
+    state = read_tensors(path, "SyncNet", "needs SyncNet's weights (.safetensors, or syncnet_v2.model)")
     try:
-        if place.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(place)
-        else:
-            state = torch.load(place, map_location="cpu", weights_only=True)
         network = SyncNet()
         network.load_state_dict(state)
     except Exception as error:  # whatever a foreign file provokes
@@ -95,9 +87,32 @@ def load_syncnet(path: str | Path) -> SyncNet:
     return network.eval().requires_grad_(False)
 
 
+def read_tensors(path: str | Path, name: str, needs: str) -> Any:
+    """What a .safetensors file or one of torch holds; of the latter only tensors and plain containers are read.
+
+    Args:
+        name: of the network, and what it `needs`, for the message.
+
+    Raises:
+        ValueError: no such file, or one with anything else in it.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise ValueError(f"weights={path}: no such file; {needs}")
+    try:
+        if place.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(place)
+        return torch.load(place, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file provokes
+        raise ValueError(f"weights={path}: no weights of {name} ({str(error).splitlines()[0]}); {needs}") from error
+
+
 def file_hash(path: str | Path) -> str:
     """First 12 hex digits of the SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sound
