@@ -61,10 +61,10 @@ def load_synchformer(path: str | Path, size: Size = RELEASED) -> Synchformer:
         ValueError: no such file, or no weights of Synchformer in it.
     """
     state = read_tensors(path, "Synchformer", NEEDS)
+    with torch.device("meta"):
+        network = Synchformer(size)
     try:
         used = {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
-        with torch.device("meta"):
-            network = Synchformer(size)
         network.load_state_dict(used, assign=True)
     except Exception as error:  # whatever a foreign file provokes
         told = " ".join(str(error).split())[:240]
