@@ -20,7 +20,9 @@ import torch
 from torchaudio.functional import bandpass_biquad
 
 from avdiff import PRESENTER, AVDiffPipeline, cli, write_clip
+from avdiff.data.corpus.captions import parse_prompt
 from avdiff.data.corpus.dataset import PresenterCorpus
+from avdiff.data.media import read_clip
 from avdiff.data.reading import read
 from avdiff.evaluation.judges import phone_error_rate, recognise, spoken_symbols
 
@@ -58,20 +60,41 @@ def make_clips(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
 
 
+def summary(clips: list[tuple[np.ndarray, np.ndarray, int, str, str]]) -> dict[str, float]:
+    """Measures of clips: frames (F, H, W, 3), sound (C, S), its rate, words, language."""
+    colour, high, pairs = [], [], []
+    for frames, sound, rate, words, language in clips:
+        mean = frames.mean((0, 1, 2))
+        colour.append(np.ptp(mean / np.array([1.0, 0.85, 0.62])) / mean.mean())
+        power = np.abs(np.fft.rfft(sound.mean(0))) ** 2
+        high.append(power[round(4000 / rate * sound.shape[-1]) :].sum() / power.sum())
+        pairs.append((spoken_symbols(read(words, language).phones), recognise(sound, rate)))
+    return {"distance from brown": float(np.mean(colour)), "sound above 4 kHz": float(np.mean(high)),
+            "phone error rate": phone_error_rate(pairs)}
+
+
 def speak(pipe: AVDiffPipeline, folder: Path) -> dict[str, float]:
     """Clips of the prompts, and their measures."""
     folder.mkdir(parents=True, exist_ok=True)
-    colour, high, pairs = [], [], []
+    clips = []
     for seed, (who, words) in enumerate(zip(WHO, WORDS, strict=True)):
         out = pipe(f'{STYLE}: {who} says "{words}"', generator=torch.Generator().manual_seed(seed), output_type="np")
         frames, sound, rate = out.frames[0], out.audio[0].float().cpu().numpy(), out.sampling_rate
         write_clip(folder / f"{seed}.mp4", frames, out.frame_rate, sound, rate)
-        colour.append(np.ptp(frames.mean((0, 1, 2)) / np.array([1.0, 0.85, 0.62])) / frames.mean())
-        power = np.abs(np.fft.rfft(sound.mean(0))) ** 2
-        high.append(power[round(4000 / rate * sound.shape[-1]) :].sum() / power.sum())
-        pairs.append((spoken_symbols(read(words, "en").phones), recognise(sound, rate)))
-    return {"distance from brown": float(np.mean(colour)), "sound above 4 kHz": float(np.mean(high)),
-            "phone error rate": phone_error_rate(pairs)}
+        clips.append((frames, sound, rate, words, "en"))
+    return summary(clips)
+
+
+def given(folder: Path, count: int = 16) -> dict[str, float]:
+    """The measures of the clips themselves: what a perfect fine-tuning would reach."""
+    clips = []
+    for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:count]:
+        told = json.loads(line)
+        clip = read_clip(folder / told["file_name"])
+        assert clip.frames is not None and clip.audio is not None and clip.sample_rate is not None
+        words = parse_prompt(told["caption"])[1] or ""
+        clips.append((clip.frames, clip.audio, clip.sample_rate, words, told["language"]))
+    return summary(clips)
 
 
 def main() -> None:
@@ -104,8 +127,10 @@ def main() -> None:
     before = speak(pipe, args.folder / "before")
     pipe.load_lora_weights(str(args.folder / "lora" / "final"))
     after = speak(pipe, args.folder / "after")
+    wanted = given(mine)
+    print(f"{'':22} {'before':>8} {'after':>8}  the clips")
     for name, value in before.items():
-        print(f"{name:22} {value:8.4f} -> {after[name]:.4f}")
+        print(f"{name:22} {value:8.4f} {after[name]:8.4f} {wanted[name]:8.4f}")
     print(f"{time.time() - start:.0f} s; clips in {args.folder}/before and {args.folder}/after")
 
 
