@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 
 from avdiff.clip import ClipSpec
 from avdiff.guidance import Guidance
@@ -36,8 +38,11 @@ def checked(call: Callable[..., Any]) -> Callable[..., Any]:
     def checked_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
+        for name in ("image", "last_image"):
+            if isinstance(bound.arguments[name], Image):
+                bound.arguments[name] = picture_tensor(bound.arguments[name])
         check_call(self, bound.arguments)
-        return call(self, *args, **kwargs)
+        return call(*bound.args, **bound.kwargs)
 
     return checked_call
 
@@ -151,6 +156,12 @@ def _check_range(name: str, values: torch.Tensor) -> None:
     low, high = float(values.min()), float(values.max())
     if low < -1.01 or high > 1.01:  # a codec's overshoot by rounding is no mistake of the caller
         raise ValueError(f"{name} with values from {low:.4g} to {high:.4g}: needs values from -1 to 1")
+
+
+def picture_tensor(picture: Image) -> torch.Tensor:
+    """A PIL picture of any mode -> (3, H, W) in [-1, 1]; transparency is ignored."""
+    pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _check_tensor(name: str, value: Any, shape: str, *ndims: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.video_processor import VideoProcessor
+from PIL.Image import Image
 
 from avdiff.clip import Clock
 from avdiff.guidance import Guidance
@@ -210,10 +211,10 @@ class AVDiffPipeline(
         num_videos_per_prompt: int = 1,
         generate_video: bool = True,
         generate_audio: bool = True,
-        image: torch.Tensor | None = None,
+        image: torch.Tensor | Image | None = None,
         audio: torch.Tensor | None = None,
         video: torch.Tensor | None = None,
-        last_image: torch.Tensor | None = None,
+        last_image: torch.Tensor | Image | None = None,
         retake: Retake | None = None,
         mask: torch.Tensor | None = None,
         language: str | None = None,
@@ -242,7 +243,8 @@ class AVDiffPipeline(
             height, width: pixels. frame_rate: frames per second.
             num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text guidance of video and
                 audio, 1 is none; or a whole `guidance`. Where they are not given, the pipeline's config decides.
-            image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], first and last frame, as the codec renders them.
+            image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], or a PIL picture of the clip's size; first and last
+                frame, as the codec renders them.
             video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come back as they were
                 given, but for 10 ms of sound ahead of what is new.
             retake: a span of the given clip that is made anew. mask: (H, W) or (F, H, W), above 0.5 where the given

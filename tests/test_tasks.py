@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_pipeline
 
 from avdiff.clip import ClipSpec
@@ -260,3 +261,13 @@ def test_a_span_has_a_beginning_and_an_end() -> None:
 def test_numpy_agrees(pipe) -> None:
     a, b = (call(pipe, output_type=t, video=VIDEO) for t in ("np", "pt"))
     np.testing.assert_allclose(a.frames, b.frames.permute(0, 1, 3, 4, 2).numpy(), atol=1e-6)
+
+
+def test_pictures_may_be_those_of_pil(pipe: AVDiffPipeline) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    picture = Image.fromarray(pixels)
+    one, other = call(pipe, image=picture, last_image=picture), call(pipe, image=tensor, last_image=tensor)
+    assert torch.equal(one.frames, other.frames) and torch.equal(one.audio, other.audio)
+    with pytest.raises(ValueError, match="image"):
+        call(pipe, image=picture.resize((100, 60)))
