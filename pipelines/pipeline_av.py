@@ -298,6 +298,7 @@ class AVDiffPipeline(
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = per_clip(negative_prompt_embeds, batch)
             negative_prompt_attention_mask = per_clip(negative_prompt_attention_mask, batch)
+        assert not isinstance(image, Image) and not isinstance(last_image, Image)  # `checked` made tensors of them
         given = self._given(clip, batch, image, last_image, audio, video, retake, mask)
         state, known = self.prepare_latents(clip, batch, generator, positions, generate, given, latents, audio_latents)
         told = Told(
