@@ -46,34 +46,18 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def make_corpus(prompts: Sequence[Prompt], folder: Path, bank: SpeechBank, tick: Callable[[int], None]) -> Clips:
-    """The corpus's own clips of the prompts that the bank has the words of."""
+def make_ceiling(prompts: Sequence[Prompt], folder: Path, bank: SpeechBank, tick: Callable[[int], None],
+                 codecs: AVDiffPipeline | None = None) -> Clips:
+    """The corpus's own clips of the prompts that the bank has the words of; with `codecs`, after their round trip,
+    drawn again, so that mp4 coding counts once."""
     folder.mkdir(parents=True, exist_ok=True)
     made: Clips = []
     for prompt in prompts:
         path = clip_path(folder, prompt, 0)
-        if not path.is_file():
-            clip = truth_clip(prompt, bank)
-            if clip is not None:
-                write_clip(path, clip.frames, clip.fps, clip.audio, clip.sample_rate)
-        if path.is_file():
-            made.append((path, prompt))
-        tick(1)
-    return made
-
-
-def make_codec(prompts: Sequence[Prompt], folder: Path, bank: SpeechBank, pipe: AVDiffPipeline,
-               tick: Callable[[int], None]) -> Clips:
-    """The same clips after the codecs; they are drawn again, so that mp4 coding counts once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made: Clips = []
-    for prompt in prompts:
-        path = clip_path(folder, prompt, 0)
-        if not path.is_file():
-            clip = truth_clip(prompt, bank)
-            if clip is not None:
-                coded = round_trip(pipe, clip)
-                write_clip(path, coded.frames, coded.fps, coded.audio, coded.sample_rate)
+        clip = None if path.is_file() else truth_clip(prompt, bank)
+        if clip is not None:
+            clip = clip if codecs is None else round_trip(codecs, clip)
+            write_clip(path, clip.frames, clip.fps, clip.audio, clip.sample_rate)
         if path.is_file():
             made.append((path, prompt))
         tick(1)
@@ -157,8 +141,8 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
             stage("generate", len(prompts) * args.seeds), **options_of(args))}
         if not args.no_ceilings:
             bank = SpeechBank(args.bank, decoded=True)
-            clips["codec"] = make_codec(prompts, args.folder / "codec", bank, pipe, stage("codec", len(prompts)))
-            clips["corpus"] = make_corpus(prompts, args.folder / "corpus", bank, stage("corpus", len(prompts)))
+            clips["codec"] = make_ceiling(prompts, args.folder / "codec", bank, stage("codec", len(prompts)), pipe)
+            clips["corpus"] = make_ceiling(prompts, args.folder / "corpus", bank, stage("corpus", len(prompts)))
         rows = {name: measure(members, args.folder / f"rows-{name}.jsonl", judges, mark, args.mos,
                               stage(f"measure {name}", len(members))) for name, members in clips.items()}
     facts["minutes"] = f"{(time.time() - began) / 60:.1f}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,16 +40,19 @@ def test_what_is_missing_is_told_before_anything_runs(bench: ModuleType, tmp_pat
     assert bench.main([]) == 2 and "nothing.py is not in" in capsys.readouterr().err
 
 
-def test_rows_become_a_table_and_a_file(bench: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
-    rows = [{"name": "a / b", "ratio": 1.25, "spread": 0.1, "aim": 1.35, "note": "n"},
-            {"name": "c", "value": 3.0, "unit": "s"}]
-    module = ModuleType("moe")
-    module.run = lambda quick: rows  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moe", module)
-    assert bench.main(["--only", "moe", "--output", str(tmp_path / "b.json")]) == 0
+def test_rows_become_a_table_and_a_file(tmp_path: Path) -> None:
+    """Each bench runs in a process of its own: what one does to its process, the next does not see."""
+    shutil.copy(BENCH / "run.py", tmp_path)
+    row = '{"name": "a / b", "ratio": 1.25, "spread": 0.1, "aim": 1.35, "note": str("left" in vars(os))}'
+    for name in ("moe", "engram"):
+        (tmp_path / f"{name}.py").write_text(f"import os\ndef run(quick):\n    found = [{row}]\n    os.left = 1\n"
+                                             "    return found\n")
+    command = [sys.executable, tmp_path / "run.py", "--only", "moe", "engram", "--output", tmp_path / "b.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = json.loads((tmp_path / "b.json").read_text())
-    assert said["benches"]["moe"]["rows"] == rows and said["machine"]["torch"]
-    assert "a / b" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["b.json"]
+    rows = [said["benches"][name]["rows"][0] for name in ("moe", "engram")]
+    assert [row["ratio"] for row in rows] == [1.25, 1.25] and [row["note"] for row in rows] == ["False", "False"]
+    assert said["machine"]["torch"] and "a / b" in done.stdout and not list(tmp_path.glob(".*partial"))
 
 
 def test_ratios_go_round_by_round(bench: ModuleType) -> None:

@@ -318,3 +318,17 @@ def test_errors_name_the_argument(bank):
         PresenterCorpus(bank, seconds=0.2)
     with pytest.raises(IndexError, match="index=5"):
         PresenterCorpus(bank, length=5)[5]
+
+
+def test_a_still_is_one_picture_of_its_clip(bank):
+    options = {"length": 8, "seed": 6, "size": 64, "seconds": 2.0, "event_share": 0.3}
+    stills, clips = PresenterCorpus(bank, still=True, **options), PresenterCorpus(bank, **options)
+    moments = set()
+    for index in range(8):
+        still, clip = stills[index], clips[index]
+        assert still["video"].shape == (1, 64, 64, 3) and "audio" not in still and still["phones"] == ()
+        assert still["captions"] == clip["captions"]
+        same = (clip["video"] == still["video"]).flatten(1).all(1).nonzero()
+        assert len(same)
+        moments.add(int(same[0]))
+    assert len(moments) > 3  # not always the same one

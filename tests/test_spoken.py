@@ -73,3 +73,8 @@ def test_phones_that_the_corpus_wrote_are_taken_as_they_are(tmp_path: Path) -> N
         found = clips[index]["phones"]
         assert [p.symbol for p in found] == [p.symbol for p in wanted][: len(found)] and len(found) > 3
         assert [p.start for p in found] == pytest.approx([p.start for p in wanted][: len(found)], abs=1e-6)
+    lines = (tmp_path / "c" / "metadata.jsonl").read_text().splitlines()
+    broken = json.loads(lines[0]) | {"phones": [["a", "soon"]]}
+    (tmp_path / "c" / "metadata.jsonl").write_text("\n".join([json.dumps(broken), *lines[1:]]))
+    with pytest.raises(MediaError, match=broken["file_name"]):
+        RealClips(tmp_path / "c")[0]

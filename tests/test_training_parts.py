@@ -11,6 +11,7 @@ from avdiff.data.script import script_from_phones
 from avdiff.latents import Joint
 from avdiff.models.conditions import Positions
 from avdiff.train import export, finetune, start
+from avdiff.train.clips import TrainingClips
 from avdiff.train.fit import Run
 from avdiff.train.heads import IGNORED, phoneme_labels, viseme_labels
 from avdiff.train.loss import RouterBalance
@@ -158,3 +159,23 @@ def test_a_push_that_fails_leaves_the_model(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"hub_model_id=a/b: could not be pushed .* the model is whole in") as caught:
         export.push(tmp_path, ExportOptions(push_to_hub=True, hub_model_id="a/b"))
     assert "\n" not in str(caught.value)
+
+
+def test_long_captions_pad_no_others_where_there_are_many():
+    class Cache:
+        def __init__(self, captions):
+            self.items = [(None, {"captions": ["short", c]}) for c in captions]
+
+        def __len__(self):
+            return len(self.items)
+
+        def clip(self, index):
+            return CLIP
+
+        def modalities(self, index):
+            return ("video",)
+
+    long = "ब" * 80  # 240 bytes
+    keys = TrainingClips(Cache([long] * 256 + ["brief"] * 10), None).groups()
+    assert keys == [(CLIP, "video", "long captions")] * 256 + [(CLIP, "video")] * 10
+    assert TrainingClips(Cache([long] * 255 + ["brief"] * 10), None).groups() == [(CLIP, "video")] * 265

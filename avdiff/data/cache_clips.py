@@ -69,7 +69,8 @@ def content_hash(table: ClipTable) -> str:
     """Hash over names, captions and bytes of all clips."""
     digest = hashlib.sha256()
     for entry in table.entries:
-        digest.update(repr((entry.name, entry.captions)).encode())
+        spoken = [entry.extra[key] for key in ("language", "phones") if key in entry.extra]
+        digest.update(repr((entry.name, entry.captions, *spoken)).encode())
         files = (entry.video, entry.audio, entry.video_mask, entry.audio_mask)
         for path in (*files, entry.reference_video, entry.reference_audio):
             if path is not None and path.is_file():

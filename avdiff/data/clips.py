@@ -23,6 +23,7 @@ from avdiff.data.corpus.captions import parse_prompt
 from avdiff.data.corpus.passage import tile
 from avdiff.data.corpus.visemes import Phone
 from avdiff.data.media import MediaError, MediaInfo, probe, read_clip
+from avdiff.data.media_walk import read_sound
 from avdiff.data.spoken import phones_of_clip
 
 SILENT_RMS = 10 ** (-60 / 20)  # under this level a sound is no sound
@@ -124,6 +125,7 @@ class RealClips(Dataset):
         self.entries: list[ClipEntry] = []
         self.specs: list[ClipSpec] = []
         self._held: list[tuple[str, ...]] = []
+        self._phones: dict[str, tuple[Phone, ...]] = {}  # heard once, not in every epoch
         for entry in table.entries:
             if only is not None and entry.name not in only:
                 self.refused.setdefault(entry.name, "left out: the check found it bad")
@@ -212,25 +214,28 @@ class RealClips(Dataset):
                 raise MediaError(f"{entry.name}: its sound is silence where it is used; run `avdiff data check`")
         return item | self._beside(entry, spec)
 
-    def _words(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray | None) -> dict[str, Any]:
-        """Text and phones of the quoted words, which may go on after the clip's end, where `sound` (C, S) stops;
-        phones that the metadata knows (as `avdiff data corpus` writes them) are taken as they are."""
-        text = parse_prompt(entry.caption)[1]
-        if isinstance(entry.extra.get("phones"), list):
-            known = [Phone(*phone) for phone in entry.extra["phones"]]
-            return {"text": text or "", "phones": tile(known, float(spec.seconds))}
-        path = entry.audio or entry.video
+    def _words(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray) -> dict[str, Any]:
+        """Text and phones of the quoted words, which may go on after the clip's end, where `sound` (C, S) stops."""
+        if entry.name not in self._phones:
+            try:
+                phones = self._spoken(entry, spec, sound)
+            except (ValueError, TypeError, IndexError) as error:
+                raise MediaError(f"{entry.name}: {error}") from error
+            self._phones[entry.name] = tile(phones, float(spec.seconds)) if phones else ()
+        return {"text": parse_prompt(entry.caption)[1] or "", "phones": self._phones[entry.name]}
+
+    def _spoken(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray) -> Sequence[Phone]:
+        """Timed phones: those of the metadata (as `avdiff data corpus` writes them), else those aligned with the words
+        in the whole sound; none without words."""
+        known, text, path = entry.extra.get("phones"), parse_prompt(entry.caption)[1], entry.audio or entry.video
+        if isinstance(known, list):
+            return [Phone(str(p[0]), float(p[1]), float(p[2]), *map(int, p[3:4])) for p in known]
         if not text or path is None or not self.options.words:
-            return {}
-        if self.options.fit == "pad":
-            sound = read_clip(path, sample_rate=spec.sample_rate, max_seconds=LONGEST_SPEECH).audio
-        language = entry.extra.get("language")
-        try:
-            assert sound is not None
-            phones = phones_of_clip(text, sound, spec.sample_rate, None if language is None else str(language))
-        except ValueError as error:
-            raise MediaError(f"{entry.name}: {error}") from error
-        return {"text": text, "phones": tile(phones, float(spec.seconds))}
+            return ()
+        rate, language = spec.sample_rate, entry.extra.get("language")
+        if self.options.fit == "pad" and (whole := read_sound(path)):
+            sound, rate = whole[0][: round(LONGEST_SPEECH * whole[1])], whole[1]
+        return phones_of_clip(text, sound, rate, None if language is None else str(language))
 
     def _pictures(self, entry: ClipEntry, path: Path, spec: ClipSpec) -> tuple[torch.Tensor, np.ndarray | None]:
         """(F, H, W, 3) uint8, and the file's own sound (C, S) at the model's rate."""

@@ -16,6 +16,7 @@ import platform
 import sys
 import time
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = f"{missing[0]}.py is not in {here}" if missing else f"{given.output}: its folder does not exist"
         print(f"bench: {wrong}", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(here))
     results: dict[str, Any] = {"machine": machine(), "quick": given.quick, "benches": {}}
     for name in given.only:
         print(f"bench: {name} ...", file=sys.stderr)
-        start, bench = time.perf_counter(), import_module(name)
-        takes_folder = "folder" in inspect.signature(bench.run).parameters
-        rows = bench.run(given.quick, **({"folder": given.folder} if takes_folder else {}))
+        start = time.perf_counter()
+        with get_context("spawn").Pool(1) as own:  # a process of its own: memory that one left behind is not another's
+            rows = own.apply(run_bench, (name, given.quick, given.folder))
         results["benches"][name] = {"rows": rows, "seconds": round(time.perf_counter() - start, 1)}
         draft = given.output.with_name(f".{given.output.name}.partial")
         draft.write_text(json.dumps(results, indent=1) + "\n")
@@ -52,6 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     show(rows)
     print(f"written to {given.output}")
     return int(any(verdict(row) == "missed" for row in rows))
+
+
+def run_bench(name: str, quick: bool, folder: Path | None) -> list[dict[str, Any]]:
+    """Rows of one bench."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    bench = import_module(name)
+    takes_folder = "folder" in inspect.signature(bench.run).parameters
+    return bench.run(quick, **({"folder": folder} if takes_folder else {}))
 
 
 def machine() -> dict[str, Any]:
