@@ -140,6 +140,9 @@ def cache(
     stills: Annotated[
         bool, typer.Option("--stills", help="One picture of each presenter clip, without sound: many faces soon.")
     ] = False,
+    events: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Presenters: share of clips with sounding objects instead.")
+    ] = 0.2,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
     allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
     no_words: Annotated[
@@ -175,7 +178,7 @@ def cache(
     if count is None:
         raise ValueError("needs --count N presenters, or --data FOLDER of real clips")
     made = cache_presenters(
-        folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), stills=stills,
+        folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), events, stills,
         rank=rank, ranks=ranks, progress=_progress("encoding"),
     )  # fmt: skip
     print(f"{made}: {count} clips")

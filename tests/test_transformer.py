@@ -121,6 +121,16 @@ def test_without_shared_stream_the_branches_still_meet() -> None:
     assert (moved.video - run(model, inputs).video).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("cross_modal", "shared_rate", "meet"), [(False, 12.5, True), (False, 0.0, False), (True, 0.0, True)])
+def test_which_links_there_are(cross_modal: bool, shared_rate: float, meet: bool) -> None:
+    model = make_model(cross_modal=cross_modal, shared_rate=shared_rate)
+    inputs = make_inputs(model)
+    joint, louder = run(model, inputs), run(model, inputs, audio_hidden_states=inputs["audio_hidden_states"] + 1)
+    brighter = run(model, inputs, hidden_states=inputs["hidden_states"] + 1)
+    assert bool((louder.video - joint.video).abs().max() > 1e-3) == meet
+    assert bool((brighter.audio - joint.audio).abs().max() > 1e-3) == meet
+
+
 def test_absent_branch_is_absent_from_the_output_and_untouched_by_gradients() -> None:
     model = make_model().train()
     inputs = make_inputs(model)

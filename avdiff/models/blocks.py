@@ -33,7 +33,8 @@ class Branch(nn.Module):
 
     Args:
         dim, heads, dim_head: width and self-attention. text_dim: caption width, 0 for a block without text.
-        source_dims: widths of what cross-attention reads: the partner, then the shared stream if there is one.
+        partner_dim, shared_dim: widths of what cross-attention reads: the other branch and the shared stream; None for
+            one that it does not read.
         cross_heads: heads of the cross-attention (those of the audio branch: the narrower one sets the width).
         hidden: SwiGLU width; with `experts` > 0 a MoE of that many experts of `hidden` each.
     """
@@ -44,7 +45,8 @@ class Branch(nn.Module):
         heads: int,
         dim_head: int,
         text_dim: int,
-        source_dims: Sequence[int],
+        partner_dim: int | None,
+        shared_dim: int | None,
         cross_heads: int,
         hidden: int,
         experts: int = 0,
@@ -54,9 +56,11 @@ class Branch(nn.Module):
         self.modulation = ModulationTable(dim, records=2)
         self.self_attn = Attention(dim, heads, dim_head)
         self.text_attn = Attention(dim, heads, dim_head, [text_dim]) if text_dim else None
-        self.cross_attn = Attention(dim, cross_heads, dim_head, source_dims)
+        self.reads = (partner_dim is not None, shared_dim is not None)
+        source_dims = [d for d in (partner_dim, shared_dim) if d is not None]
+        self.cross_attn = Attention(dim, cross_heads, dim_head, source_dims) if source_dims else None
         # 0.2: the partner is heard from the first step, but cannot drown the branch's own signal.
-        self.cross_gate = nn.Parameter(torch.full((dim,), 0.2))
+        self.cross_gate = nn.Parameter(torch.full((dim,), 0.2)) if source_dims else None
         self.ff = MoE(dim, hidden, experts, top_k) if experts else SwiGLU(dim, hidden)
 
     def forward(
@@ -70,6 +74,7 @@ class Branch(nn.Module):
     ) -> torch.Tensor:
         """The meeting: what the branch hears of the others, on the time axis alone and within the local window, times
         its gate: the block's own level plus what the partner's noise level says (None without a partner)."""
+        assert self.cross_attn is not None and self.cross_gate is not None
         heard = self.cross_attn(query, sources, query_time, source_times, window)
         return (self.cross_gate if partner_gate is None else self.cross_gate + partner_gate) * heard
 
@@ -168,12 +173,12 @@ class DualBlock(nn.Module):
         if not isolated:
             # Snapshots of all three before any update: the order of the lines below does not matter.
             nv, na, ns = (None if x is None else rms_norm(x) for x in (video, audio, shared))
-            if video is not None and nv is not None and video_step is not None and (na is not None or ns is not None):
+            if video is not None and nv is not None and video_step is not None:
                 heard = self._meet("video", nv, (na, ns), c.video_time, (c.audio_time, c.tick_time), c, video_step)
-                video = video + heard.to(video.dtype)
-            if audio is not None and na is not None and audio_step is not None and (nv is not None or ns is not None):
+                video = video if heard is None else video + heard.to(video.dtype)
+            if audio is not None and na is not None and audio_step is not None:
                 heard = self._meet("audio", na, (nv, ns), c.audio_time, (c.video_time, c.tick_time), c, audio_step)
-                audio = audio + heard.to(audio.dtype)
+                audio = audio if heard is None else audio + heard.to(audio.dtype)
             if self.shared is not None and shared is not None:
                 shared, routing = self.shared(shared, (ns, nv, na), c)
                 stats.append(routing)
@@ -194,17 +199,20 @@ class DualBlock(nn.Module):
         self,
         name: str,
         query: torch.Tensor,
-        sources: tuple,
+        others: tuple,
         query_time: torch.Tensor,
-        source_times: tuple,
+        other_times: tuple,
         conditions: Conditions,
         step: StepRows,
-    ) -> torch.Tensor:
-        """What branch `name` hears; a model without a shared stream has no projections for one."""
+    ) -> torch.Tensor | None:
+        """What branch `name` hears of those that it reads and that are there; None where there is nothing."""
         branch: Branch = self.video if name == "video" else self.audio
-        n = 1 + len(branch.cross_attn.add_k_proj)
-        window = joined_window(conditions, name, sources[:n])
-        return branch(query, sources[:n], query_time, source_times[:n], window, step.cross_gate)
+        sources = [x for x, reads in zip(others, branch.reads, strict=True) if reads]
+        if all(x is None for x in sources):
+            return None
+        times = [t for t, reads in zip(other_times, branch.reads, strict=True) if reads]
+        heard = [x if reads else None for x, reads in zip(others, branch.reads, strict=True)]
+        return branch(query, sources, query_time, times, joined_window(conditions, name, heard), step.cross_gate)
 
 
 def split_ticks(x: torch.Tensor | None, ticks: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -63,6 +63,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head, memory_orders: longest
             n-gram, memory_heads, memory_head_dim: its size.
         window: seconds of the local cross-attention window, None for global.
+        cross_modal: whether the branches read each other directly; without it they meet through the shared stream alone,
+            and with shared_rate 0 as well not at all.
     """
 
     _supports_gradient_checkpointing = True
@@ -103,6 +105,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         memory_heads: int = 4,
         memory_head_dim: int = 16,
         window: float | None = 0.2,
+        cross_modal: bool = True,
     ) -> None:
         super().__init__()
         bad = [i for i in (*shared_layers, *memory_layers) if not 0 <= i < num_layers]
@@ -138,17 +141,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
 
         def branch(dim: int, heads: int, partner: int, hidden: int, experts: int, layer: int) -> Branch:
             text = text_dim if layer % text_every == 0 else 0
-            return Branch(
-                dim,
-                heads,
-                dim_head,
-                text,
-                [partner, audio_dim] if shared else [partner],
-                audio_heads,
-                hidden,
-                experts,
-                top_k,
-            )
+            reads = (partner if cross_modal else None, audio_dim if shared else None)
+            return Branch(dim, heads, dim_head, text, *reads, audio_heads, hidden, experts, top_k)
 
         self.transformer_blocks = nn.ModuleList(
             DualBlock(
