@@ -143,6 +143,9 @@ def cache(
     events: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Presenters: share of clips with sounding objects instead.")
     ] = 0.2,
+    full_captions: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Presenters: share of captions that tell most of what is seen.")
+    ] = 0.0,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
     allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
     no_words: Annotated[
@@ -179,7 +182,7 @@ def cache(
         raise ValueError("needs --count N presenters, or --data FOLDER of real clips")
     made = cache_presenters(
         folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), events, stills,
-        rank=rank, ranks=ranks, progress=_progress("encoding"),
+        full_captions, rank, ranks, _progress("encoding"),
     )  # fmt: skip
     print(f"{made}: {count} clips")
 

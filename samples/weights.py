@@ -59,7 +59,8 @@ def stages(folder: Path, bank: str) -> list[Stage]:
     def learn(name: str, recipe: str, hours: float, *more: str) -> Stage:
         command = [*python, "avdiff.train.finetune", str(RECIPES / f"{recipe}.toml"), "--validation_data",
                    str(latents / "val"), "--output_dir", str(out[name]), "--resume_from_checkpoint", "latest", *more]
-        ships = {part: out[name] / "final" / part for part in ("transformer", "text_encoder", "tokenizer")}
+        ships = {part: out[name] / "final" / part for part in ("transformer", "text_encoder", "tokenizer",
+                                                              "scheduler")}
         return Stage(name, command, out[name] / "final" / "model_index.json", hours, ships)
 
     return [
@@ -79,13 +80,15 @@ def stages(folder: Path, bank: str) -> list[Stage]:
               final("times", "timer"), 0.1, {"reader/times": final("times", "timer")}),
         Stage("impacts", [*python, "avdiff.train.impacts", "--output", str(out["impacts"])],
               out["impacts"] / "config.json", 0.2, {"impact_reader": out["impacts"]}),
-        cache("faces", "--count", "30000", "--stills", "--seed", "7"),
-        cache("stills", "--count", "10000", "--stills", "--seed", "8"),
-        cache("long", "--count", "4000"),
+        cache("faces", "--count", "30000", "--stills", "--seed", "17", "--full-captions", "0.75"),
+        cache("event_stills", "--count", "4000", "--stills", "--events", "1", "--seed", "18"),
+        cache("events", "--count", "1600", "--events", "1", "--seed", "19"),
+        cache("long", "--count", "6000", "--events", "0", "--full-captions", "0.4", "--seed", "20"),
         cache("val", "--count", "128", "--split", "val"),
-        learn("faces", "presenter_faces", 0.4, "--codecs", str(codecs), "--train_data", str(latents / "faces")),
-        learn("presenter", "presenter", 3.0, "--pretrained_model_name_or_path", str(out["faces"] / "final"),
-              "--train_data", f"{latents / 'long'},{latents / 'stills'}"),
+        learn("faces", "presenter_faces", 0.7, "--codecs", str(codecs), "--train_data", str(latents / "faces")),
+        learn("presenter", "presenter", 4.0, "--pretrained_model_name_or_path", str(out["faces"] / "final"),
+              "--train_data", ",".join(str(latents / n) for n in ("long", "long", "events", "events", "faces",
+                                                                  "event_stills"))),
         learn("presenter_fast", "distill", 1.0, "--pretrained_model_name_or_path", str(out["presenter"] / "final"),
               "--teacher", str(out["presenter"] / "final"), "--train_data", str(latents / "long")),
     ]
@@ -120,6 +123,20 @@ def install(found: list[Stage]) -> None:
             shutil.rmtree(target, ignore_errors=True)
             aside.rename(target)
             print(f"{part}: {source}")
+    recommend([stage.done for stage in found if stage.done.name == "model_index.json" and stage.done.is_file()])
+
+
+def recommend(indices: list[Path]) -> None:
+    """Steps and guidance that the last trained pipeline asks for, into the package's own index."""
+    if indices:
+        from avdiff.pipelines.pipeline_av import RECOMMENDED
+
+        index, newest = BUNDLED / "model_index.json", json.loads(indices[-1].read_text(encoding="utf-8"))
+        own = json.loads(index.read_text(encoding="utf-8"))
+        own |= {key: newest[key] for key in RECOMMENDED if key in newest}
+        aside = index.with_name(".model_index.new")
+        aside.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        aside.replace(index)
 
 
 def halve(folder: Path) -> None:

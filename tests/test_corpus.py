@@ -241,6 +241,22 @@ def test_captions_quote_the_speech_and_never_invent():
     assert len(seen) > 180  # varied
 
 
+def test_full_captions_tell_more_and_a_share_of_none_changes_nothing():
+    def told(share: float, language: str) -> tuple[int, list[str]]:
+        captions: list[str] = []
+        for i in range(40):
+            look = sample_identity(np.random.default_rng(i)).attributes()
+            captions += speech_captions(look, "x", language, np.random.default_rng(i), share)
+        return sum(map(len, captions)), captions
+
+    for language in LANGUAGES:
+        (few, plain), (most, full) = told(0.0, language), told(1.0, language)
+        assert most > 1.2 * few and len(plain) == len(full)
+        look = sample_identity(np.random.default_rng(0)).attributes()
+        assert plain[: 4 if language == "en" else 6] == speech_captions(look, "x", language, np.random.default_rng(0))
+        assert not any("{" in caption or "|" in caption or "  " in caption for caption in full)
+
+
 def test_gender_agrees_in_every_language():
     words = {"en": ("woman", " man"), "es": ("mujer", "hombre"), "hi": ("वाली", "वाला"), "zh": ("女", "男")}
     base = {"gender": "female", "hair_color": "red", "hair_style": "short"}

@@ -11,6 +11,7 @@ from avdiff.models import presets
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
+from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train import distill_report, finetune
 from avdiff.train.fit import fit, row_generators
 from avdiff.train.loss import Objective
@@ -65,6 +66,20 @@ def test_teacher_answers_as_its_pipeline_does(data, tmp_path, teacher):
         c, u = getattr(cond, m), getattr(free, m)
         assert float((c - u).square().mean()) > 1e-4
         torch.testing.assert_close(getattr(got, m), u + scale * (c - u), rtol=1e-4, atol=1e-4)
+
+
+def test_time_shifts_are_those_of_the_teacher_unless_told(data, tmp_path):
+    parts = tiny_components()
+    parts["scheduler"] = JointFlowMatchScheduler(shift_video=5.0)
+    AVDiffPipeline(**parts).save_pretrained(tmp_path / "five")
+    start = str(tmp_path / "five")
+    taught = task_of(data, tmp_path, start).objective
+    assert taught.scheduler.config.shift_video == 5 and taught.scheduler.config.shift_audio == 1
+    assert float(taught.levels_at(torch.tensor([0.5])).video) == pytest.approx(5 / 6)
+    tuned = finetune.setup(recipe(data, tmp_path, pretrained_model_name_or_path=start, shift_audio="2"))
+    assert tuned.objective.scheduler.config.shift_video == 5 and tuned.objective.scheduler.config.shift_audio == 2
+    with pytest.raises(ValueError, match=r"shift_video=3.0: the teacher walks with 5.0; set the same"):
+        task_of(data, tmp_path, start, shift_video="3")
 
 
 def test_student_lands_where_the_teacher_lands(data, tmp_path, teacher):

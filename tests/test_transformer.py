@@ -121,7 +121,8 @@ def test_without_shared_stream_the_branches_still_meet() -> None:
     assert (moved.video - run(model, inputs).video).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("cross_modal", "shared_rate", "meet"), [(False, 12.5, True), (False, 0.0, False), (True, 0.0, True)])
+@pytest.mark.parametrize(("cross_modal", "shared_rate", "meet"),
+                         [(False, 12.5, True), (False, 0.0, False), (True, 0.0, True)])
 def test_which_links_there_are(cross_modal: bool, shared_rate: float, meet: bool) -> None:
     model = make_model(cross_modal=cross_modal, shared_rate=shared_rate)
     inputs = make_inputs(model)

@@ -21,6 +21,7 @@ from avdiff.models.conditions import Positions
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler, shift_time
 from avdiff.train.recipe import APART, TOGETHER, ObjectiveOptions
 
+SHIFTS = {"shift_video": 3.0, "shift_audio": 1.0}  # of a model from scratch
 BUCKETS = 5  # noise levels are told apart in fifths
 
 
@@ -107,8 +108,10 @@ class Objective:
 
     def __init__(self, options: ObjectiveOptions) -> None:
         self.options = options
+        shifts = (SHIFTS["shift_video"] if options.shift_video is None else options.shift_video,
+                  SHIFTS["shift_audio"] if options.shift_audio is None else options.shift_audio)
         self.scheduler = JointFlowMatchScheduler(
-            options.shift_video, options.shift_audio, options.noise_coupling, prediction_type=options.prediction_type)
+            *shifts, options.noise_coupling, prediction_type=options.prediction_type)
 
     def noised(self, clean: Joint[torch.Tensor], positions: Positions, generators: Sequence[torch.Generator],
                tasks: Mapping[str, float] | None = None, time: torch.Tensor | float | None = None) -> Noised:
@@ -136,9 +139,9 @@ class Objective:
 
     def levels_at(self, base: torch.Tensor) -> Joint[torch.Tensor]:
         """Noise levels (B,) of both modalities where the sampler is at base times (B,)."""
-        o = self.options
-        audio = o.shift_video if o.noise_coupling == "shared" else o.shift_audio
-        return Joint(shift_time(base, o.shift_video), shift_time(base, audio))
+        c = self.scheduler.config
+        audio = c.shift_video if c.coupling == "shared" else c.shift_audio
+        return Joint(shift_time(base, c.shift_video), shift_time(base, audio))
 
     def row_losses(self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised) -> Joint[torch.Tensor]:
         """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where all is given."""

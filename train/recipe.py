@@ -76,10 +76,10 @@ class ObjectiveOptions:
     """What the network's output means; the loss is that of the velocity in either case."""
     noise_coupling: Literal["shared", "paired", "independent"] = "paired"
     """Noise levels of the two modalities: one for both, one time with two shifts, or two times."""
-    shift_video: float = 3.0
-    """Time shift of video, above 1 towards noise."""
-    shift_audio: float = 1.0
-    """Time shift of audio."""
+    shift_video: float | None = None
+    """Time shift of video, above 1 towards noise; nothing takes that of the model or teacher, 3 for a preset."""
+    shift_audio: float | None = None
+    """Time shift of audio; nothing takes that of the model or teacher, 1 for a preset."""
     logit_mean: float = 0.0
     """Mean of the logit-normal density of noise levels."""
     logit_std: float = 1.0
@@ -223,8 +223,9 @@ class Recipe:
             if not getattr(o, name) >= 0:
                 raise ValueError(f"{name}={getattr(o, name)}: needs a weight of at least 0")
         for name in ("shift_video", "shift_audio", "logit_std", "loss_floor"):
-            if not getattr(o, name) > 0:
-                raise ValueError(f"{name}={getattr(o, name)}: needs a number above 0")
+            value = getattr(o, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: needs a number above 0")
         _shares("loss_weights", o.loss_weights, ("video", "audio"))
         _shares("branch_learning_rate", self.rates.branch_learning_rate, BRANCHES)
         _shares("branch_rank", a.branch_rank, BRANCHES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from avdiff.latents import MODALITIES
 from avdiff.models import presets
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
+from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train.clips import TrainingClips
 from avdiff.train.export import CODECS
 from avdiff.train.feed import Feed
+from avdiff.train.loss import SHIFTS
 from avdiff.train.recipe import Recipe
 
 
@@ -32,9 +35,9 @@ def preset_config(recipe: Recipe) -> dict[str, Any]:
     own = inspect.signature(AVTransformer.__init__).parameters
     config = {n: p.default for n, p in own.items() if n != "self"} | presets.PRESETS[model.preset]()
     for name in model.preset_changes:
-        if not isinstance(config.get(name), int):
+        if not isinstance(config.get(name), int | float):
             raise ValueError(f"preset_changes: {name!r} is no number of AVTransformer, such as num_layers or video_dim")
-    config |= model.preset_changes
+    config |= {name: type(config[name])(value) for name, value in model.preset_changes.items()}
     for name, last in (("shared_layers", config["num_layers"] - 1), ("memory_layers", config["num_layers"])):
         config[name] = tuple(i for i in config[name] if i < last)
     return config
@@ -51,6 +54,19 @@ def from_folder(base: str) -> tuple[AVTransformer, CaptionEncoder, Any]:
     return (AVTransformer.from_pretrained(base, subfolder="transformer"),
             CaptionEncoder.from_pretrained(base, subfolder="text_encoder"),
             AutoTokenizer.from_pretrained(base, subfolder="tokenizer"))
+
+
+def with_shifts(recipe: Recipe) -> Recipe:
+    """The recipe with the time shifts that it leaves open: those of the teacher, else of the model it starts from."""
+    o, base = recipe.objective, recipe.distillation.teacher or recipe.model.pretrained_model_name_or_path
+    if base is None or None not in (o.shift_video, o.shift_audio):
+        return recipe
+    try:
+        theirs = SHIFTS | JointFlowMatchScheduler.load_config(base, subfolder="scheduler")
+    except OSError:
+        return recipe  # no pipeline: refused where its networks are loaded
+    open_ones = {name: theirs[name] for name in SHIFTS if getattr(o, name) is None}
+    return replace(recipe, objective=replace(o, **open_ones))
 
 
 def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:

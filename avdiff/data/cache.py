@@ -178,6 +178,7 @@ def cache_presenters(
     languages: Sequence[str] | None = None,
     event_share: float = 0.2,
     stills: bool = False,
+    full_captions: float = 0.0,
     rank: int = 0,
     ranks: int = 1,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -195,7 +196,7 @@ def cache_presenters(
     codecs = model if isinstance(model, Codecs) else load_codecs(model)
     speech = SpeechBank(bank, decoded=True)
     corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share,
-                             still=stills)  # fmt: skip
+                             still=stills, full_captions=full_captions)  # fmt: skip
     options = {
         "source": "presenters",
         "bank": speech.fingerprint,
@@ -205,6 +206,7 @@ def cache_presenters(
         "languages": list(languages or ()),
         "event_share": event_share,
         **({"stills": True} if stills else {}),
+        **({"full_captions": full_captions} if full_captions else {}),
     }
     return write_cache(corpus, codecs, folder, options, rank, ranks, progress)
 

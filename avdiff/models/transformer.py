@@ -63,8 +63,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head, memory_orders: longest
             n-gram, memory_heads, memory_head_dim: its size.
         window: seconds of the local cross-attention window, None for global.
-        cross_modal: whether the branches read each other directly; without it they meet through the shared stream alone,
-            and with shared_rate 0 as well not at all.
+        cross_modal: whether the branches read each other directly; without it they meet through the shared stream
+            alone, and with shared_rate 0 as well not at all.
     """
 
     _supports_gradient_checkpointing = True

@@ -66,33 +66,37 @@ def join_sentences(texts: Sequence[str], language: str, rng: np.random.Generator
     return joined
 
 
-def speech_captions(attributes: Mapping[str, str], text: str, language: str, rng: np.random.Generator) -> list[str]:
+def speech_captions(attributes: Mapping[str, str], text: str, language: str, rng: np.random.Generator,
+                    full_share: float = 0.0) -> list[str]:
     """Captions of a presenter who says `text`: four in English, then (for other languages) two in the language.
 
     Args:
         attributes: as `Identity.attributes()`; "none" or a missing key is not told. `augmented` lists degradations.
         text: spoken words. language: code of the language they are in.
+        full_share: chance of a caption that tells most of what is there to be seen, where people tell some of it.
     """
-    captions = [_speech_caption(attributes, text, "en", language, rng) for _ in range(4)]
-    if language != "en":
-        captions += [_speech_caption(attributes, text, language, language, rng) for _ in range(2)]
-    return captions
+    def caption(written: str) -> str:
+        full = full_share > 0 and rng.random() < full_share
+        return _speech_caption(attributes, text, written, language, rng, full)
+
+    captions = [caption("en") for _ in range(4)]
+    return captions if language == "en" else captions + [caption(language) for _ in range(2)]
 
 
 def _speech_caption(
-    attributes: Mapping[str, str], text: str, language: str, spoken: str, rng: np.random.Generator
+    attributes: Mapping[str, str], text: str, language: str, spoken: str, rng: np.random.Generator, full: bool
 ) -> str:
     table, draw = phrases(language), rng.random(5)
     male = attributes.get("gender") == "male"
-    if draw[0] < 0.08:
+    if draw[0] < 0.08 and not full:
         template, words = _pick(rng, table["speech_only"]), {}
     else:
         words = {
-            "who": _who(attributes, table, rng),
+            "who": _who(attributes, table, rng, full),
             "she": table.get("pronoun", {}).get("male" if male else "female", ""),
         }
         background = attributes.get("background_color", "none")
-        if draw[1] < 0.3 and background in table["colors"]:
+        if draw[1] < (0.8 if full else 0.3) and background in table["colors"]:
             forms = table["colors"][background]
             words |= {
                 "background": _pick(rng, table["background"]).format(**forms),
@@ -113,10 +117,10 @@ def _speech_caption(
     return _finish(sentence, language, rng).replace(SPEECH, quote.format(text))
 
 
-def _who(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator) -> str:
+def _who(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool) -> str:
     """The person with some of what can be seen: "a woman with red hair and glasses"."""
     gender = "male" if attributes.get("gender") == "male" else "female"
-    told = _features(attributes, table, rng)
+    told = _features(attributes, table, rng, full)
     person = _pick(rng, table["person"][gender])
     adjective = _adjective(attributes, table, told, rng)
     if adjective:
@@ -130,14 +134,15 @@ def _who(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random
     else:
         who = table.get("alone", {}).get(gender, "{person}").format(person=person)
     clothes = attributes.get("clothes", "none")
-    if "wearing" in table and clothes in table["clothes"] and rng.random() < 0.35:
+    if "wearing" in table and clothes in table["clothes"] and rng.random() < (0.8 if full else 0.35):
         worn = _pick(rng, table["clothes"][clothes]).format(**table["colors"][attributes["clothes_color"]])
         who = _form(_pick(rng, table["wearing"]), gender == "male").format(who=who, clothes=worn)
     return who
 
 
-def _features(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator) -> dict[str, str]:
-    """Some of the features, in the order of telling."""
+def _features(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool,
+              ) -> dict[str, str]:
+    """Some of the features, or most of them, in the order of telling."""
     can: dict[str, list[str]] = {}
     for name in FEATURES:
         value = attributes.get("hair_style" if name == "hair" else name, "none")
@@ -150,7 +155,8 @@ def _features(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.r
     if "wearing" not in table and attributes.get("clothes") in table["clothes"]:
         forms = table["colors"][attributes["clothes_color"]]
         can["clothes"] = [text.format(**forms) for text in table["clothes"][attributes["clothes"]]]
-    count = min(len(can), int(rng.choice(len(FEATURE_COUNTS), p=FEATURE_COUNTS)))
+    few = int(rng.choice(len(FEATURE_COUNTS), p=FEATURE_COUNTS))
+    count = min(len(can), int(rng.integers(3, len(FEATURES) + 1)) if full else few)
     if not count:
         return {}
     weights = np.array([WEIGHTS.get(name, 2.0) for name in can])

@@ -46,6 +46,7 @@ class CorpusOptions:
         event_share: share of clips with sounding objects. augment_share: share of speech clips with degraded sound.
         keep_clean: return the undegraded sound too, as `audio_clean`.
         video, audio: leave one out to save its time.
+        full_captions: chance of a caption that tells most of what is there to be seen, where people tell some of it.
         still: one picture of a random moment instead, without sound or words: many presenters for little time.
     """
 
@@ -55,6 +56,7 @@ class CorpusOptions:
     max_sentences: int = 4
     event_share: float = 0.2
     augment_share: float = 0.2
+    full_captions: float = 0.0
     keep_clean: bool = False
     video: bool = True
     audio: bool = True
@@ -66,7 +68,7 @@ class CorpusOptions:
         low, high = self.range
         if not 0.2 <= low <= high <= 60:
             raise ValueError(f"seconds={self.seconds}: needs a number, or (shortest, longest), from 0.2 to 60")
-        for name in ("event_share", "augment_share"):
+        for name in ("event_share", "augment_share", "full_captions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: needs a share from 0 to 1")
         if self.max_sentences < 1:
@@ -168,7 +170,7 @@ class PresenterCorpus(Dataset):
             "voice": first.voice,
             "augmented": ",".join(plan.kinds),
         }
-        captions = speech_captions(attributes, text, first.lang, phrase)
+        captions = speech_captions(attributes, text, first.lang, phrase, self.options.full_captions)
         item |= {
             "kind": "speech",
             "language": first.lang,
