@@ -139,7 +139,9 @@ def generate(
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Try a prompt that the model says it cannot follow.")
     ] = False,
-    lora: Annotated[str | None, typer.Option(help="Folder of a LoRA that `avdiff train` made.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Folder of a LoRA that `avdiff train` made; guidance is then 2 unless told.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each clip.")] = False,
 ) -> None:
@@ -244,12 +246,19 @@ def load_pipeline(model: str, device: str | None) -> Any:
 
 
 def load_lora(pipe: Any, folder: str) -> None:
-    """Put a LoRA on the pipeline; one that cannot be loaded is one sentence."""
+    """Put a LoRA on the pipeline; one that cannot be loaded is one sentence.
+
+    Guidance that was distilled into the weights is asked for again by default: plain training unlearns it.
+    """
+    from avdiff.pipelines.pipeline_av import RECOMMENDED
+
     try:
         pipe.load_lora_weights(folder)
     except Exception as error:  # whatever a broken or foreign file provokes in the loaders
         said = shorten(str(error).strip() or type(error).__name__, 240)
         raise ValueError(f"lora={folder}: cannot be loaded ({said})") from error
+    again = {key: value for key, value in RECOMMENDED.items() if "guidance" in key and pipe.config[key] <= 1}
+    pipe.register_to_config(**again)
 
 
 def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def expert_shares(pipe: AVDiffPipeline, prompts: list[Prompt]) -> dict[str, list
     seen: dict[str, list[torch.Tensor]] = defaultdict(list)
     handles = [module.register_forward_hook(lambda _, __, out, n=name: seen[n.split(".")[2]].append(out[1].detach()))
                for name, module in pipe.transformer.named_modules() if isinstance(module, MoE)]
-    pipe([prompt.prompt for prompt in prompts], seconds=2.0, output_type="latent", language=prompts[0].language)
+    pipe([prompt.prompt for prompt in prompts], seconds=4.0, output_type="latent", language=prompts[0].language)
     for handle in handles:
         handle.remove()
     sums = {name: RoutingStats(torch.stack(parts).sum(0)) for name, parts in seen.items()}
@@ -119,7 +119,7 @@ def main() -> None:
             pipeline, losses = fit_arm(name, args, seed)
             pipe = AVDiffPipeline.from_pretrained(pipeline)
             pipe.set_progress_bar_config(disable=True)
-            row = {f"held-out {m}": losses[f"validation/{m}"] for m in ("video", "audio")}
+            row = {f"held-out {m}": losses[m] for m in ("video", "audio")}
             row |= measure_arm(pipe, prompts, args.folder / f"clips-{pipeline.parent.name}", by)
             row["driven mouth, r"] = driven_mouth(pipe, args.bank, args.clips)
             table[name].append(row)

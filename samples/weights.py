@@ -89,8 +89,9 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         learn("presenter", "presenter", 4.0, "--pretrained_model_name_or_path", str(out["faces"] / "final"),
               "--train_data", ",".join(str(latents / n) for n in ("long", "long", "events", "events", "faces",
                                                                   "event_stills"))),
-        learn("presenter_fast", "distill", 1.0, "--pretrained_model_name_or_path", str(out["presenter"] / "final"),
-              "--teacher", str(out["presenter"] / "final"), "--train_data", str(latents / "long")),
+        learn("presenter_fast", "distill_guidance", 0.6, "--pretrained_model_name_or_path",
+              str(out["presenter"] / "final"), "--teacher", str(out["presenter"] / "final"), "--train_data",
+              ",".join(str(latents / n) for n in ("long", "events", "faces"))),
     ]
 
 

@@ -64,6 +64,22 @@ def test_a_codec_trains_on_clips_of_ones_own(folder, tmp_path, capsys, codec, mo
     assert list((tmp_path / "out" / "final").iterdir())
 
 
+def test_a_decoder_alone_keeps_latents_and_their_statistics(tmp_path):
+    torch.manual_seed(0)
+    start = tiny_vae()
+    start.latents_mean.fill_(0.25)
+    start.save_pretrained(tmp_path / "start")
+    words = ["--codec", "video_vae", "--clips", "16", "--clip_frames", "3", "--size", "64", "--output_dir",
+             str(tmp_path / "out"), "--max_train_steps", "2", "--train_batch_size", "4", "--checkpointing_steps", "0"]
+    codecs.main([*words, "--start_from", str(tmp_path / "start"), "--decoder_only", "true"])
+    before = start.state_dict()
+    after = type(start).from_pretrained(tmp_path / "out" / "final" / "vae").state_dict()
+    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder"}
+    with pytest.raises(ValueError, match="decoder_only=true: is for a video_vae with start_from"):
+        codecs.main([*words, "--decoder_only", "true"])
+
+
 def test_a_folder_without_clips_is_refused(tmp_path):
     for data, answer in ((tmp_path / "none", "no such folder"), (tmp_path, "needs at least 2 files with video, has 0")):
         with pytest.raises(ValueError, match=answer):

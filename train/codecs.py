@@ -65,6 +65,10 @@ class CodecOptions:
     """Video only: clips drawn once into a store before training starts."""
     clip_frames: int = 7
     """Video only: frames of a stored clip."""
+    decoder_only: bool = False
+    """Video only: train the decoder alone; latents, caches and models that were made with the codec stay good."""
+    mouth_weight: float = 4.0
+    """Video only: extra weight of the pixels around the mouth."""
     segment_seconds: float = 1.28
     """Audio only: length of a training segment."""
     event_share: float = 0.12
@@ -83,8 +87,9 @@ class PresenterVideoTask(VideoVAETask):
     """`VideoVAETask` whose export carries the latents' statistics, so that callers can normalise."""
 
     def save(self, directory: Path) -> None:
-        """Measure on training clips, then export."""
-        measure_video_latents(self.model, self.dataset, min(256, len(self.dataset)))
+        """Measure on training clips, unless the latents are those of before, then export."""
+        if next(self.model.encoder.parameters()).requires_grad:
+            measure_video_latents(self.model, self.dataset, min(256, len(self.dataset)))
         super().save(directory)
 
 
@@ -133,6 +138,11 @@ def setup(recipe: CodecRecipe) -> Task:
     if o.data is not None and o.codec == "vocoder":
         raise ValueError(f"data={o.data!r}: the vocoder learns from the speech bank's pitch tracks; fine-tune "
                          "video_vae or audio_vae on clips of your own")
+    if o.decoder_only and (o.codec != "video_vae" or o.start_from is None):
+        raise ValueError(f"decoder_only=true: is for a video_vae with start_from, not codec={o.codec!r} with "
+                         f"start_from={o.start_from!r}")
+    if not o.mouth_weight >= 0:
+        raise ValueError(f"mouth_weight={o.mouth_weight}: needs a number of at least 0")
     torch.manual_seed(recipe.training.seed)
     return {"video_vae": _video, "audio_vae": _audio, "vocoder": _vocoder}[o.codec](recipe)
 
@@ -154,7 +164,7 @@ def _video(recipe: CodecRecipe) -> Task:
 
 def _video_task(o: CodecOptions, train: FrameStore, val: FrameStore) -> Task:
     vae = AVVideoVAE.from_pretrained(o.start_from) if o.start_from else AVVideoVAE()
-    return PresenterVideoTask(vae, train, val, latent_noise=o.latent_noise)
+    return PresenterVideoTask(vae, train, val, o.mouth_weight, latent_noise=o.latent_noise, decoder_only=o.decoder_only)
 
 
 def _own_store(o: CodecOptions, cache: Path, split: str) -> FrameStore:

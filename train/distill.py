@@ -229,8 +229,8 @@ class DistillTask(finetune.FinetuneTask):
     @property
     def _shown_steps(self) -> int:
         """Steps with which the student is measured, and which its pipeline will recommend."""
-        return self.how.student_steps if self.how.distill == "steps" else int(
-            self.teacher.recommended["num_inference_steps"])
+        own_grid = self.how.distill == "steps" or self.how.own_steps > 0
+        return self.how.student_steps if own_grid else int(self.teacher.recommended["num_inference_steps"])
 
     def _sample(self, start: Noised, network: Estimate, steps: int) -> Tokens:
         rows = len(next(x for _, x in start.noisy.items()))

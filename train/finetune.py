@@ -320,10 +320,12 @@ class FinetuneTask(Task):
             self.rows.load_flat_state(state)
 
     def recommended(self) -> dict[str, Any]:
-        """Steps and guidance that the exported pipeline uses by default: those of the pipeline it started from."""
+        """Steps and guidance that the exported pipeline uses by default: those of the pipeline it started from; but
+        plain training unlearns guidance that was distilled into the weights, so it is asked for again."""
         base = self.recipe.model.pretrained_model_name_or_path
         config = {} if base is None else AVDiffPipeline.load_config(base)
-        return {k: config[k] for k in RECOMMENDED if k in config}
+        told = {k: config[k] for k in RECOMMENDED if k in config}
+        return told | {k: RECOMMENDED[k] for k in told if "guidance" in k and told[k] <= 1}
 
     def save(self, directory: Path) -> None:
         """A folder that loads: the whole pipeline where codecs are known, an adapter, or the trained parts."""
