@@ -37,9 +37,9 @@ class Stage:
 def stages(folder: Path, bank: str) -> list[Stage]:
     """All stages, in order."""
     python = [sys.executable, "-m"]
-    out = {name: folder / name for name in ("video_vae", "audio_vae", "vocoder", "recogniser", "lip_network",
-                                            "face_reader", "words", "times", "impacts", "faces", "presenter",
-                                            "presenter_fast")}
+    out = {name: folder / name for name in ("video_vae", "video_vae_decoder", "audio_vae", "vocoder", "recogniser",
+                                            "lip_network", "face_reader", "words", "times", "impacts", "faces",
+                                            "presenter", "presenter_fast")}
     codecs, latents = folder / "codecs", folder / "latents"
 
     def train(module: str, recipe: str, name: str, *more: str) -> list[str]:
@@ -66,6 +66,9 @@ def stages(folder: Path, bank: str) -> list[Stage]:
     return [
         Stage("video_vae", train("codecs", "video_vae", "video_vae"), final("video_vae", "vae"), 2.5,
               {"vae": final("video_vae", "vae")}),
+        Stage("video_vae_decoder", train("codecs", "video_vae_decoder", "video_vae_decoder", "--start_from",
+                                         str(final("video_vae", "vae"))),
+              final("video_vae_decoder", "vae"), 0.3, {"vae": final("video_vae_decoder", "vae")}),
         Stage("audio_vae", train("codecs", "audio_vae", "audio_vae"), final("audio_vae", "audio_vae"), 0.7,
               {"audio_vae": final("audio_vae", "audio_vae")}),
         Stage("vocoder", train("codecs", "vocoder", "vocoder", "--audio_vae", str(final("audio_vae", "audio_vae"))),
@@ -99,7 +102,7 @@ def finish(stage: Stage, folder: Path) -> None:
     """What a stage needs besides its command."""
     if stage.name == "codecs":
         stage.done.mkdir(parents=True, exist_ok=True)
-        for part, source in (("vae", "video_vae"), ("audio_vae", "audio_vae"), ("vocoder", "vocoder")):
+        for part, source in (("vae", "video_vae_decoder"), ("audio_vae", "audio_vae"), ("vocoder", "vocoder")):
             shutil.copytree(folder / source / "final" / part, stage.done / part, dirs_exist_ok=True)
     elif stage.name.startswith("latents_"):
         stage.done.touch()

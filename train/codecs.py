@@ -66,7 +66,7 @@ class CodecOptions:
     clip_frames: int = 7
     """Video only: frames of a stored clip."""
     decoder_only: bool = False
-    """Video only: train the decoder alone; latents, caches and models that were made with the codec stay good."""
+    """Video only: train the decoder alone; latents, and models that were trained on them, stay good."""
     mouth_weight: float = 4.0
     """Video only: extra weight of the pixels around the mouth."""
     segment_seconds: float = 1.28

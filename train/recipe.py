@@ -143,7 +143,7 @@ class DistillOptions:
     teacher_audio_guidance_scale: float | None = None
     """Text guidance of the teacher's sound; likewise."""
     student_steps: int = 8
-    """Steps of the student's sampler: its grid for `steps`, and for what it learns on its own trajectories."""
+    """Steps of the student's sampler: its grid for `steps` and with `own_steps`, and then what its pipeline uses."""
     teacher_substeps: int = 2
     """Guided steps of the teacher inside one step of the student."""
     own_steps: int = 0
