@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tasks import opening_r
 
 from avdiff import AVDiffPipeline
 from avdiff.core.moe import MoE, RoutingStats, load_report
@@ -27,7 +28,6 @@ from avdiff.data.corpus.captions import parse_prompt
 from avdiff.data.corpus.dataset import PresenterCorpus
 from avdiff.data.heldout import Prompt, load_prompts
 from avdiff.evaluation import suite
-from avdiff.evaluation.judges import read_faces
 from avdiff.pipelines.batch import generate_prompts
 from avdiff.train.finetune import main as train
 
@@ -71,10 +71,8 @@ def driven_mouth(pipe: AVDiffPipeline, bank: str | None, count: int) -> float:
         description = parse_prompt(clip["caption"])[0] or "a person"
         out = pipe(description, audio=clip["audio"][None], output_type="np",
                    generator=torch.Generator().manual_seed(seed))
-        opening = read_faces((out.frames[0] * 255).astype(np.uint8)).mouth[:, 0]
-        if opening.std() > 0:
-            found.append(np.corrcoef(opening, clip["mouth"][: len(opening), 0])[0, 1])
-    return float(np.mean(found)) if found else float("nan")
+        found.append(opening_r(out.frames[0], clip["mouth"][:, 0]))
+    return float(np.nanmean(found))
 
 
 def measure_arm(pipe: AVDiffPipeline, prompts: list[Prompt], folder: Path, by: suite.Judges) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from avdiff.cli import load_lora
 from avdiff.latents import Joint, JointLatents
 from avdiff.models import presets
 from avdiff.models.conditions import Positions
@@ -80,6 +81,17 @@ def test_time_shifts_are_those_of_the_teacher_unless_told(data, tmp_path):
     assert tuned.objective.scheduler.config.shift_video == 5 and tuned.objective.scheduler.config.shift_audio == 2
     with pytest.raises(ValueError, match=r"shift_video=3.0: the teacher walks with 5.0; set the same"):
         task_of(data, tmp_path, start, shift_video="3")
+
+
+def test_trained_further_a_distilled_pipeline_asks_for_guidance_again(data, tmp_path):
+    told = {"num_inference_steps": 8, "guidance_scale": 1.0, "audio_guidance_scale": 1.5}
+    AVDiffPipeline(**tiny_components(), **told).save_pretrained(tmp_path / "base")
+    tuned = finetune.setup(recipe(data, tmp_path, pretrained_model_name_or_path=str(tmp_path / "base"), rank="2"))
+    assert tuned.recommended() == {**told, "guidance_scale": 2.0}
+    tuned.save(tmp_path / "lora")
+    pipe = AVDiffPipeline.from_pretrained(tmp_path / "base")
+    load_lora(pipe, str(tmp_path / "lora"))
+    assert (pipe.config.guidance_scale, pipe.config.audio_guidance_scale) == (2.0, 1.5)
 
 
 def test_student_lands_where_the_teacher_lands(data, tmp_path, teacher):
