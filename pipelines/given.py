@@ -194,12 +194,13 @@ class GivenMixin:
             )
         device, c = self._execution_device, self.transformer.config
 
-        def state(wanted: bool, tokens: int, channels: int, start: torch.Tensor | None, part: Part | None):
+        def state(wanted: bool, tokens: int, channels: int, start: torch.Tensor | None, part: Part | None, frames: int):
             if not wanted and part is None:
                 return None, None
-            noise = (
-                randn_tensor((batch, tokens, channels), generator, device, torch.float32) if start is None else start
-            )
+            noise = start
+            if noise is None:
+                noise = randn_tensor((batch, tokens, channels), generator, device, torch.float32)
+                noise = self.scheduler.share_frames(noise, frames)
             if noise.shape != (batch, tokens, channels):
                 raise ValueError(f"latents of shape {tuple(noise.shape)}: this call needs {(batch, tokens, channels)}")
             noise = noise.to(device, torch.float32)
@@ -210,9 +211,10 @@ class GivenMixin:
             whole = bool((part.known == part.known[0]).all())
             return noise, part.known[0].expand(batch) if whole else part.known.expand(batch, -1)
 
-        video, video_known = state(bool(generate.video), clip.video_tokens, c.video_channels, latents, given.video)
+        video, video_known = state(bool(generate.video), clip.video_tokens, c.video_channels, latents, given.video,
+                                   positions.grid[0])
         audio, audio_known = state(
-            bool(generate.audio), clip.audio_tokens, c.audio_channels, audio_latents, given.audio
+            bool(generate.audio), clip.audio_tokens, c.audio_channels, audio_latents, given.audio, 1
         )
         known = Joint(video_known, audio_known)
         if all(bool(k.all()) for _, k in known.items()):

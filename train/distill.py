@@ -34,7 +34,7 @@ from avdiff.train import finetune
 from avdiff.train.clips import positions_of, same_shape, to_device
 from avdiff.train.feed import mix
 from avdiff.train.fit import Loss, row_generators
-from avdiff.train.loss import Noised, parts_of, supervised
+from avdiff.train.loss import PATH, Noised, parts_of, supervised
 from avdiff.train.recipe import Recipe
 from avdiff.train.start import from_folder, from_preset
 from avdiff.train.teacher import Question, Teacher, as_clean, estimate, inherit, matching_blocks, tapped
@@ -299,10 +299,9 @@ def _bridge(student: AVTransformer, teacher: AVTransformer) -> nn.ModuleDict:
 
 def _refuse_misfits(recipe: Recipe, student: AVTransformer, tokenizer: Any, teacher: Teacher) -> None:
     o, theirs = recipe.objective, teacher.scheduler.config
-    for name, own, other in (("shift_video", o.shift_video, theirs.shift_video),
-                             ("shift_audio", o.shift_audio, theirs.shift_audio)):
-        if own != other:
-            raise ValueError(f"{name}={own}: the teacher walks with {other}; set the same")
+    for name in PATH:
+        if getattr(o, name) != theirs[name]:
+            raise ValueError(f"{name}={getattr(o, name)}: the teacher walks with {theirs[name]}; set the same")
     if recipe.distillation.distill == "steps" and (o.noise_coupling == "shared") != (theirs.coupling == "shared"):
         raise ValueError(f"noise_coupling={o.noise_coupling!r}: the teacher walks {theirs.coupling!r}; set the same")
     for name in ("video_channels", "audio_channels", "num_phonemes", "num_marks", "mels_per_token", "shared_rate"):

@@ -49,7 +49,7 @@ from avdiff.train.options import help_text, list_recipes, load_options, to_toml
 from avdiff.train.plan import describe_plan
 from avdiff.train.recipe import Recipe, taught
 from avdiff.train.samples import Samples, available_judges
-from avdiff.train.start import from_folder, from_preset, refuse_early, with_shifts
+from avdiff.train.start import from_folder, from_preset, refuse_early, with_path
 from avdiff.train.teacher import tapped
 from avdiff.train.watch import Watch
 
@@ -339,7 +339,7 @@ def setup(recipe: Recipe) -> FinetuneTask:
         ValueError: something it names does not exist or does not fit.
     """
     recipe.check()
-    recipe = with_shifts(recipe)
+    recipe = with_path(recipe)
     train = LatentCache(recipe.data.train_data)
     held_out = LatentCache(recipe.data.validation_data) if recipe.data.validation_data else None
     refuse_early(recipe, [train] if held_out is None else [train, held_out])

@@ -9,7 +9,7 @@ Shape legend: B rows, N tokens of a modality, C values per token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from avdiff.models.conditions import Positions
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler, shift_time
 from avdiff.train.recipe import APART, TOGETHER, ObjectiveOptions
 
-SHIFTS = {"shift_video": 3.0, "shift_audio": 1.0}  # of a model from scratch
+PATH = {"shift_video": 3.0, "shift_audio": 1.0, "frame_correlation": 0.0}  # of a model from scratch
 BUCKETS = 5  # noise levels are told apart in fifths
 
 
@@ -108,10 +108,10 @@ class Objective:
 
     def __init__(self, options: ObjectiveOptions) -> None:
         self.options = options
-        shifts = (SHIFTS["shift_video"] if options.shift_video is None else options.shift_video,
-                  SHIFTS["shift_audio"] if options.shift_audio is None else options.shift_audio)
+        path = {name: usual if getattr(options, name) is None else getattr(options, name)
+                for name, usual in PATH.items()}
         self.scheduler = JointFlowMatchScheduler(
-            *shifts, options.noise_coupling, prediction_type=options.prediction_type)
+            coupling=options.noise_coupling, prediction_type=options.prediction_type, **path)
 
     def noised(self, clean: Joint[torch.Tensor], positions: Positions, generators: Sequence[torch.Generator],
                tasks: Mapping[str, float] | None = None, time: torch.Tensor | float | None = None) -> Noised:
@@ -133,6 +133,8 @@ class Objective:
             given.append(given_tokens(task, positions, generator))
         level = levels[0].map(lambda *rows: torch.cat(rows), *levels[1:])
         eps = noise[0].map(lambda *rows: torch.stack(rows), *noise[1:])
+        if eps.video is not None:
+            eps = replace(eps, video=self.scheduler.share_frames(eps.video, positions.grid[0]))
         known = clean.map(lambda x, *rows: torch.stack(rows).to(x.device), *given)
         sigmas = level.map(lambda s, k: s if not k.any() else s[:, None].masked_fill(k, 0.0), known)
         return Noised(self.scheduler.add_noise(clean, eps, sigmas), eps, level, sigmas, known.map(torch.logical_not))

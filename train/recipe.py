@@ -80,6 +80,9 @@ class ObjectiveOptions:
     """Time shift of video, above 1 towards noise; nothing takes that of the model or teacher, 3 for a preset."""
     shift_audio: float | None = None
     """Time shift of audio; nothing takes that of the model or teacher, 1 for a preset."""
+    frame_correlation: float | None = None
+    """Correlation of the video noise of any two frames of a clip, in [0, 1): what stands still is then settled with
+    what moves, and flickers less; nothing takes that of the model or teacher, 0 for a preset."""
     logit_mean: float = 0.0
     """Mean of the logit-normal density of noise levels."""
     logit_std: float = 1.0
@@ -226,6 +229,8 @@ class Recipe:
             value = getattr(o, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: needs a number above 0")
+        if o.frame_correlation is not None and not 0 <= o.frame_correlation < 1:
+            raise ValueError(f"frame_correlation={o.frame_correlation}: needs a number from 0 to below 1")
         _shares("loss_weights", o.loss_weights, ("video", "audio"))
         _shares("branch_learning_rate", self.rates.branch_learning_rate, BRANCHES)
         _shares("branch_rank", a.branch_rank, BRANCHES)

@@ -19,7 +19,7 @@ from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train.clips import TrainingClips
 from avdiff.train.export import CODECS
 from avdiff.train.feed import Feed
-from avdiff.train.loss import SHIFTS
+from avdiff.train.loss import PATH
 from avdiff.train.recipe import Recipe
 
 
@@ -56,16 +56,17 @@ def from_folder(base: str) -> tuple[AVTransformer, CaptionEncoder, Any]:
             AutoTokenizer.from_pretrained(base, subfolder="tokenizer"))
 
 
-def with_shifts(recipe: Recipe) -> Recipe:
-    """The recipe with the time shifts that it leaves open: those of the teacher, else of the model it starts from."""
+def with_path(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves open of the way from noise to data (time shifts, correlation of frames): as the
+    teacher walks it, else the model that the run starts from."""
     o, base = recipe.objective, recipe.distillation.teacher or recipe.model.pretrained_model_name_or_path
-    if base is None or None not in (o.shift_video, o.shift_audio):
+    if base is None or all(getattr(o, name) is not None for name in PATH):
         return recipe
     try:
-        theirs = SHIFTS | JointFlowMatchScheduler.load_config(base, subfolder="scheduler")
+        theirs = PATH | JointFlowMatchScheduler.load_config(base, subfolder="scheduler")
     except OSError:
         return recipe  # no pipeline: refused where its networks are loaded
-    open_ones = {name: theirs[name] for name in SHIFTS if getattr(o, name) is None}
+    open_ones = {name: theirs[name] for name in PATH if getattr(o, name) is None}
     return replace(recipe, objective=replace(o, **open_ones))
 
 

@@ -43,6 +43,7 @@ class JointFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         solver: "euler", or "ab2": Adams-Bashforth with two steps, second order, one network call a step.
         prediction_type: what `step` receives, the "x0" or the "velocity" estimate.
         sigma_min: floor for sigma in (0, 1] where it divides (x0 to velocity) and of training levels.
+        frame_correlation: correlation of the video noise of any two frames of a clip, in [0, 1); see `share_frames`.
     """
 
     order = 1  # network calls for each step, in diffusers' sense; true of both solvers
@@ -57,6 +58,7 @@ class JointFlowMatchScheduler(SchedulerMixin, ConfigMixin):
         solver: Literal["euler", "ab2"] = "euler",
         prediction_type: Literal["x0", "velocity"] = "x0",
         sigma_min: float = 1e-3,
+        frame_correlation: float = 0.0,
     ) -> None:
         for name, shift in (("shift_video", shift_video), ("shift_audio", shift_audio)):
             if not shift > 0:
@@ -70,6 +72,8 @@ class JointFlowMatchScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
         if not 0 < sigma_min <= 1:
             raise ValueError(f"sigma_min={sigma_min}: must lie in (0, 1]")
+        if not 0 <= frame_correlation < 1:
+            raise ValueError(f"frame_correlation={frame_correlation}: must lie in [0, 1)")
         self.num_inference_steps: int | None = None
         self.timesteps: Tensor | None = None  # (n,) base times, before the shifts
         self.sigmas: Joint[Tensor] = Joint()  # (n+1,) fp32 each, the last is 0
@@ -180,6 +184,21 @@ class JointFlowMatchScheduler(SchedulerMixin, ConfigMixin):
             return step.to(v) * v
         ratio = (step / (sigmas[index] - sigmas[index - 1])).to(v)
         return step.to(v) * ((1 + ratio / 2) * v - ratio / 2 * past)
+
+    def share_frames(self, white: Tensor, frames: int) -> Tensor:
+        """White noise (..., N, C), frame by frame, -> noise of unit variance that correlates between frames.
+
+        Independent noise averages out over the frames of a clip, so what stands still (who it is, what is behind) is
+        settled near pure noise, long before what moves, and what is left of it flickers. Noise that the frames have in
+        part in common keeps the two together (mixed noise, Ge et al., arXiv 2305.10474). With the mean m over frames:
+        sqrt(1-c) (w - m) + sqrt(1-c+cF) m, the root of the covariance (1-c) I + c 11^T; one frame stays as it is.
+        """
+        c = self.config.frame_correlation
+        if not c or frames == 1:
+            return white
+        w = white.unflatten(-2, (frames, -1))
+        mean = w.mean(-3, keepdim=True)
+        return ((1 - c) ** 0.5 * (w - mean) + (1 - c + c * frames) ** 0.5 * mean).flatten(-3, -2)
 
     def add_noise(self, clean: Joint[Tensor], noise: Joint[Tensor], sigmas: Joint[Tensor]) -> Joint[Tensor]:
         """z = (1 - sigma) x + sigma eps; tokens (B, N, C), sigmas (B,) or (B, N)."""
