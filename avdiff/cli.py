@@ -89,6 +89,7 @@ class Sampling:
     num_inference_steps: int | None
     guidance_scale: float | None
     audio_guidance_scale: float | None
+    steadiness: float | None
     generate_video: bool | None
     generate_audio: bool | None
     check_prompt: bool | None = None
@@ -124,6 +125,9 @@ def generate(
         float | None,
         typer.Option("--audio-guidance", "--audio-guidance-scale", help="Text guidance of the sound; 1 is none."),
     ] = None,
+    steadiness: Annotated[
+        float | None, typer.Option(help="Changes of a pixel, of 255, that count as flicker and are averaged away.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frames a second: 25, 29.97, 30000/1001.")] = None,
@@ -153,7 +157,7 @@ def generate(
     wishes = [common.check()] if prompts is None else read_wishes(prompts, common)
     _check_outputs(wishes)
     sampling = Sampling(
-        height, width, fps, steps, guidance, audio_guidance,
+        height, width, fps, steps, guidance, audio_guidance, steadiness,
         *(False if left_out else None for left_out in (no_video, no_audio, anyway)),
     )
     pipe = load_pipeline(model, device)

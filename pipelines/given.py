@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from avdiff.clip import ClipSpec, Clock, as_fps
 from avdiff.latents import Joint, JointLatents
 from avdiff.models.conditions import Positions
+from avdiff.pipelines.steady import smooth_flicker
 
 SEAM = 0.01  # seconds over which given sound is cross-faded into new sound
 
@@ -222,8 +223,9 @@ class GivenMixin:
         seconds = Joint(positions.video[:, 0], positions.audio[:, 0])
         return JointLatents(video, audio, known.map(lambda m: (~m).float()), seconds), known
 
-    def _decode(self, state: JointLatents, clip: ClipSpec, given: Joint[Part], output_type: str) -> tuple[Any, Any]:
-        """Tokens to frames and waveform. Frames and samples that were given come back as they were given, but for
+    def _decode(self, state: JointLatents, clip: ClipSpec, given: Joint[Part], output_type: str, steadiness: float,
+                ) -> tuple[Any, Any]:  # fmt: skip
+        """Tokens to frames, without flicker, and waveform. Frames and samples that were given come back as they were given, but for
         frames of which only a region was, and for images: these are as the codec renders them."""
         if output_type == "latent":
             return state.video, state.audio
@@ -234,7 +236,12 @@ class GivenMixin:
             if kept.any() and given.video is not None and given.video.source is not None:
                 source = given.video.source.to(state.video.device, torch.float32)
                 index = kept.nonzero()[:, 0].to(source.device)
-                frames = source if kept.all() else frames.index_copy(2, index, source.index_select(2, index))
+                own = source.index_select(2, index)
+                frames = source if kept.all() else frames.index_copy(2, index, own)
+                if not kept.all():  # given frames help to steady the others and stay as they are
+                    frames = smooth_flicker(frames, steadiness).index_copy(2, index, own)
+            else:
+                frames = smooth_flicker(frames, steadiness)
             frames = self.video_processor.postprocess_video(frames, output_type=output_type)
         if state.audio is not None:
             weight = _kept_samples(given.audio, clip)

@@ -59,6 +59,9 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:
         value = values[name]
         if value is not None and (not _is_number(value) or abs(value) > MAX_GUIDANCE):
             raise ValueError(f"{name}={_short(value)}: needs a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}")
+    steady = values["steadiness"]
+    if steady is not None and not (_is_number(steady) and 0 <= steady <= 255):
+        raise ValueError(f"steadiness={_short(steady)}: needs a number from 0 to 255, or None")
     start = values["speech_start"]
     if start is not None and not (_is_number(start) and start >= 0):
         raise ValueError(f"speech_start={_short(start)}: needs seconds of at least 0, or None")

@@ -42,7 +42,7 @@ from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 __all__ = ["RECOMMENDED", "AVDiffPipeline"]
 
 # What a call uses that does not say otherwise, unless the pipeline's config does (a distilled one's).
-RECOMMENDED = {"num_inference_steps": 16, "guidance_scale": 2.0, "audio_guidance_scale": 2.0}
+RECOMMENDED = {"num_inference_steps": 16, "guidance_scale": 2.0, "audio_guidance_scale": 2.0, "steadiness": 0.0}
 
 
 class AVDiffPipeline(
@@ -53,8 +53,8 @@ class AVDiffPipeline(
     Args:
         transformer: denoiser. scheduler: steps both modalities. vae, audio_vae, vocoder: codecs.
         text_encoder, tokenizer: captions to features. world: what the model can make; without one, any prompt is taken.
-        num_inference_steps, guidance_scale, audio_guidance_scale: what a call uses that does not say otherwise; a
-            distilled model says fewer steps and no guidance.
+        num_inference_steps, guidance_scale, audio_guidance_scale, steadiness: what a call uses that does not say
+            otherwise; a distilled model says fewer steps and no guidance.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae->vocoder"
@@ -74,10 +74,11 @@ class AVDiffPipeline(
         num_inference_steps: int = 16,
         guidance_scale: float = 2.0,
         audio_guidance_scale: float = 2.0,
+        steadiness: float = 0.0,
     ) -> None:
         super().__init__()
         scales = dict(guidance_scale=guidance_scale, audio_guidance_scale=audio_guidance_scale)
-        self.register_to_config(num_inference_steps=num_inference_steps, **scales)
+        self.register_to_config(num_inference_steps=num_inference_steps, steadiness=steadiness, **scales)
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -208,6 +209,7 @@ class AVDiffPipeline(
         guidance_scale: float | None = None,
         audio_guidance_scale: float | None = None,
         guidance: Guidance | None = None,
+        steadiness: float | None = None,
         num_videos_per_prompt: int = 1,
         generate_video: bool = True,
         generate_audio: bool = True,
@@ -243,6 +245,8 @@ class AVDiffPipeline(
             height, width: pixels. frame_rate: frames per second.
             num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text guidance of video and
                 audio, 1 is none; or a whole `guidance`. Where they are not given, the pipeline's config decides.
+            steadiness: changes of a pixel from frame to frame, of 255, that count as flicker and are averaged over
+                time; 0 leaves the frames as they are decoded.
             image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], or a PIL picture of the clip's size; first and last
                 frame, as the codec renders them.
             video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come back as they were
@@ -267,7 +271,7 @@ class AVDiffPipeline(
         self._guidance = guidance or Guidance(text=Joint(*scales))
         self._guidance_scale, self._audio_guidance_scale = self._guidance.text.video, self._guidance.text.audio
         self._interrupt, self._current_timestep, self._attention_kwargs = False, None, attention_kwargs
-        device = self._execution_device
+        device, steady = self._execution_device, _or(steadiness, self.config.steadiness)
 
         prompts = _repeat([prompt] if isinstance(prompt, str) else prompt, num_videos_per_prompt)
         embedded = 0 if prompt_embeds is None else prompt_embeds.shape[0]
@@ -329,7 +333,7 @@ class AVDiffPipeline(
                 progress.update()
 
         check_finite(state.latents)
-        frames, waveform = self._decode(state, clip, given, output_type)
+        frames, waveform = self._decode(state, clip, given, output_type, steady)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (frames, waveform)
