@@ -225,8 +225,8 @@ class GivenMixin:
 
     def _decode(self, state: JointLatents, clip: ClipSpec, given: Joint[Part], output_type: str, steadiness: float,
                 ) -> tuple[Any, Any]:  # fmt: skip
-        """Tokens to frames, without flicker, and waveform. Frames and samples that were given come back as they were given, but for
-        frames of which only a region was, and for images: these are as the codec renders them."""
+        """Tokens to frames, without flicker, and waveform. Frames and samples that were given come back as they were
+        given, but for frames of which only a region was, and for images: these are as the codec renders them."""
         if output_type == "latent":
             return state.video, state.audio
         frames = waveform = None

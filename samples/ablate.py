@@ -55,7 +55,7 @@ def fit_arm(name: str, args: argparse.Namespace, seed: int) -> tuple[Path, dict[
                           "[objective]\ntasks = { joint = 0.7, a2v = 0.3 }\nshift_video = 6.0\n", encoding="utf-8")
         done = train([str(recipe), "--output_dir", str(folder), "--train_data", args.train_data, "--validation_data",
                       args.validation_data, "--max_train_steps", str(args.steps), "--train_batch_size", "32",
-                      "--learning_rate", "2e-3", "--lr_warmup_steps", "50", "--mixed_precision", "bf16", "--ema_decay",
+                      "--learning_rate", "2e-3", "--lr_warmup_steps", "50", "--mixed_precision", "auto", "--ema_decay",
                       "0.99", "--seed", str(seed), "--checkpointing_steps", "0", "--validation_steps", str(args.steps),
                       "--validation_items", "96"])
         assert done is not None

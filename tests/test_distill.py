@@ -69,9 +69,9 @@ def test_teacher_answers_as_its_pipeline_does(data, tmp_path, teacher):
         torch.testing.assert_close(getattr(got, m), u + scale * (c - u), rtol=1e-4, atol=1e-4)
 
 
-def test_time_shifts_are_those_of_the_teacher_unless_told(data, tmp_path):
+def test_the_way_from_noise_to_data_is_that_of_the_teacher_unless_told(data, tmp_path):
     parts = tiny_components()
-    parts["scheduler"] = JointFlowMatchScheduler(shift_video=5.0)
+    parts["scheduler"] = JointFlowMatchScheduler(shift_video=5.0, frame_correlation=0.3)
     AVDiffPipeline(**parts).save_pretrained(tmp_path / "five")
     start = str(tmp_path / "five")
     taught = task_of(data, tmp_path, start).objective
@@ -79,8 +79,11 @@ def test_time_shifts_are_those_of_the_teacher_unless_told(data, tmp_path):
     assert float(taught.levels_at(torch.tensor([0.5])).video) == pytest.approx(5 / 6)
     tuned = finetune.setup(recipe(data, tmp_path, pretrained_model_name_or_path=start, shift_audio="2"))
     assert tuned.objective.scheduler.config.shift_video == 5 and tuned.objective.scheduler.config.shift_audio == 2
+    assert taught.scheduler.config.frame_correlation == tuned.objective.scheduler.config.frame_correlation == 0.3
     with pytest.raises(ValueError, match=r"shift_video=3.0: the teacher walks with 5.0; set the same"):
         task_of(data, tmp_path, start, shift_video="3")
+    with pytest.raises(ValueError, match=r"frame_correlation=0.0: the teacher walks with 0.3; set the same"):
+        task_of(data, tmp_path, start, frame_correlation="0")
 
 
 def test_trained_further_a_distilled_pipeline_asks_for_guidance_again(data, tmp_path):

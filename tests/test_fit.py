@@ -236,13 +236,22 @@ def test_changed_options_are_listed(tmp_path):
 
 @pytest.mark.parametrize(("wrong", "words"), [
     ({"learning_rate": -1.0}, "learning_rate=-1.0: needs at least 0"), ({"ema_decay": 1.0}, "ema_decay=1.0"),
-    ({"mixed_precision": "fp16"}, "needs no or bf16"), ({"train_batch_size": 99}, "a step needs 198 items"),
+    ({"mixed_precision": "fp16"}, "needs no or bf16 or auto"), ({"train_batch_size": 99}, "a step needs 198 items"),
     ({"report_to": "carrier_pigeon"}, "report_to='carrier_pigeon': needs one of"),
     ({"resume_from_checkpoint": "nowhere"}, "no such directory"), ({"lr_scheduler": "wild"}, "cosine or constant"),
 ])
 def test_wrong_options_are_refused(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         fit(Denoise(), options(tmp_path, **wrong))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_precision_follows_the_device(tmp_path, monkeypatch, capsys, native):
+    for place in ("task", "launch"):
+        monkeypatch.setattr(f"avdiff.train.{place}.native_bf16", lambda: native)
+    assert options(tmp_path, mixed_precision="auto").mixed_precision == ("bf16" if native else "no")
+    fit(Denoise(), options(tmp_path, mixed_precision="bf16"))
+    assert ("only emulates bf16" in capsys.readouterr().out) is not native
 
 
 def test_nan_names_step_and_part(tmp_path):

@@ -241,6 +241,20 @@ def test_training_levels_follow_their_law():
     assert flat.video.max() <= 1
 
 
+@pytest.mark.parametrize("correlation", [0.25, 0.6])
+def test_frames_share_their_noise_as_configured(correlation):
+    white = torch.randn(6000, 4 * 3, 2, generator=torch.Generator().manual_seed(0))  # 4 frames of 3 tokens
+    noise = JointFlowMatchScheduler(frame_correlation=correlation).share_frames(white, 4).unflatten(1, (4, 3))
+    expected = torch.full((4, 4), correlation).fill_diagonal_(1.0)
+    for token in range(3):
+        between = torch.cov(noise[:, :, token].transpose(1, 2).flatten(0, 1).T)
+        torch.testing.assert_close(between, expected, atol=0.05, rtol=0)
+    assert abs(float((noise[:, 0, 0] * noise[:, 1, 2]).mean())) < 0.05  # places have nothing in common
+    free = JointFlowMatchScheduler()
+    assert free.share_frames(white, 4) is white  # and so has one frame, or a scheduler that does not say so
+    assert JointFlowMatchScheduler(frame_correlation=correlation).share_frames(white, 1) is white
+
+
 def test_training_levels_repeat_under_a_seed():
     scheduler = JointFlowMatchScheduler()
     first, again, other = (scheduler.sample_sigmas(8, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
@@ -250,7 +264,7 @@ def test_training_levels_repeat_under_a_seed():
 
 def test_config_survives_save_and_load(tmp_path):
     config = {"shift_video": 2.5, "shift_audio": 1.25, "coupling": "independent", "solver": "ab2",
-              "prediction_type": "velocity", "sigma_min": 0.02}
+              "prediction_type": "velocity", "sigma_min": 0.02, "frame_correlation": 0.5}
     JointFlowMatchScheduler(**config).save_pretrained(tmp_path)
     loaded = JointFlowMatchScheduler.from_pretrained(tmp_path)
     assert {name: loaded.config[name] for name in config} == config
@@ -260,7 +274,7 @@ def test_config_survives_save_and_load(tmp_path):
 
 @pytest.mark.parametrize(("argument", "value"), [
     ("shift_video", 0.0), ("shift_audio", float("nan")), ("coupling", "both"), ("solver", "heun"),
-    ("prediction_type", "epsilon"), ("sigma_min", 0.0),
+    ("prediction_type", "epsilon"), ("sigma_min", 0.0), ("frame_correlation", 1.0), ("frame_correlation", -0.5),
 ])
 def test_refuses_a_bad_configuration(argument, value):
     with pytest.raises(ValueError, match=f"{argument}={value!r}"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import tiny_components
 
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.pipelines.steady import smooth_flicker
+from tests.tiny import tiny_components
 
 
 def tiny() -> AVDiffPipeline:

@@ -10,15 +10,17 @@ from avdiff.data.corpus.visemes import VISEMES, Phone, viseme_of
 from avdiff.data.script import script_from_phones
 from avdiff.latents import Joint
 from avdiff.models.conditions import Positions
+from avdiff.pipelines.pipeline_av import AVDiffPipeline
+from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train import export, finetune, start
 from avdiff.train.clips import TrainingClips
 from avdiff.train.fit import Run
 from avdiff.train.heads import IGNORED, phoneme_labels, viseme_labels
-from avdiff.train.loss import RouterBalance
+from avdiff.train.loss import Objective, RouterBalance
 from avdiff.train.meter import read_log
-from avdiff.train.recipe import ExportOptions
+from avdiff.train.recipe import ExportOptions, ObjectiveOptions
 from tests.test_finetune import CLIP, recipe, run, write_clips
-from tests.tiny import fill_zeros
+from tests.tiny import fill_zeros, tiny_components
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +181,49 @@ def test_long_captions_pad_no_others_where_there_are_many():
     keys = TrainingClips(Cache([long] * 256 + ["brief"] * 10), None).groups()
     assert keys == [(CLIP, "video", "long captions")] * 256 + [(CLIP, "video")] * 10
     assert TrainingClips(Cache([long] * 255 + ["brief"] * 10), None).groups() == [(CLIP, "video")] * 265
+
+
+def test_training_and_sampling_begin_in_the_same_noise():
+    """What frames have in common is the same in a training row at level 1 and in the pipeline's first tokens."""
+    rows, positions = [torch.Generator().manual_seed(k) for k in range(400)], Positions.of(CLIP)
+    clean = Joint(torch.zeros(400, CLIP.video_tokens, 64), torch.zeros(400, CLIP.audio_tokens, 48))
+    n = Objective(ObjectiveOptions(frame_correlation=0.6)).noised(clean, positions, rows, time=1.0)
+    pipe = AVDiffPipeline(**{**tiny_components(), "scheduler": JointFlowMatchScheduler(frame_correlation=0.6)})
+    state, _ = pipe.prepare_latents(CLIP, 400, torch.Generator().manual_seed(1), positions, Joint(True, True), Joint())
+    for tokens in (n.noisy.video, state.video):
+        w = tokens.unflatten(1, (CLIP.latent_frames, -1))
+        assert float((w[:, 0] * w[:, 1]).mean()) == pytest.approx(0.6, abs=0.05)
+        assert float(w.square().mean()) == pytest.approx(1.0, abs=0.05)
+    assert abs(float((n.noisy.audio[:, 0] * n.noisy.audio[:, 1]).mean())) < 0.05
+
+
+def test_learned_guidance_settles_at_the_guided_estimate():
+    """A free answer for text a, another without text: descent on the moved goal ends where two guided passes would."""
+    objective = Objective(ObjectiveOptions(learned_guidance={"video": 2.5}))
+    clean = Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3))  # E[x|c]
+    untold, told = Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)), Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    for _ in range(60):
+        told = objective.guided(clean, told, untold)  # what minimises the loss for this goal
+    torch.testing.assert_close(told.video, 2.5 * clean.video, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(told.audio, clean.audio)
+    as_v = Objective(ObjectiveOptions(learned_guidance={"video": 2.5}, prediction_type="velocity"))
+    noise, told, free = (Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3)) for _ in range(3))  # velocities
+    goal = as_v.guided(clean, told, free)
+    torch.testing.assert_close(noise.video - goal.video, (noise.video - clean.video) + 0.6 * (told.video - free.video))
+
+
+def test_learned_guidance_leaves_rows_without_text_alone(data, tmp_path):
+    """Without words and captions the answer with text is the answer without: the loss is the plain one."""
+    guided, losses = {"learned_guidance": "video=3,audio=2"}, []
+    for dropout, more in (("1", {}), ("1", guided), ("1e-9", {}), ("1e-9", guided)):
+        task = finetune.setup(recipe(data, tmp_path, text_dropout=dropout, router_balance="0", **more))
+        fill_zeros(task.transformer)
+        batch = task.collate([task.dataset[i] for i in range(4)])
+        with torch.no_grad():
+            losses.append(float(task.loss(batch, "main", torch.Generator().manual_seed(3)).total))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[3], rel=1e-3)
+    with pytest.raises(ValueError, match="learned_guidance: leads away"):
+        recipe(data, tmp_path, learned_guidance="video=2", text_dropout="0").check()
+    with pytest.raises(ValueError, match=r"learned_guidance=.*from 1 to 20"):
+        recipe(data, tmp_path, learned_guidance="video=0.5", text_dropout="0.1").check()

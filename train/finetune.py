@@ -115,7 +115,12 @@ class FinetuneTask(Task):
         with tapped(self._read_blocks()) as seen:
             output, routing = self.predict(batch, noised, positions, script, structure == "isolated",
                                            self._unread(rows))
-        losses = self.objective.row_losses(output, clean, noised)
+        goal = clean
+        if self.recipe.objective.learned_guidance:
+            with torch.no_grad():
+                untold, _ = self.predict(batch, noised, positions, script, structure == "isolated", told=False)
+            goal = self.objective.guided(clean, output, untold)
+        losses = self.objective.row_losses(output, goal, noised)
         only = self.recipe.objective.modalities
         learned: dict[str, torch.Tensor] = {m: loss for m, loss in losses.items() if m in only}
         means = {m: loss.mean() for m, loss in learned.items()}
@@ -141,10 +146,12 @@ class FinetuneTask(Task):
         return Joint(drawn[:, 0] < d.video_caption_dropout, drawn[:, 1] < d.audio_caption_dropout)
 
     def predict(self, batch: Mapping[str, Any], n: Noised, positions: Positions, script: Script | None,
-                isolated: bool = False, unread: Joint[torch.Tensor] | None = None,
+                isolated: bool = False, unread: Joint[torch.Tensor] | None = None, told: bool = True,
                 ) -> tuple[Joint[torch.Tensor], list[torch.Tensor] | None]:  # fmt: skip
-        """The network's answer (B, N, C) for each modality in `n`, and routing statistics."""
+        """The network's answer (B, N, C) for each modality in `n`, and routing statistics; no text if not `told`."""
         text, mask = self.text_of(batch), batch["attention_mask"].bool()
+        if not told:
+            mask, script = torch.zeros_like(mask), None if script is None else script.without()
         conditions = self.transformer.prepare(text, mask, positions, script, len(text))
         out = self.transformer(
             hidden_states=n.noisy.video, audio_hidden_states=n.noisy.audio, timestep=n.sigmas.video,
@@ -321,11 +328,12 @@ class FinetuneTask(Task):
 
     def recommended(self) -> dict[str, Any]:
         """Steps and guidance that the exported pipeline uses by default: those of the pipeline it started from; but
-        plain training unlearns guidance that was distilled into the weights, so it is asked for again."""
+        plain training unlearns guidance that was in the weights, so it is asked for again."""
         base = self.recipe.model.pretrained_model_name_or_path
         config = {} if base is None else AVDiffPipeline.load_config(base)
         told = {k: config[k] for k in RECOMMENDED if k in config}
-        return told | {k: RECOMMENDED[k] for k in told if "guidance" in k and told[k] <= 1}
+        again = {k: RECOMMENDED[k] for k in told if "guidance" in k and told[k] <= 1}
+        return told | (dict.fromkeys(again, 1.0) if self.recipe.objective.learned_guidance else again)
 
     def save(self, directory: Path) -> None:
         """A folder that loads: the whole pipeline where codecs are known, an adapter, or the trained parts."""

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedType
 
+from avdiff.train.precision import native_bf16
 from avdiff.train.task import FitOptions
 
 HANDLED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,
@@ -34,6 +35,9 @@ def make_accelerator(options: FitOptions) -> Accelerator:
     if accelerator.distributed_type not in HANDLED:
         raise ValueError(f"distributed_type={accelerator.distributed_type.value}: this loop handles one process or "
                          "data-parallel ones; choose MULTI_GPU, MULTI_CPU or FSDP (version 2) in `accelerate config`")
+    if options.mixed_precision == "bf16" and not native_bf16():
+        accelerator.print("mixed_precision='bf16': this device only emulates bf16, far slower than fp32; "
+                          "choose auto or no")
     return accelerator
 
 

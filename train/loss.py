@@ -145,6 +145,18 @@ class Objective:
         audio = c.shift_video if c.coupling == "shared" else c.shift_audio
         return Joint(shift_time(base, c.shift_video), shift_time(base, audio))
 
+    def guided(self, clean: Joint[torch.Tensor], told: Joint[torch.Tensor], untold: Joint[torch.Tensor],
+               ) -> Joint[torch.Tensor]:
+        """What stands for the clean tokens (B, N, C) where guidance w is trained into the weights: x + s (x_c - x_u)
+        with s = 1 - 1/w and the network's own answers with and without text (Tang et al., arXiv 2502.12154).
+
+        At the fixed point x_c = E[x|c] + (w-1) (E[x|c] - x_u), the estimate that two passes guided by w would give.
+        """
+        sign = -1.0 if self.options.prediction_type == "velocity" else 1.0
+        scales = {m: self.options.learned_guidance.get(m, 1.0) for m in MODALITIES}
+        shares = Joint(*(sign * (1 - 1 / scales[m]) for m in MODALITIES))
+        return clean.map(lambda x, c, u, s: x + s * (c.detach() - u).to(x), told, untold, shares)
+
     def row_losses(self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised) -> Joint[torch.Tensor]:
         """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where all is given."""
         floor = self.options.loss_floor

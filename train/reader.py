@@ -310,7 +310,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     words = commands.add_parser("words")
     add_options(words, max_train_steps=9000, train_batch_size=8, learning_rate=2e-3, lr_warmup_steps=200,
                 ema_decay=0.998, validation_steps=1000, checkpointing_steps=500, log_every=100,
-                resume_from_checkpoint="latest", mixed_precision="bf16")
+                resume_from_checkpoint="latest", mixed_precision="auto")
     words.add_argument("--memory", choices=MEMORIES, default="trained")
     words.add_argument("--constant_gate", type=float, default=None)
     words.add_argument("--cache", default=str(Path.home() / ".cache" / "avdiff" / "reader" / "aligned.json"))

@@ -109,7 +109,7 @@ def prove(cache: Path, count: int, steps: int, seeds: int) -> dict[str, Any]:
             task = ProofTask(words, arm, seed)
             with TemporaryDirectory() as folder:
                 fit(task, FitOptions(folder, max_train_steps=steps, train_batch_size=8, learning_rate=2e-3, seed=seed,
-                                     lr_warmup_steps=steps // 20, mixed_precision="bf16", validation_steps=0,
+                                     lr_warmup_steps=steps // 20, mixed_precision="auto", validation_steps=0,
                                      checkpointing_steps=0, log_every=steps))
             task.reader.eval()
             for kind, part in parts.items():

@@ -95,6 +95,9 @@ class ObjectiveOptions:
     """How the two modalities share the loss: fixed weights, divided by their running means, or learned."""
     loss_weights: dict[str, float] = field(default_factory=lambda: {"video": 1.0, "audio": 1.0})
     """Weight of each modality, on top of the balance."""
+    learned_guidance: dict[str, float] = field(default_factory=dict)
+    """Text guidance that is trained into the weights, by modality, such as { video = 2.2, audio = 2.0 }: one pass then
+    answers like two; needs text_dropout. Nothing trains none, and unlearns what a distilled model has."""
     phoneme_head: float = 0.0
     """Weight of naming the phoneme that sounds, from the sound's middle block; 0 builds no head."""
     viseme_head: float = 0.0
@@ -229,6 +232,12 @@ class Recipe:
             value = getattr(o, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: needs a number above 0")
+        for m, scale in o.learned_guidance.items():
+            if m not in ("video", "audio") or not 1 <= scale <= 20:
+                raise ValueError(f"learned_guidance={o.learned_guidance}: needs video, audio or both, from 1 to 20")
+        if o.learned_guidance and not d.text_dropout:
+            raise ValueError("learned_guidance: leads away from the answer without text, which only rows without text "
+                             "teach; set text_dropout above 0, such as 0.1")
         if o.frame_correlation is not None and not 0 <= o.frame_correlation < 1:
             raise ValueError(f"frame_correlation={o.frame_correlation}: needs a number from 0 to below 1")
         _shares("loss_weights", o.loss_weights, ("video", "audio"))

@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from avdiff.core.row_optim import RowOptimizer
+from avdiff.train.precision import native_bf16
 from avdiff.train.state import write_tensors
 
 
@@ -171,7 +172,8 @@ class FitOptions:
     ema_decay: float = 0.0
     """Decay of the weights' moving average, used for validation and export; 0 switches it off."""
     mixed_precision: str = "no"
-    """no or bf16 (autocast; weights, optimizer and averages stay fp32)."""
+    """no, bf16 (autocast; weights, optimizer and averages stay fp32), or auto: bf16 where the device multiplies it in
+    hardware, no elsewhere."""
     checkpointing_steps: int = 500
     """Save a checkpoint every so many steps; 0 saves only at the end."""
     checkpoints_total_limit: int = 2
@@ -205,9 +207,12 @@ class FitOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: needs at least {low}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: needs a number from 0 (off) to below 1, such as 0.999")
-        for name, fits in (("lr_scheduler", ("cosine", "constant", "linear")), ("mixed_precision", ("no", "bf16"))):
+        for name, fits in (("lr_scheduler", ("cosine", "constant", "linear")),
+                           ("mixed_precision", ("no", "bf16", "auto"))):
             if getattr(self, name) not in fits:
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs {' or '.join(fits)}")
+        if self.mixed_precision == "auto":  # settled here, so that a checkpoint tells which one it was
+            object.__setattr__(self, "mixed_precision", "bf16" if native_bf16() else "no")
 
     def fixed(self) -> dict[str, Any]:
         """The options that shape the result, and so must not change on resume."""
