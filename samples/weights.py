@@ -39,7 +39,7 @@ def stages(folder: Path, bank: str) -> list[Stage]:
     python = [sys.executable, "-m"]
     out = {name: folder / name for name in ("video_vae", "video_vae_decoder", "audio_vae", "vocoder", "recogniser",
                                             "lip_network", "face_reader", "words", "times", "impacts", "faces",
-                                            "presenter", "presenter_fast")}
+                                            "presenter", "presenter_fast", "presenter_guided")}
     codecs, latents = folder / "codecs", folder / "latents"
 
     def train(module: str, recipe: str, name: str, *more: str) -> list[str]:
@@ -95,6 +95,14 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         learn("presenter_fast", "distill_guidance", 0.6, "--pretrained_model_name_or_path",
               str(out["presenter"] / "final"), "--teacher", str(out["presenter"] / "final"), "--train_data",
               ",".join(str(latents / n) for n in ("long", "events", "faces"))),
+        cache("more_faces", "--count", "40000", "--stills", "--events", "0", "--seed", "31", "--full-captions", "0.75"),
+        cache("more_event_stills", "--count", "8000", "--stills", "--events", "1", "--seed", "32"),
+        cache("more_events", "--count", "5000", "--events", "1", "--seed", "33"),
+        cache("more_long", "--count", "4000", "--events", "0", "--full-captions", "0.4", "--seed", "34"),
+        learn("presenter_guided", "presenter_guided", 2.0, "--pretrained_model_name_or_path",
+              str(out["presenter_fast"] / "final"), "--train_data",
+              ",".join(str(latents / n) for n in ("more_long", "more_long", "more_events", "more_events", "more_faces",
+                                                  "more_event_stills"))),
     ]
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from avdiff.clip import ClipSpec
 from avdiff.data.cache import CaptionFeatures
 from avdiff.data.corpus.captions import parse_prompt
+from avdiff.data.corpus.events import stroke_phones
 from avdiff.data.script import script_from_phones, smooth_warp
 from avdiff.models.conditions import Positions
 from avdiff.train.recipe import DataOptions
@@ -28,11 +29,12 @@ class TrainingClips(Dataset):
 
     Args:
         cache: `LatentCache`, or anything with its items and `clip(index)`. options: shares of text that is dropped;
-            None for validation: first caption, nothing dropped, nothing warped.
+            None for validation: first caption, nothing dropped, nothing warped. event_script: strokes of events are
+            laid on the clock like words.
     """
 
-    def __init__(self, cache: Any, options: DataOptions | None) -> None:
-        self.cache, self.options = cache, options
+    def __init__(self, cache: Any, options: DataOptions | None, event_script: bool = False) -> None:
+        self.cache, self.options, self.event_script = cache, options, event_script
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -42,6 +44,8 @@ class TrainingClips(Dataset):
         captions = item.get("captions") or [item.get("caption", "")]
         row = {m: item[m] for m in ("video", "audio") if m in item}
         row |= {"clip": clip, "phones": item["phones"], "warp": np.zeros(clip.mel_frames)}
+        if self.event_script and "audio" in row and item.get("impacts"):
+            row["phones"] = stroke_phones(item["impacts"])
         chosen, silent = 0, False
         if self.options is not None:
             rng = np.random.default_rng(random.getrandbits(63))  # the feed seeds `random` for every row

@@ -34,7 +34,7 @@ def tiny() -> dict[str, Any]:
 
 def presenter() -> dict[str, Any]:
     """The embedded default: what two CPU cores can train and run (the class defaults)."""
-    return {}
+    return dict(event_script=True)
 
 
 def base() -> dict[str, Any]:

@@ -59,6 +59,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         shared_rate: ticks per second of the shared stream, 0 for none. shared_layers: blocks that update it.
         shared_hidden, shared_experts, top_k: its feed-forward.
         num_phonemes, num_marks, script_dim: the script; 0 phonemes for a model without one.
+        event_script: whether events have a script too, of their strokes (`IMPACT`).
         mels_per_token: mel frames of an audio token, the resolution of the script.
         memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head, memory_orders: longest
             n-gram, memory_heads, memory_head_dim: its size.
@@ -106,8 +107,11 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         memory_head_dim: int = 16,
         window: float | None = 0.2,
         cross_modal: bool = True,
+        event_script: bool = False,
     ) -> None:
         super().__init__()
+        if event_script and num_phonemes < 128:
+            raise ValueError(f"num_phonemes={num_phonemes}: event_script needs 128, its strokes are number 127")
         bad = [i for i in (*shared_layers, *memory_layers) if not 0 <= i < num_layers]
         if bad:
             raise ValueError(

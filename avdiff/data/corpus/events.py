@@ -7,11 +7,14 @@ impact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from avdiff.data.corpus.identity import BACKDROPS, COLORS, RGB, SKINS
+from avdiff.data.corpus.phones import IMPACT
+from avdiff.data.corpus.visemes import Phone
 
 KINDS = ("ball", "drum", "bell", "glass", "clap", "knock")
 MATERIALS: dict[str, tuple[str, ...]] = {
@@ -28,6 +31,7 @@ BOUNCE = {"rubber": 0.78, "plastic": 0.80, "wood": 0.62, "metal": 0.68, "glass":
 REST_FLIGHT = 0.13  # s; a flight shorter than this is no bounce any more: the ball stays
 SWING = 0.17  # s from the height of a swing to contact
 MOST_IMPACTS = 6
+STROKE = 0.06  # s that a stroke takes in the script
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,12 @@ def _bounces(rng: np.random.Generator, seconds: float, keep: float) -> tuple[tup
 def _first_fall(flight: float, keep: float) -> float:
     """Seconds of free fall before the impact that a flight of `flight` seconds follows."""
     return flight / (2 * keep)
+
+
+def stroke_phones(impacts: Sequence[float]) -> tuple[Phone, ...]:
+    """The script of an event: `IMPACT` for 60 ms from each impact on, less where the next one is nearer."""
+    ends = [*impacts[1:], float("inf")]
+    return tuple(Phone(IMPACT, t, min(t + STROKE, end)) for t, end in zip(impacts, ends, strict=True))
 
 
 def ball_height(event: Event, time: float) -> float:
