@@ -172,6 +172,15 @@ class GivenMixin:
             known[start : start + piece.shape[1]] = True
         return Part(tokens.to(self._execution_device), known, None if source is None else per_clip(source, batch))
 
+    def _event_seeds(self, generator: torch.Generator | list[torch.Generator] | None, batch: int) -> list[int] | None:
+        """A seed for the strokes of each clip's event; None where the model knows no script of events."""
+        if not self.transformer.config.event_script:
+            return None
+        if isinstance(generator, list):
+            return [g.initial_seed() for g in generator]
+        first = int(torch.randint(2**62, ())) if generator is None else generator.initial_seed()
+        return [first + i for i in range(batch)]
+
     def prepare_latents(
         self,
         clip: ClipSpec,

@@ -71,7 +71,8 @@ class LongMixin:
         if not driven and shown and generate_audio and audio is None:
             raise ValueError("video without sound is continued without sound: needs audio, or generate_audio=False")
         begin = 0.0 if driven else float(shown / fps)
-        request = understand([prompt], frame, seconds, None, language, begin=begin)
+        seeds = None if shown or audio is not None else self._event_seeds(options.get("generator"), 1)
+        request = understand([prompt], frame, seconds, None, language, begin=begin, event_seeds=seeds)
         total, words = request.clip.num_frames, request.phones[0]
         if total <= shown:
             raise ValueError(f"seconds={seconds}: what is given lasts {float(shown / fps):g} s, needs more")

@@ -283,7 +283,8 @@ class AVDiffPipeline(
         world = self.world if check_prompt and not widened else None
         given_parts = any(part is not None for part in (image, last_image, audio, video))
         length, num_frames, begin = self._length(seconds, num_frames, frame, audio, video, speech_start)
-        request: Request = understand(prompts, frame, length, num_frames, language, script, world, given_parts, begin)
+        request: Request = understand(prompts, frame, length, num_frames, language, script, world, given_parts, begin,
+                                      self._event_seeds(generator, batch) if prompts else None)
         clip = request.clip
         check_memory(clip, batch)
         positions = Positions.of(clip, device)

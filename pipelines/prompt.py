@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from avdiff.clip import ClipSpec
 from avdiff.data.corpus.captions import parse_prompt
+from avdiff.data.corpus.event_prompt import event_script, strokes_told
 from avdiff.data.corpus.visemes import Phone
 from avdiff.data.reading import read
 from avdiff.data.script import script_from_phones
@@ -37,6 +39,7 @@ def understand(
     world: PromptWorld | None = None,
     given: bool = False,
     begin: float = 0.0,
+    event_seeds: Sequence[int] | None = None,
 ) -> Request:
     """Read prompts.
 
@@ -48,6 +51,8 @@ def understand(
         script: used as it is in place of the prompts' words.
         world: what the model can make; None takes every prompt. given: sound or pictures come with the prompts.
         begin: seconds at which the words begin.
+        event_seeds: for each prompt; events without words get a script of their strokes then, unless sound or pictures
+            are given, which tell when.
 
     Raises:
         ValueError: both lengths are given, a prompt beyond the world, or words that do not fit into the length.
@@ -76,6 +81,15 @@ def understand(
                 f"{words!r} takes {phones[-1].start:.1f} s to say, but the clip lasts "
                 f"{float(clip.seconds):.1f} s: ask for a longer clip or fewer words"
             )
+    if script is None and event_seeds is not None and not given:
+        spoken = [phones if words or not is_event(description, world) else
+                  event_script(description, float(clip.seconds), seed)
+                  for (description, words), phones, seed in zip(parsed, spoken, event_seeds, strict=True)]
     if script is None and any(spoken):
         script = script_from_phones(spoken, clip)
     return Request(clip, [description for description, _ in parsed], spoken, script)
+
+
+def is_event(description: str, world: PromptWorld | None = None) -> bool:
+    """Whether a prompt without words is about something that sounds when it is struck."""
+    return strokes_told(description) is not None or (world is not None and world.is_event(description))

@@ -105,6 +105,11 @@ class PromptWorld(ConfigMixin):
     def _can_spell(self, letter: str) -> bool:
         return unicodedata.name(letter, "").startswith(self.scripts)
 
+    def is_event(self, description: str) -> bool:
+        """Whether a description names an object that sounds and what happens to it."""
+        text = unicodedata.normalize("NFC", description).casefold()
+        return self._is_event(_TOKEN.findall(text), text)
+
     def _is_event(self, words: list[str], text: str) -> bool:
         if not self._found(self._objects, words, text):
             return False

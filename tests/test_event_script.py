@@ -1,0 +1,95 @@
+"""Events on the clock: what a caption tells, when it is struck, and what the pipeline makes of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from avdiff.data.corpus import event_prompt
+from avdiff.data.corpus.captions import event_captions
+from avdiff.data.corpus.event_prompt import event_script, strokes_told
+from avdiff.data.corpus.events import KINDS, STROKE, sample_event, stroke_phones
+from avdiff.data.corpus.phones import IMPACT, IMPACT_ID, inventory, phone_id
+from avdiff.models import presets
+from avdiff.models.transformer import AVTransformer
+from avdiff.pipelines.pipeline_av import AVDiffPipeline
+from avdiff.pipelines.prompt import understand
+from tests.test_finetune import CLIP
+from tests.tiny import tiny_components
+
+LANGUAGES = ("en", "es", "fr", "hi", "it", "ja", "pt", "zh")
+
+
+def test_every_caption_of_the_corpus_tells_its_number_and_whether_it_is_a_ball():
+    rng, told = np.random.default_rng(0), 0
+    for language in LANGUAGES:
+        for kind in KINDS:
+            for _ in range(6):
+                event = sample_event(rng, 3.0, kind)
+                for caption in event_captions(event, language, rng):
+                    assert strokes_told(caption) == len(event.impacts), caption
+                    ball = bool(event_prompt.BALLS.search(event_prompt._plain(caption)))
+                    assert ball == (kind == "ball"), caption
+                    told += 1
+    assert told > 1000
+
+
+@pytest.mark.parametrize(("text", "count"), [
+    ("a bell rings twice", 2), ("3 times a stick beats a drum", 3), ("दो हाथ पांच बार ताली बजाते हैं", 5), ("敲了4次", 4),
+    ("a spoon taps a glass", None), ("a woman with one earring", None), ("somebody claps thrice", 3),
+])
+def test_numbers_are_read(text, count):
+    assert strokes_told(text) == count
+
+
+def test_strokes_fill_the_clip_as_told():
+    for count in range(1, 7):
+        phones = event_script(f"a rubber ball bounces {count} times", 3.5, seed=count)
+        starts = [p.start for p in phones]
+        assert len(phones) == count and all(p.symbol == IMPACT for p in phones)
+        assert starts[0] > 0 and starts[-1] < 3.5 - 0.2
+        if count > 2:
+            assert np.all(np.diff(starts, 2) < 0)  # each flight of a ball is shorter than the one before
+    assert event_script("a drum is struck twice", 3.0, 1) == event_script("a drum is struck twice", 3.0, 1)
+    assert event_script("a drum is struck twice", 3.0, 1) != event_script("a drum is struck twice", 3.0, 2)
+    drawn = {len(event_script("a bell rings", 3.0, seed)) for seed in range(40)}
+    assert len(drawn) > 3
+    for count, words in ((9, "at most 6 strokes"), (6, "longer clip")):
+        with pytest.raises(ValueError, match=words):
+            event_script(f"a drum is struck {count} times", 1.0, 0)
+
+
+def test_strokes_are_a_symbol_of_their_own():
+    assert phone_id(IMPACT) == IMPACT_ID
+    assert len(inventory()[0]) <= IMPACT_ID
+    first, second = stroke_phones((0.5, 0.53))
+    assert first.end == 0.53 and second.end == pytest.approx(0.53 + STROKE)
+    with pytest.raises(ValueError, match="event_script needs 128"):
+        AVTransformer(**{**presets.tiny(), "num_phonemes": 120, "event_script": True})
+
+
+def test_a_prompt_without_words_gets_strokes_where_the_model_knows_them():
+    frame = dict(fps=25, height=64, width=64, sample_rate=24000, clock=CLIP.clock)
+    texts = ["a drum is struck three times", 'a man says "no"', "a man"]
+    plain = understand(texts, frame, 3.0)
+    struck = understand(texts, frame, 3.0, event_seeds=[1, 2, 3])
+    assert [len(p) for p in plain.phones][::2] == [0, 0] and plain.script.present.tolist() == [False, True, False]
+    assert struck.script.present.tolist() == [True, True, False]
+    assert (struck.script.phonemes[0] == IMPACT_ID).sum() == 3 and not (struck.script.phonemes[1] == IMPACT_ID).any()
+    assert struck.phones[1] == plain.phones[1]
+    heard = understand(texts, frame, 3.0, given=True, event_seeds=[1, 2, 3])  # what is given tells when
+    assert heard.script.present.tolist() == [False, True, False]
+
+
+def test_the_pipeline_strikes_by_seed():
+    parts = tiny_components()
+    config = {**dict(parts["transformer"].config), "num_phonemes": 128, "event_script": True}
+    parts["transformer"] = AVTransformer(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    pipe = AVDiffPipeline(**parts)
+    one = torch.Generator().manual_seed(5)
+    assert pipe._event_seeds([one, torch.Generator().manual_seed(6)], 2) == [5, 6]
+    assert pipe._event_seeds(one, 2) == [5, 6]
+    torch.manual_seed(0)
+    assert len(set(pipe._event_seeds(None, 3))) == 3
+    assert AVDiffPipeline(**tiny_components())._event_seeds(one, 2) is None
