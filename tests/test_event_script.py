@@ -11,7 +11,11 @@ from avdiff.data.corpus.captions import event_captions
 from avdiff.data.corpus.event_prompt import event_script, strokes_told
 from avdiff.data.corpus.events import KINDS, STROKE, sample_event, stroke_phones
 from avdiff.data.corpus.phones import IMPACT, IMPACT_ID, inventory, phone_id
+from avdiff.data.corpus.visemes import Phone
+from avdiff.data.script import script_from_phones
 from avdiff.models import presets
+from avdiff.models.conditions import Positions
+from avdiff.models.script_encoder import STROKE_ID, ScriptEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.pipelines.prompt import understand
@@ -61,7 +65,7 @@ def test_strokes_fill_the_clip_as_told():
 
 
 def test_strokes_are_a_symbol_of_their_own():
-    assert phone_id(IMPACT) == IMPACT_ID
+    assert phone_id(IMPACT) == IMPACT_ID == STROKE_ID
     assert len(inventory()[0]) <= IMPACT_ID
     first, second = stroke_phones((0.5, 0.53))
     assert first.end == 0.53 and second.end == pytest.approx(0.53 + STROKE)
@@ -93,3 +97,23 @@ def test_the_pipeline_strikes_by_seed():
     torch.manual_seed(0)
     assert len(set(pipe._event_seeds(None, 3))) == 3
     assert AVDiffPipeline(**tiny_components())._event_seeds(one, 2) is None
+
+
+def test_the_picture_reads_strokes_but_not_words():
+    torch.manual_seed(0)
+    encoder = ScriptEncoder(128, 8, 16, 4, 24, 32, event_script=True)
+    words = (Phone("a", 0.1, 0.3), Phone("t", 0.3, 0.4))
+    script = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP)
+    positions = Positions.of(CLIP)
+    sound, video = encoder(script, positions)
+    assert video.abs().amax((1, 2)).gt(0).tolist() == [False, True, False]
+    assert sound.abs().amax((1, 2)).gt(0).tolist() == [True, True, False]
+    warp = np.full(CLIP.mel_frames, 0.08)
+    told = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP, [warp] * 3)
+    straight = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP, to_video=True)
+    (_, warped), (_, exact) = encoder(told, positions), encoder(straight, positions)
+    assert not torch.equal(warped[0], exact[0])  # words may be warped for the picture, strokes never are
+    torch.testing.assert_close(warped[1], exact[1])
+    torch.testing.assert_close(video[1], exact[1])
+    plain = ScriptEncoder(128, 8, 16, 4, 24, 32)
+    assert plain(script, positions)[1] is None

@@ -26,11 +26,17 @@ class ConvBlock(nn.Module):
         return x + self.contract(F.gelu(self.expand(h)))
 
 
+STROKE_ID = 127  # the phoneme that stands for a stroke, `avdiff.data.corpus.phones.IMPACT_ID`
+
+
 class ScriptEncoder(nn.Module):
     """Encodes phonemes in context and lays them on the clock.
 
     Each audio token sees the phonemes of its own mel frames (their order kept by concatenation), and for each frame how
     far into the phoneme it is and how long the phoneme lasts.
+
+    Args:
+        event_script: the script may hold strokes of events (number `STROKE_ID`); these the video branch always reads.
     """
 
     def __init__(
@@ -42,9 +48,10 @@ class ScriptEncoder(nn.Module):
         audio_dim: int,
         video_dim: int,
         blocks: int = 3,
+        event_script: bool = False,
     ) -> None:
         super().__init__()
-        self.mels_per_token = mels_per_token
+        self.mels_per_token, self.event_script = mels_per_token, event_script
         self.symbol = nn.Embedding(num_phonemes, dim)
         self.mark = nn.Embedding(num_marks, dim)
         self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(blocks))
@@ -63,10 +70,15 @@ class ScriptEncoder(nn.Module):
         per_token = self._on_clock(x, script.frames, script.present)  # (B, N_a, mels * (D + 2))
         ticks = overlap_matrix(positions.ticks[:, 0], seconds).to(x) @ per_token
         sound = torch.cat([self.to_audio(per_token), self.to_ticks(ticks)], dim=1)
-        if script.video_frames is None:
+        frames, present = script.video_frames, script.present
+        if self.event_script:  # lips follow the sound, but strikers see their strokes
+            struck = present & (script.phonemes == STROKE_ID).any(1)
+            present = struck if frames is None else present
+            frames = script.frames if frames is None else torch.where(struck[:, None], script.frames, frames)
+        if frames is None:
             return sound, None
-        if script.video_frames is not script.frames:
-            per_token = self._on_clock(x, script.video_frames, script.present)
+        if frames is not script.frames or present is not script.present:
+            per_token = self._on_clock(x, frames, present)
         _, rows, columns = positions.grid
         frame_seconds = positions.video[:: rows * columns, 0]
         video = self.to_video(overlap_matrix(frame_seconds, seconds).to(x) @ per_token)  # (B, F, D_v)

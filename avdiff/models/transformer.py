@@ -127,7 +127,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         self.proj_in_audio = nn.Linear(audio_channels, audio_dim)
         self.text_register = nn.Parameter(torch.randn(1, 1, text_dim))
         self.script_encoder = (
-            ScriptEncoder(num_phonemes, num_marks, script_dim, mels_per_token, audio_dim, video_dim)
+            ScriptEncoder(num_phonemes, num_marks, script_dim, mels_per_token, audio_dim, video_dim,
+                          event_script=event_script)
             if num_phonemes
             else None
         )
