@@ -43,7 +43,7 @@ def strokes_told(description: str) -> int | None:
     text = _plain(description)
     found = NUMBER.search(text)
     if found:
-        return int(found[1])
+        return int(found[1]) or None
     return next((n for pattern, n in _counts() if pattern.search(text)), None)
 
 
@@ -63,5 +63,5 @@ def event_script(description: str, seconds: float, seed: int) -> tuple[Phone, ..
         impacts = sample_event(rng, seconds, kind).impacts
         if count is None or len(impacts) == count:
             return stroke_phones(impacts)
-    most = f"at most {MOST_IMPACTS} strokes are known" if not 1 <= count <= MOST_IMPACTS else "ask for a longer clip"
+    most = f"at most {MOST_IMPACTS} strokes are known" if (count or 0) > MOST_IMPACTS else "ask for a longer clip"
     raise ValueError(f"{count} strokes do not fit into a clip of {seconds:.1f} s: {most}")
