@@ -66,6 +66,7 @@ class GivenMixin:
     """The half of `AVDiffPipeline` that deals with given parts."""
 
     transformer: Any
+    scheduler: Any
     video_processor: Any
     clock: Clock
     _execution_device: Any

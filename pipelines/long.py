@@ -36,6 +36,7 @@ class LongMixin:
 
     clock: Clock
     audio_vae: Any
+    _event_seeds: Any
 
     def stream(
         self,
