@@ -218,9 +218,12 @@ def _version(name: str) -> str | None:
 def _torch_facts() -> dict[str, Any]:
     import torch
 
+    from avdiff.train.precision import native_bf16
+
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     threads = f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
-    return {"threads": threads, "accelerators": ", ".join(devices) or "none"}
+    bf16 = "in hardware" if native_bf16() else "only emulated, slow: recipes train in fp32 here"
+    return {"threads": threads, "accelerators": ", ".join(devices) or "none", "bf16": bf16}
 
 
 def weights(folder: Path) -> dict[str, str]:

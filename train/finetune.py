@@ -79,15 +79,14 @@ class FinetuneTask(Task):
             transformer.enable_gradient_checkpointing()
         self.modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder,
                                               "balance": self.balance}
-        heads = (recipe.objective.phoneme_head, recipe.objective.viseme_head)
-        self.heads = Heads(transformer, *heads) if any(heads) else None
+        o = recipe.objective
+        self.heads = Heads(transformer, o.phoneme_head, o.viseme_head) if o.phoneme_head or o.viseme_head else None
         if self.heads is not None:
             self.modules["heads"] = self.heads
         self.ema_modules = ("transformer", "text_encoder")
-        clips, self.held_out = (None if cache is None else TrainingClips(cache, o, transformer.config.event_script)
-                                for cache, o in ((train, recipe.data), (held_out, None)))
-        assert clips is not None
-        self.dataset, self.groups = clips, clips.groups()
+        self.dataset = clips = TrainingClips(train, recipe.data, transformer.config.event_script)
+        self.groups = clips.groups()
+        self.held_out = None if held_out is None else TrainingClips(held_out, None, clips.event_script)
         self._choose_weights()
         kept = not any(p.requires_grad for p in text_encoder.parameters())
         held = caption_features(kept, CaptionFeatures(text_encoder, tokenizer), clips.cache, held_out)
