@@ -87,7 +87,7 @@ def test_the_way_from_noise_to_data_is_that_of_the_teacher_unless_told(data, tmp
 
 
 def test_trained_further_a_distilled_pipeline_asks_for_guidance_again(data, tmp_path):
-    told = {"num_inference_steps": 8, "guidance_scale": 1.0, "audio_guidance_scale": 1.5}
+    told = {"num_inference_steps": 8, "guidance_scale": 1.0, "audio_guidance_scale": 1.5, "steadiness": 3.0}
     AVDiffPipeline(**tiny_components(), **told).save_pretrained(tmp_path / "base")
     tuned = finetune.setup(recipe(data, tmp_path, pretrained_model_name_or_path=str(tmp_path / "base"), rank="2"))
     assert tuned.recommended() == {**told, "guidance_scale": 2.0}
