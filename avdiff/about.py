@@ -218,7 +218,7 @@ def _version(name: str) -> str | None:
 def _torch_facts() -> dict[str, Any]:
     import torch
 
-    from avdiff.train.precision import native_bf16
+    from avdiff.core.precision import native_bf16
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     threads = f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"

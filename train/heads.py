@@ -16,6 +16,7 @@ from avdiff.core.modulation import rms_norm
 from avdiff.data.corpus.phones import inventory
 from avdiff.data.corpus.visemes import VISEMES, viseme_of
 from avdiff.models.conditions import Positions, Script
+from avdiff.models.script_encoder import STROKE_ID
 from avdiff.models.transformer import AVTransformer
 
 IGNORED = -100  # cross_entropy's own
@@ -79,4 +80,5 @@ def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _viseme_of_id() -> torch.Tensor:
-    return torch.tensor([VISEMES.index(viseme_of(symbol)[0]) for symbol in inventory()[0]])
+    known = [VISEMES.index(viseme_of(symbol)[0]) for symbol in inventory()[0]]
+    return torch.tensor(known + [IGNORED] * (STROKE_ID + 1 - len(known)))  # a stroke shows no mouth

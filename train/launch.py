@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedType
 
-from avdiff.train.precision import native_bf16
+from avdiff.core.precision import native_bf16
 from avdiff.train.task import FitOptions
 
 HANDLED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,

@@ -11,8 +11,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from avdiff.core.precision import native_bf16
 from avdiff.core.row_optim import RowOptimizer
-from avdiff.train.precision import native_bf16
 from avdiff.train.state import write_tensors
 
 

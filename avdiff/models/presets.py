@@ -33,7 +33,7 @@ def tiny() -> dict[str, Any]:
 
 
 def presenter() -> dict[str, Any]:
-    """The embedded default: what two CPU cores can train and run (the class defaults)."""
+    """The embedded default: what two CPU cores can train and run (the class defaults, and events with a script)."""
     return dict(event_script=True)
 
 

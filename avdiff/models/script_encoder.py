@@ -26,7 +26,7 @@ class ConvBlock(nn.Module):
         return x + self.contract(F.gelu(self.expand(h)))
 
 
-STROKE_ID = 127  # the phoneme that stands for a stroke, `avdiff.data.corpus.phones.IMPACT_ID`
+STROKE_ID = 127  # the phoneme that stands for a stroke: far behind the inventory, which grows at its end
 
 
 class ScriptEncoder(nn.Module):

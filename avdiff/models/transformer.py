@@ -35,7 +35,7 @@ from avdiff.core.rope import rotary_phases
 from avdiff.latents import Joint, per_token
 from avdiff.models.blocks import Branch, DualBlock, SharedStream, StepRows, split_ticks
 from avdiff.models.conditions import Conditions, Positions, Script, window_mask
-from avdiff.models.script_encoder import ScriptEncoder
+from avdiff.models.script_encoder import STROKE_ID, ScriptEncoder
 
 
 @dataclass
@@ -59,7 +59,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         shared_rate: ticks per second of the shared stream, 0 for none. shared_layers: blocks that update it.
         shared_hidden, shared_experts, top_k: its feed-forward.
         num_phonemes, num_marks, script_dim: the script; 0 phonemes for a model without one.
-        event_script: whether events have a script too, of their strokes (`IMPACT`).
+        event_script: whether events have a script too, of their strokes (`STROKE_ID`).
         mels_per_token: mel frames of an audio token, the resolution of the script.
         memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head, memory_orders: longest
             n-gram, memory_heads, memory_head_dim: its size.
@@ -110,8 +110,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         event_script: bool = False,
     ) -> None:
         super().__init__()
-        if event_script and num_phonemes < 128:
-            raise ValueError(f"num_phonemes={num_phonemes}: event_script needs 128, its strokes are number 127")
+        if event_script and num_phonemes <= STROKE_ID:
+            raise ValueError(f"num_phonemes={num_phonemes}: event_script needs {STROKE_ID + 1}")
         bad = [i for i in (*shared_layers, *memory_layers) if not 0 <= i < num_layers]
         if bad:
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from avdiff.data.corpus.visemes import Phone
+from avdiff.models.script_encoder import STROKE_ID
 
 if TYPE_CHECKING:
     from avdiff.data.corpus.speech import Tokens
@@ -35,7 +36,6 @@ STRESS_BEFORE, SPACE_BEFORE = 0.1, 0.4
 PAUSE_DB, FLOOR_DB = -38.0, -62.0  # silence: this far under the loud parts, or under this level
 SHORTEST_PAUSE = {"space": 0.12, "mark": 0.06, "end": 0.0}  # seconds
 IMPACT = "✱"  # in the script of an event: a stroke, where the script of speech has phones
-IMPACT_ID = 127  # far behind the inventory, which grows at its end
 CLOSURE = 0.05  # seconds of silence before a burst that are part of a stop
 
 
@@ -48,7 +48,7 @@ def inventory() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def phone_id(symbol: str) -> int:
-    """Id of a phone: 0 for silence ("sil", "" or " "), `IMPACT_ID` for a stroke; a coloured phone that is not listed
+    """Id of a phone: 0 for silence ("sil", "" or " "), `STROKE_ID` for a stroke; a coloured phone that is not listed
     falls back to its base.
 
     Raises:
@@ -56,7 +56,7 @@ def phone_id(symbol: str) -> int:
     """
     phones = inventory()[0]
     if symbol == IMPACT:
-        return IMPACT_ID
+        return STROKE_ID
     if symbol in ("", " ", SILENCE):
         return 0
     for candidate in (symbol, symbol[:2], symbol[:1]):
