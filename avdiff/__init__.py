@@ -17,29 +17,29 @@ PRESENTER = os.path.join(
 )  # the embedded model: AVDiffPipeline.from_pretrained(PRESENTER)
 
 _HOME = {
-    "AVAudioVAE": "avdiff.models.audio_vae",
+    "AVAudioVAE": "avdiff.models.codecs.audio_vae",
     "AVDiffPipeline": "avdiff.pipelines.pipeline_av",
     "AVPipelineOutput": "avdiff.pipelines.output",
     "AVTransformer": "avdiff.models.transformer",
-    "AVVideoVAE": "avdiff.models.video_vae",
-    "AVVocoder": "avdiff.models.vocoder",
+    "AVVideoVAE": "avdiff.models.codecs.video_vae",
+    "AVVocoder": "avdiff.models.codecs.vocoder",
     "CaptionEncoder": "avdiff.models.text_encoder",
     "ClipSpec": "avdiff.clip",
-    "FaceReader": "avdiff.models.face_reader",
+    "FaceReader": "avdiff.models.evaluators.face_reader",
     "Guidance": "avdiff.guidance",
-    "ImpactReader": "avdiff.models.impact_reader",
+    "ImpactReader": "avdiff.models.evaluators.contact_detector",
     "Joint": "avdiff.latents",
     "JointFlowMatchScheduler": "avdiff.schedulers.joint_flow_match",
     "JointLatents": "avdiff.latents",
-    "LipNetwork": "avdiff.models.lip_network",
-    "PhoneRecogniser": "avdiff.models.recogniser",
-    "PhoneTimer": "avdiff.models.reader",
-    "PromptWorld": "avdiff.models.prompt_world",
-    "PronunciationReader": "avdiff.models.reader",
-    "Retake": "avdiff.pipelines.given",
-    "read_clip": "avdiff.data.media",
-    "streams": "avdiff.pipelines.long",
-    "write_clip": "avdiff.data.media",
+    "LipNetwork": "avdiff.models.evaluators.lip_network",
+    "PhoneRecogniser": "avdiff.models.evaluators.phone_recogniser",
+    "PhoneTimer": "avdiff.models.g2p.networks",
+    "PromptWorld": "avdiff.models.prompt_domain",
+    "PronunciationReader": "avdiff.models.g2p.networks",
+    "Retake": "avdiff.pipelines.conditioning",
+    "read_clip": "avdiff.media.write",
+    "streams": "avdiff.pipelines.streaming",
+    "write_clip": "avdiff.media.write",
     # diffusers looks up the base classes of a saved component by name in the library that it is recorded under.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
@@ -66,25 +66,27 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin as SchedulerMixin
 
     from avdiff.clip import ClipSpec as ClipSpec
-    from avdiff.data.media import read_clip as read_clip
-    from avdiff.data.media import write_clip as write_clip
     from avdiff.guidance import Guidance as Guidance
     from avdiff.latents import Joint as Joint
     from avdiff.latents import JointLatents as JointLatents
-    from avdiff.models.audio_vae import AVAudioVAE as AVAudioVAE
-    from avdiff.models.face_reader import FaceReader as FaceReader
-    from avdiff.models.impact_reader import ImpactReader as ImpactReader
-    from avdiff.models.lip_network import LipNetwork as LipNetwork
-    from avdiff.models.prompt_world import PromptWorld as PromptWorld
-    from avdiff.models.reader import PhoneTimer as PhoneTimer
-    from avdiff.models.reader import PronunciationReader as PronunciationReader
-    from avdiff.models.recogniser import PhoneRecogniser as PhoneRecogniser
+    from avdiff.media.write import read_clip as read_clip
+    from avdiff.media.write import write_clip as write_clip
+    from avdiff.models.codecs.audio_vae import AVAudioVAE as AVAudioVAE
+    from avdiff.models.codecs.video_vae import AVVideoVAE as AVVideoVAE
+    from avdiff.models.codecs.vocoder import AVVocoder as AVVocoder
+    from avdiff.models.evaluators.contact_detector import ImpactReader as ImpactReader
+    from avdiff.models.evaluators.face_reader import FaceReader as FaceReader
+    from avdiff.models.evaluators.lip_network import LipNetwork as LipNetwork
+    from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser as PhoneRecogniser
+    from avdiff.models.g2p.networks import PhoneTimer as PhoneTimer
+    from avdiff.models.g2p.networks import PronunciationReader as PronunciationReader
+    from avdiff.models.prompt_domain import PromptWorld as PromptWorld
     from avdiff.models.text_encoder import CaptionEncoder as CaptionEncoder
     from avdiff.models.transformer import AVTransformer as AVTransformer
-    from avdiff.models.video_vae import AVVideoVAE as AVVideoVAE
-    from avdiff.models.vocoder import AVVocoder as AVVocoder
-    from avdiff.pipelines.given import Retake as Retake
-    from avdiff.pipelines.long import streams as streams
+    from avdiff.pipelines.conditioning import Retake as Retake
     from avdiff.pipelines.output import AVPipelineOutput as AVPipelineOutput
     from avdiff.pipelines.pipeline_av import AVDiffPipeline as AVDiffPipeline
-    from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler as JointFlowMatchScheduler
+    from avdiff.pipelines.streaming import streams as streams
+    from avdiff.schedulers.joint_flow_match import (
+        JointFlowMatchScheduler as JointFlowMatchScheduler,
+    )

@@ -1,5 +1,5 @@
 """`python -m avdiff` is the same as the console script."""
 
-from avdiff.cli import main
+from avdiff.cli.main import main
 
 main()

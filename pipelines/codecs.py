@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from avdiff.clip import ClipSpec, Clock
-from avdiff.latents import denormalise_latents, normalise_latents, pack_audio, pack_video, unpack_audio, unpack_video
+from avdiff.latents import (
+    denormalise_latents,
+    normalise_latents,
+    pack_audio,
+    pack_video,
+    unpack_audio,
+    unpack_video,
+)
 
 
 class CodecMixin:

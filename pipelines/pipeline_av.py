@@ -21,22 +21,22 @@ from PIL.Image import Image
 from avdiff.clip import Clock
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
-from avdiff.models.audio_vae import AVAudioVAE
+from avdiff.models.codecs.audio_vae import AVAudioVAE
+from avdiff.models.codecs.video_vae import AVVideoVAE
+from avdiff.models.codecs.vocoder import AVVocoder
 from avdiff.models.conditions import Positions, Script
-from avdiff.models.prompt_world import PromptWorld
+from avdiff.models.prompt_domain import PromptWorld
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
-from avdiff.models.video_vae import AVVideoVAE
-from avdiff.models.vocoder import AVVocoder
 from avdiff.pipelines.codecs import CodecMixin
-from avdiff.pipelines.given import GivenMixin, Retake, per_clip
-from avdiff.pipelines.inputs import check_finite, check_memory, checked
+from avdiff.pipelines.conditioning import GivenMixin, Retake, per_clip
+from avdiff.pipelines.denoise import StepMixin, Told
 from avdiff.pipelines.loading import SafeLoadingMixin
-from avdiff.pipelines.long import LongMixin
 from avdiff.pipelines.lora import AVLoraLoaderMixin
 from avdiff.pipelines.output import AVPipelineOutput
 from avdiff.pipelines.prompt import Request, understand
-from avdiff.pipelines.steps import StepMixin, Told
+from avdiff.pipelines.streaming import LongMixin
+from avdiff.pipelines.validation import check_finite, check_memory, checked
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
 __all__ = ["RECOMMENDED", "AVDiffPipeline"]

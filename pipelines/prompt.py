@@ -8,13 +8,13 @@ from fractions import Fraction
 from typing import Any
 
 from avdiff.clip import ClipSpec
-from avdiff.data.corpus.captions import parse_prompt
-from avdiff.data.corpus.event_prompt import event_script, strokes_told
-from avdiff.data.corpus.visemes import Phone
-from avdiff.data.reading import read
-from avdiff.data.script import script_from_phones
+from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.prompt import event_script, strokes_told
+from avdiff.g2p.pronounce import read
 from avdiff.models.conditions import Script
-from avdiff.models.prompt_world import PromptWorld
+from avdiff.models.prompt_domain import PromptWorld
+from avdiff.phonetics.track import script_from_phones
+from avdiff.phonetics.visemes import Phone
 
 DEFAULT_SECONDS = 2.5  # a clip without words
 

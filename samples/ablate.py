@@ -24,11 +24,11 @@ from tasks import opening_r
 
 from avdiff import AVDiffPipeline
 from avdiff.core.moe import MoE, RoutingStats, load_report
-from avdiff.data.corpus.captions import parse_prompt
-from avdiff.data.corpus.dataset import PresenterCorpus
+from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.dataset import PresenterCorpus
 from avdiff.data.heldout import Prompt, load_prompts
 from avdiff.evaluation import suite
-from avdiff.pipelines.batch import generate_prompts
+from avdiff.pipelines.generate_prompts import generate_prompts
 from avdiff.train.finetune import main as train
 
 SMALL = {"num_layers": 4, "video_dim": 128, "audio_dim": 128, "video_heads": 2, "audio_heads": 2, "shared_hidden": 128}

@@ -22,7 +22,7 @@ from avdiff.evaluation import suite
 from avdiff.evaluation.coupling import Coupling, measure_arms, print_couplings
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
-from avdiff.pipelines.batch import clip_path, generate_prompts
+from avdiff.pipelines.generate_prompts import clip_path, generate_prompts
 
 #: cross-modal scale 0 is the isolated estimate alone: c + (0 - 1)(c - i) = i
 ARMS: dict[str, Guidance | None] = {"as used": None, "whole": Guidance(), "cut": Guidance(cross=Joint(0.0, 0.0))}

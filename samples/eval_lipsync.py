@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 
-from avdiff.cli import main
+from avdiff.cli.main import main
 
 if __name__ == "__main__":
     main(["eval", "lipsync", *sys.argv[1:]])
 
-# from avdiff.evaluation.lipsync import LipSync, score
+# from avdiff.evaluation.lipsync.measure import LipSync, score
 # row = LipSync().measure("clip.mp4").row      # a dict: status, offset_ms, score_at_zero, ...
-# reward = score(clip)                         # a file, or an avdiff.data.media.Clip in memory
+# reward = score(clip)                         # a file, or an avdiff.media.write.Clip in memory

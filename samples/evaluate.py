@@ -20,15 +20,15 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from avdiff import PRESENTER, AVDiffPipeline, write_clip
-from avdiff.data.corpus.speech import SpeechBank
+from avdiff.corpus.speech.read import SpeechBank
 from avdiff.data.heldout import FILE, Prompt, load_prompts
 from avdiff.evaluation import suite
-from avdiff.evaluation.ceiling import truth_clip
-from avdiff.evaluation.marks import mark_table, print_marks
-from avdiff.evaluation.report import write_reports, write_text
+from avdiff.evaluation.metrics.table import mark_table, print_marks
+from avdiff.evaluation.oracle import truth_clip
+from avdiff.evaluation.report.report import write_reports, write_text
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
-from avdiff.pipelines.batch import clip_path, generate_prompts, round_trip
+from avdiff.pipelines.generate_prompts import clip_path, generate_prompts, round_trip
 
 Clips = list[tuple[Path, Prompt]]
 

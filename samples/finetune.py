@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torchaudio.functional import bandpass_biquad
 
-from avdiff import PRESENTER, AVDiffPipeline, cli, write_clip
-from avdiff.data.corpus.captions import parse_prompt
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.media import read_clip
-from avdiff.data.reading import read
-from avdiff.evaluation.judges import phone_error_rate, recognise, spoken_symbols
+from avdiff import PRESENTER, AVDiffPipeline, write_clip
+from avdiff.cli import main as cli
+from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.evaluators.load import phone_error_rate, recognise, spoken_symbols
+from avdiff.files import RECIPES
+from avdiff.g2p.pronounce import read
+from avdiff.media.write import read_clip
 
 STYLE = "An old film"
 WORDS = ("one two three four five", "good morning, my friend", "the train is late again", "where is the red book?")
@@ -110,7 +112,7 @@ def main() -> None:
         raise SystemExit(f"--folder {args.folder}: is not empty; choose another or delete it")
     start, mine = time.time(), args.folder / "clips"
     make_clips(mine, args.clips)
-    recipe = Path(__file__).parent / "recipes" / "lora.toml"
+    recipe = RECIPES / "lora.toml"
     for command in (
         ["data", "cache", args.folder / "latents", "--data", mine, "--codecs", args.model],
         ["train", recipe, "--pretrained_model_name_or_path", args.model, "--train_data", args.folder / "latents",

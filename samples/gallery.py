@@ -15,7 +15,7 @@ from PIL import Image
 
 from avdiff import PRESENTER, AVDiffPipeline, write_clip
 from avdiff.data.heldout import load_prompts
-from avdiff.data.media import spectrogram_picture
+from avdiff.media.write import spectrogram_picture
 from avdiff.pipelines.output import AVPipelineOutput
 
 PROMPTS = {

@@ -19,7 +19,7 @@ PROMPT = 'A woman says "good morning"'
 
 def train_codecs(model: Path, runs: Path, scale: float, bank: str | None) -> None:
     """Three small codecs into model/vae, model/audio_vae, model/vocoder."""
-    from avdiff.train.codecs import main as train_codec
+    from avdiff.train.codecs.train_codec import main as train_codec
 
     budgets = {
         "video_vae": (240, 8, 3e-3, "vae"),
@@ -119,7 +119,7 @@ def train_joint(
 
 def speak(pipeline: Path, target: Path) -> tuple[float, float]:
     """Generate the clip -> seconds of picture and of sound, as read back from the file."""
-    from avdiff.data.media import read_clip, write_clip
+    from avdiff.media.write import read_clip, write_clip
     from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
     pipe = AVDiffPipeline.from_pretrained(pipeline)

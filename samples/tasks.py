@@ -15,11 +15,11 @@ import torch
 
 from avdiff import PRESENTER, AVDiffPipeline
 from avdiff.clip import ClipSpec
-from avdiff.data.corpus.augment import coloured_noise
-from avdiff.data.corpus.captions import parse_prompt
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.script import script_from_phones
-from avdiff.evaluation.judges import phone_error_rate, read_faces, recognise, spoken_symbols
+from avdiff.corpus.augment import coloured_noise
+from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.evaluators.load import phone_error_rate, read_faces, recognise, spoken_symbols
+from avdiff.phonetics.track import script_from_phones
 
 SECONDS, RATE = 2.52, 24000
 

@@ -19,8 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-RECIPES = Path(__file__).parent / "recipes"
-BUNDLED = Path(__file__).parents[1] / "avdiff" / "bundled"
+from avdiff.files import BUNDLED, RECIPES
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,11 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         judge("recogniser", 0.7, "--audio_vae", str(codecs / "audio_vae"), "--vocoder", str(codecs / "vocoder")),
         judge("lip_network", 0.5),
         judge("face_reader", 0.5, "--video_vae", str(codecs / "vae")),
-        Stage("words", [*python, "avdiff.train.reader", "words", "--output_dir", str(out["words"])],
+        Stage("words", [*python, "avdiff.train.g2p.train_g2p", "words", "--output_dir", str(out["words"])],
               final("words", "reader"), 0.5, {"reader/words": final("words", "reader")}),
-        Stage("times", [*python, "avdiff.train.reader", "times", "--bank", bank, "--output_dir", str(out["times"])],
+        Stage("times", [*python, "avdiff.train.g2p.train_g2p", "times", "--bank", bank, "--output_dir", str(out["times"])],
               final("times", "timer"), 0.1, {"reader/times": final("times", "timer")}),
-        Stage("impacts", [*python, "avdiff.train.impacts", "--output", str(out["impacts"])],
+        Stage("impacts", [*python, "avdiff.train.evaluators.contacts", "--output", str(out["impacts"])],
               out["impacts"] / "config.json", 0.2, {"impact_reader": out["impacts"]}),
         cache("faces", "--count", "30000", "--stills", "--seed", "17", "--full-captions", "0.75"),
         cache("event_stills", "--count", "4000", "--stills", "--events", "1", "--seed", "18"),

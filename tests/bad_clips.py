@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from avdiff.data.media import write_clip
+from avdiff.media.write import write_clip
 
 RATE = 24000
 CAPTION = "A drum is hit three times with a loud sound"

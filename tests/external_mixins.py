@@ -19,9 +19,9 @@ from test_diffusers_mixins import CLIP, model_inputs, pipe_inputs
 from tiny import fill_zeros, tiny_audio_vae, tiny_components, tiny_vae
 
 from avdiff.models import presets
-from avdiff.models.audio_vae import AVAudioVAE
+from avdiff.models.codecs.audio_vae import AVAudioVAE
+from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.transformer import AVTransformer
-from avdiff.models.video_vae import AVVideoVAE
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
 pytest.importorskip("tests.models.testing_utils", reason="needs --diffusers PATH, a source checkout of diffusers")

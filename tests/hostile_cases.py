@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from avdiff.data.media import write_clip, write_wav
 from avdiff.guidance import Guidance
+from avdiff.media.write import write_clip, write_wav
 from avdiff.models.conditions import Script
 
 NAN, INF = math.nan, math.inf

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from bad_clips import make_folder, mux, pictures, steady, tone
 
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.media import write_clip
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.media.write import write_clip
 
 RATE = 24000
 NTSC = Fraction(30000, 1001)

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from avdiff.core.allocator import keep_freed_memory
+from avdiff.train.loop.malloc import keep_freed_memory
 
 
 def _faults(keep: bool) -> int:

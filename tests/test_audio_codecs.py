@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.evaluation import audio_metrics
-from avdiff.models.audio_vae import AVAudioVAE
-from avdiff.models.mel import LogMel
-from avdiff.models.pitch import BINS, bin_hertz, hertz_bin, smooth_path
-from avdiff.models.vocoder import AVVocoder, Pitch
-from avdiff.train.codecs_audio import (
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.evaluation.metrics import audio as audio_metrics
+from avdiff.models.codecs.audio_vae import AVAudioVAE
+from avdiff.models.codecs.mel import LogMel
+from avdiff.models.codecs.pitch import BINS, bin_hertz, hertz_bin, smooth_path
+from avdiff.models.codecs.vocoder import AVVocoder, Pitch
+from avdiff.train.codecs.audio_tasks import (
     AudioVAETask,
     SoundSegments,
     VocoderTask,
@@ -23,9 +23,9 @@ from avdiff.train.codecs_audio import (
     held_out,
     measure_latents,
 )
-from avdiff.train.fit import FitOptions, fit
-from avdiff.train.pitch import track
-from avdiff.train.sound_loss import SpectralLoss
+from avdiff.train.codecs.pitch import track
+from avdiff.train.codecs.spectral_loss import SpectralLoss
+from avdiff.train.loop.fit import FitOptions, fit
 
 RATE = 24000
 TINY_VAE = {"width": 32, "fine_width": 16, "encoder_layers": 1, "decoder_layers": 1, "fine_layers": 1}

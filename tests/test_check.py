@@ -10,6 +10,9 @@ import torch
 from bad_clips import CAPTION, RATE, make_folder, pictures, tone
 from tiny import tiny_vae
 
+from avdiff.corpus.events.drawing import render_event
+from avdiff.corpus.events.scene import sample_event
+from avdiff.corpus.events.sound import event_audio
 from avdiff.data.check import check_folder, checked_clips, round_trip_psnr, save_report
 from avdiff.data.check_measures import (
     clipped_share,
@@ -21,10 +24,7 @@ from avdiff.data.check_measures import (
     silence_share,
 )
 from avdiff.data.clips import ClipOptions
-from avdiff.data.corpus.event_drawing import render_event
-from avdiff.data.corpus.event_sound import event_audio
-from avdiff.data.corpus.events import sample_event
-from avdiff.data.media import write_clip
+from avdiff.media.write import write_clip
 
 OPTIONS = ClipOptions(buckets="64x64x25")
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from tiny import tiny_pipeline
 
-from avdiff import cli
-from avdiff.data.media import probe, read_clip, write_clip, write_wav
+from avdiff.cli import main as cli
+from avdiff.media.write import probe, read_clip, write_clip, write_wav
 
 FAST = ["--steps", "1", "--seconds", "0.2", "--height", "64", "--width", "64"]
 
@@ -201,7 +201,7 @@ def test_info_tells_what_is_in_the_package(capsys) -> None:
     import torch
 
     from avdiff import PRESENTER
-    from avdiff.models.vocoder import AVVocoder
+    from avdiff.models.codecs.vocoder import AVVocoder
 
     assert run("info", "--json") == 0
     said = json.loads(capsys.readouterr().out)
@@ -217,7 +217,7 @@ def test_active_parameters_match_what_one_token_touches() -> None:
     """Slow twin: run one token through an MoE layer and count the experts whose weights got a gradient."""
     import torch
 
-    from avdiff.about import count_parameters
+    from avdiff.cli.info import count_parameters
     from avdiff.core.moe import MoE
 
     layer = MoE(dim=16, hidden=16, num_experts=6, top_k=2)
@@ -263,7 +263,7 @@ def test_data_commands(tmp_path: Path, capsys) -> None:
 
 
 def test_doctor_reports(capsys, tmp_path: Path) -> None:
-    from avdiff.about import weights
+    from avdiff.cli.info import weights
 
     code = run("doctor", "--json")
     said = json.loads(capsys.readouterr().out)

@@ -9,15 +9,15 @@ import pytest
 from bad_clips import make_folder
 from tiny import tiny_pipeline
 
-from avdiff import cli
+from avdiff.cli import main as cli
+from avdiff.corpus.speech import build as bank_builder
+from avdiff.corpus.speech.read import LANGUAGES, REPO_BANK, SpeechBank
+from avdiff.corpus.speech.sentences import draw_sentence
+from avdiff.corpus.speech.synthesis import Speech, Voices, cut_out
+from avdiff.corpus.speech.timing import best_shift
 from avdiff.data.cache import LatentCache
-from avdiff.data.corpus import bank as bank_builder
-from avdiff.data.corpus.bank_sentences import draw_sentence
-from avdiff.data.corpus.speech import LANGUAGES, REPO_BANK, SpeechBank
-from avdiff.data.corpus.synthesis import Speech, Voices, cut_out
-from avdiff.data.corpus.timing import best_shift
-from avdiff.data.networks import default_networks
-from avdiff.data.reading import read
+from avdiff.g2p.networks import default_networks
+from avdiff.g2p.pronounce import read
 
 NAMES = ["af_heart", "af_kore", "am_eric", "am_liam", "ff_siwis", "ef_dora", "em_alex", "hf_beta", "hm_psi", "if_sara",
          "im_nicola", "jf_alpha", "jm_kumo", "pf_dora", "pm_alex", "zf_xiaoni", "zm_yunxi"]  # fmt: skip

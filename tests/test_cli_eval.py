@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mixed_clips import RATE, presenter
 
-from avdiff import cli
-from avdiff.data.media import write_clip
-from avdiff.evaluation.lipsync_checks import shifted
+from avdiff.cli import main as cli
+from avdiff.evaluation.lipsync.self_checks import shifted
+from avdiff.media.write import write_clip
 
 
 def run(*arguments: object) -> int:

@@ -22,8 +22,8 @@ from avdiff.data.clips import (
     parse_buckets,
     stretch_time,
 )
-from avdiff.data.media import write_clip
-from avdiff.data.media_times import has_variable_rate, picture_times
+from avdiff.media.timestamps import has_variable_rate, picture_times
+from avdiff.media.write import write_clip
 
 OPTIONS = ClipOptions(buckets="64x64x25")
 

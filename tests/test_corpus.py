@@ -13,13 +13,20 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from avdiff.data.corpus import augment
-from avdiff.data.corpus.captions import join_sentences, parse_prompt, phrases, speech_captions
-from avdiff.data.corpus.dataset import CorpusOptions, PresenterCorpus, split_utterances
-from avdiff.data.corpus.faces import mouth_opening, mouth_opening_from_pixels, sample_identity
-from avdiff.data.corpus.passage import cut_piece
-from avdiff.data.corpus.speech import LANGUAGES, REPO_BANK, SAMPLE_RATE, SPLITS, SpeechBank, normalised_text
-from avdiff.data.corpus.visemes import viseme_of
+from avdiff.corpus import augment
+from avdiff.corpus.captions import join_sentences, parse_prompt, phrases, speech_captions
+from avdiff.corpus.dataset import CorpusOptions, PresenterCorpus, split_utterances
+from avdiff.corpus.face.presenter import mouth_opening, mouth_opening_from_pixels, sample_identity
+from avdiff.corpus.speech.concatenate import cut_piece
+from avdiff.corpus.speech.read import (
+    LANGUAGES,
+    REPO_BANK,
+    SAMPLE_RATE,
+    SPLITS,
+    SpeechBank,
+    normalised_text,
+)
+from avdiff.phonetics.visemes import viseme_of
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +308,8 @@ def test_sentences_join_without_double_marks():
 
 
 def test_writing_goes_on_after_a_break_and_refuses_another_corpus(bank, tmp_path):
-    from avdiff.data.corpus.writer import write_corpus
-    from avdiff.data.media import read_clip
+    from avdiff.corpus.writer import write_corpus
+    from avdiff.media.write import read_clip
 
     corpus = PresenterCorpus(bank, size=64, length=3, seconds=1.0, event_share=0.5)
     assert write_corpus(corpus, tmp_path, [0]) == 1

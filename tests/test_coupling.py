@@ -12,20 +12,22 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from avdiff import cli_eval_all
-from avdiff.data.corpus.phones import inventory
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
+from avdiff.cli import evaluate_all as cli_eval_all
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
 from avdiff.data.heldout import Prompt, load_prompts
-from avdiff.data.media import Clip, read_clip, write_clip
-from avdiff.evaluation import ceiling, coupling, marks, suite
-from avdiff.evaluation.report import read_report
+from avdiff.evaluation import coupling, suite
+from avdiff.evaluation import oracle as ceiling
+from avdiff.evaluation.metrics import table as marks
+from avdiff.evaluation.report.report import read_report
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
-from avdiff.models.face_reader import FaceReader
-from avdiff.models.impact_reader import ImpactReader
-from avdiff.models.lip_network import LipNetwork
-from avdiff.models.recogniser import PhoneRecogniser
-from avdiff.pipelines import batch
+from avdiff.media.write import Clip, read_clip, write_clip
+from avdiff.models.evaluators.contact_detector import ImpactReader
+from avdiff.models.evaluators.face_reader import FaceReader
+from avdiff.models.evaluators.lip_network import LipNetwork
+from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.phonetics.phone import inventory
+from avdiff.pipelines import generate_prompts as batch
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 

@@ -6,18 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avdiff.cli import load_lora
+from avdiff.cli.main import load_lora
 from avdiff.latents import Joint, JointLatents
 from avdiff.models import presets
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
-from avdiff.train import distill_report, finetune
-from avdiff.train.fit import fit, row_generators
-from avdiff.train.loss import Objective
+from avdiff.train import finetune
+from avdiff.train.joint import distill_report
+from avdiff.train.joint.objective import Objective
+from avdiff.train.joint.teacher import inherit, matching_blocks
+from avdiff.train.loop.fit import fit, row_generators
 from avdiff.train.recipe import ObjectiveOptions
-from avdiff.train.teacher import inherit, matching_blocks
 from tests.test_finetune import CLIP, recipe, run, write_clips
 from tests.tiny import fill_zeros, tiny_components
 

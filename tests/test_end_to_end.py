@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avdiff.cli import main as avdiff_main
+from avdiff.cli.main import main as avdiff_main
 from avdiff.data.cache import cache_presenters
-from avdiff.data.media import read_clip
+from avdiff.media.write import read_clip
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.train import finetune
-from avdiff.train.meter import read_log
+from avdiff.train.loop.run_log import read_log
 from tests.tiny import tiny_components
 
 GOLDEN = Path(__file__).parent / "golden" / "end_to_end.json"

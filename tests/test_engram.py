@@ -17,7 +17,13 @@ from torch import distributed
 
 from avdiff.core.engram import Engram, MemoryRead, NgramHash, compress_vocabulary
 from avdiff.core.memory_table import MappedRows, MemoryTable, memory_tables
-from avdiff.core.row_optim import RowAdagrad, RowAdam, RowOptimizer, clip_with_rows, gather_rows
+from avdiff.train.loop.sparse_optim import (
+    RowAdagrad,
+    RowAdam,
+    RowOptimizer,
+    clip_with_rows,
+    gather_rows,
+)
 
 SMALL = NgramHash(vocab_size=50, table_size=101, max_order=4, heads=3, layer=1, layers=(0, 1))
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus.event_drawing import render_event
-from avdiff.data.corpus.event_sound import event_audio
-from avdiff.data.corpus.events import KINDS, Event, sample_event
-from avdiff.data.media import Clip
-from avdiff.evaluation import events as ev
-from avdiff.models.impact_reader import ImpactReader, bumps, peaks
-from avdiff.train import impacts as training
+from avdiff.corpus.events.drawing import render_event
+from avdiff.corpus.events.scene import KINDS, Event, sample_event
+from avdiff.corpus.events.sound import event_audio
+from avdiff.evaluation.metrics import events as ev
+from avdiff.media.write import Clip
+from avdiff.models.evaluators.contact_detector import ImpactReader, bumps, peaks
+from avdiff.train.evaluators import contacts as training
 
 RATE = 24000
 

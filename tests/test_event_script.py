@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus import event_prompt
-from avdiff.data.corpus.captions import event_captions
-from avdiff.data.corpus.event_prompt import event_script, strokes_told
-from avdiff.data.corpus.events import KINDS, STROKE, sample_event, stroke_phones
-from avdiff.data.corpus.phones import IMPACT, inventory, phone_id
-from avdiff.data.corpus.visemes import Phone
-from avdiff.data.script import script_from_phones
+from avdiff.corpus import prompt as event_prompt
+from avdiff.corpus.captions import event_captions
+from avdiff.corpus.events.scene import KINDS, STROKE, sample_event, stroke_phones
+from avdiff.corpus.prompt import event_script, strokes_told
 from avdiff.models import presets
 from avdiff.models.conditions import Positions
-from avdiff.models.script_encoder import STROKE_ID, ScriptEncoder
+from avdiff.models.phoneme_encoder import STROKE_ID, ScriptEncoder
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.phone import IMPACT, inventory, phone_id
+from avdiff.phonetics.track import script_from_phones
+from avdiff.phonetics.visemes import Phone
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.pipelines.prompt import understand
-from avdiff.train.heads import IGNORED, viseme_labels
+from avdiff.train.joint.aux_heads import IGNORED, viseme_labels
 from tests.test_finetune import CLIP
 from tests.tiny import tiny_components
 

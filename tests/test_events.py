@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from avdiff.data.corpus.captions import event_captions, phrases
-from avdiff.data.corpus.event_drawing import render_event
-from avdiff.data.corpus.event_sound import BODIES, event_audio, ring
-from avdiff.data.corpus.events import KINDS, Event, ball_height, sample_event, strike_distance
-from avdiff.data.corpus.speech import LANGUAGES
+from avdiff.corpus.captions import event_captions, phrases
+from avdiff.corpus.events.drawing import render_event
+from avdiff.corpus.events.scene import KINDS, Event, ball_height, sample_event, strike_distance
+from avdiff.corpus.events.sound import BODIES, event_audio, ring
+from avdiff.corpus.speech.read import LANGUAGES
 
 RATE = 24000
 

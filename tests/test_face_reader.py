@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus.faces import lip_points, pose_track, render_face, sample_identity
-from avdiff.data.corpus.visemes import TARGETS, VISEMES
-from avdiff.evaluation import judges
-from avdiff.models.face_reader import FaceReader, crop_squares, expectation, to_pictures
-from avdiff.train.judges_face import (
+from avdiff.corpus.face.presenter import lip_points, pose_track, render_face, sample_identity
+from avdiff.evaluators import load as judges
+from avdiff.models.evaluators.face_reader import FaceReader, crop_squares, expectation, to_pictures
+from avdiff.phonetics.visemes import TARGETS, VISEMES
+from avdiff.train.evaluators.faces import (
     ATTRIBUTES,
     MIRROR,
     FaceReaderTask,

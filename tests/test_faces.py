@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from avdiff.data.corpus import identity as who
-from avdiff.data.corpus.faces import (
+from avdiff.corpus.face import identity as who
+from avdiff.corpus.face.presenter import (
     Identity,
     Pose,
     identity_key,
@@ -21,7 +21,7 @@ from avdiff.data.corpus.faces import (
     render_face,
     sample_identity,
 )
-from avdiff.data.corpus.visemes import TARGETS, Phone, viseme_track
+from avdiff.phonetics.visemes import TARGETS, Phone, viseme_track
 
 WORDS = "mˈaməpapə bˈɪɡbɛɹ ˈoʊpɛnmaʊθ suːnfuːd vɛɹiθɪn mˈiːmbaːp"
 
@@ -100,7 +100,7 @@ def test_motion_is_a_function_of_time():
 
 def test_a_frame_is_the_same_in_another_process():
     code = ("import hashlib, numpy as np\n"
-            "from avdiff.data.corpus.faces import *\n"
+            "from avdiff.corpus.face.presenter import *\n"
             "rng = np.random.default_rng(11); i = sample_identity(rng, 'female')\n"
             "p = pose_track(rng, np.array([1.3]))[0]\n"
             "f = render_face(i, np.linspace(0.2, 0.8, 6), p, 128)\n"

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.corpus.phones import inventory
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.data.media import Clip
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
 from avdiff.evaluation import fidelity as fid
 from avdiff.evaluation.suite import Judges
-from avdiff.models.face_reader import FaceReader
-from avdiff.models.impact_reader import ImpactReader
-from avdiff.models.lip_network import LipNetwork
-from avdiff.models.recogniser import PhoneRecogniser
+from avdiff.media.write import Clip
+from avdiff.models.evaluators.contact_detector import ImpactReader
+from avdiff.models.evaluators.face_reader import FaceReader
+from avdiff.models.evaluators.lip_network import LipNetwork
+from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.phonetics.phone import inventory
 
 
 def test_frechet_of_shifted_and_stretched_normals() -> None:

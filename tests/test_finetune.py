@@ -13,17 +13,18 @@ from safetensors.torch import load_file, save_file
 from avdiff.clip import ClipSpec
 from avdiff.core.memory_table import memory_tables
 from avdiff.data.cache import FORMAT, SHARD
-from avdiff.data.corpus.phones import inventory
 from avdiff.latents import Joint
 from avdiff.models import presets
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
-from avdiff.train import adapters, finetune
-from avdiff.train.adapters import branch_of, owner_of
-from avdiff.train.fit import fit
-from avdiff.train.loss import LossBalance, Objective, given_tokens
-from avdiff.train.meter import read_log
-from avdiff.train.options import load_options, to_toml
+from avdiff.phonetics.phone import inventory
+from avdiff.train import finetune
+from avdiff.train.joint import lora as adapters
+from avdiff.train.joint.lora import branch_of, owner_of
+from avdiff.train.joint.objective import LossBalance, Objective, given_tokens
+from avdiff.train.loop.config import load_options, to_toml
+from avdiff.train.loop.fit import fit
+from avdiff.train.loop.run_log import read_log
 from avdiff.train.recipe import BRANCHES, TASKS, TOGETHER, ObjectiveOptions, Recipe
 
 CLIP = ClipSpec(13, Fraction(25), 128, 128)

@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from avdiff.train.feed import Feed, mix
-from avdiff.train.fit import FitOptions, Loss, NonFiniteError, Task, fit, row_generators
-from avdiff.train.meter import read_log
-from avdiff.train.state import CheckpointError, list_checkpoints, read_tensors, read_tree, write_tensors
+from avdiff.train.loop.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    read_tensors,
+    read_tree,
+    write_tensors,
+)
+from avdiff.train.loop.dataloader import Feed, mix
+from avdiff.train.loop.fit import FitOptions, Loss, NonFiniteError, Task, fit, row_generators
+from avdiff.train.loop.run_log import read_log
 
 STEPS, ITEMS = 12, 40
 

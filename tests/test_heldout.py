@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from avdiff.corpus.face.presenter import identity_split, sample_identity
+from avdiff.corpus.speech.read import LANGUAGES, REPO_BANK, SpeechBank, normalised_text
 from avdiff.data import heldout
-from avdiff.data.corpus.faces import identity_split, sample_identity
-from avdiff.data.corpus.phones import SILENCE, inventory
-from avdiff.data.corpus.speech import LANGUAGES, REPO_BANK, SpeechBank, normalised_text
+from avdiff.phonetics.phone import SILENCE, inventory
 
 
 def test_prompts_are_held_out() -> None:

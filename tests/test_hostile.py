@@ -24,9 +24,9 @@ from hostile_cases import CALLS, COMMANDS, LINES, NAN, RECORDS, edit_json, make_
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
-from avdiff import cli
+from avdiff.cli import main as cli
 from avdiff.core.memory_table import MappedRows
-from avdiff.data.media import probe, read_clip, write_clip
+from avdiff.media.write import probe, read_clip, write_clip
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
 FAST = ["--steps", "1", "--seconds", "0.2", "--height", "64", "--width", "64"]

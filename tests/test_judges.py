@@ -12,12 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avdiff.data.corpus.phones import SILENCE, encode_phones, inventory
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.evaluation import judges
-from avdiff.models.recogniser import PhoneRecogniser
-from avdiff.train import judges as training
-from avdiff.train.judges_speech import Heard, RecogniserTask, SpokenSegments, frame_labels, measure_recogniser, sequence
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.evaluators import load as judges
+from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.phonetics.phone import SILENCE, encode_phones, inventory
+from avdiff.train.evaluators import train_evaluator as training
+from avdiff.train.evaluators.phones import (
+    Heard,
+    RecogniserTask,
+    SpokenSegments,
+    frame_labels,
+    measure_recogniser,
+    sequence,
+)
 
 RATE = 24000
 

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.corpus.phones import inventory
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.data.corpus.visemes import VISEMES, viseme_track
-from avdiff.data.media import Clip
-from avdiff.evaluation import adherence as looks
-from avdiff.evaluation import known_truth as kt
-from avdiff.evaluation.judges import FaceReading
-from avdiff.models.face_reader import FaceReader
-from avdiff.models.recogniser import PhoneRecogniser
-from avdiff.train.judges_face import NEARNESS, nearest_viseme
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.evaluation.metrics import attributes as looks
+from avdiff.evaluation.metrics import visual_speech as kt
+from avdiff.evaluators.load import FaceReading
+from avdiff.media.write import Clip
+from avdiff.models.evaluators.face_reader import FaceReader
+from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.phonetics.phone import inventory
+from avdiff.phonetics.visemes import VISEMES, viseme_track
+from avdiff.train.evaluators.faces import NEARNESS, nearest_viseme
 
 
 @cache

@@ -28,7 +28,7 @@ FLOORS = (
     ("avdiff.data", "avdiff.evaluation"),
     ("avdiff.pipelines",),
     ("avdiff.train",),
-    ("avdiff.cli", "avdiff.cli_data", "avdiff.cli_given", "avdiff.cli_eval", "avdiff.cli_eval_all", "avdiff.about",
+    ("avdiff.cli.main", "avdiff.cli.data", "avdiff.cli.generate_inputs", "avdiff.cli.evaluate", "avdiff.cli.evaluate_all", "avdiff.cli.info",
      "avdiff.__main__"),
 )
 GENERATORS = ("avdiff.models.transformer", "avdiff.models.blocks", "avdiff.pipelines", "avdiff.train")
@@ -185,7 +185,7 @@ def tiny_house(tmp_path: Path) -> Path:
 
 PLANTED = {
     "upward import": ("avdiff/core/x.py", "from avdiff.models import transformer", layout_errors, "floor above"),
-    "upward inside a function": ("avdiff/models/x.py", "def f():\n    import avdiff.train.fit", layout_errors, "floor"),
+    "upward inside a function": ("avdiff/models/x.py", "def f():\n    import avdiff.train.loop.fit", layout_errors, "floor"),
     "upward from the package": ("avdiff/clip.py", "from avdiff import core", layout_errors, "floor above"),
     "bare name": ("train/x.py", "from pipelines.pipeline_av import P", layout_errors, "full name"),
     "relative": ("avdiff/core/x.py", "from .y import z", layout_errors, "full name"),
@@ -257,7 +257,10 @@ def test_saved_components_are_recorded_by_name() -> None:
     """`["avdiff", Class]` in model_index.json, and the same class found again by that name."""
     from importlib import import_module
 
-    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _fetch_class_library_tuple
+    from diffusers.pipelines.pipeline_loading_utils import (
+        LOADABLE_CLASSES,
+        _fetch_class_library_tuple,
+    )
 
     import avdiff
     import avdiff.models

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avdiff.data.corpus.faces import lip_points, pose_track, sample_identity
-from avdiff.data.corpus.mouth import CANVAS, MOUTH, head_matrix
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.evaluation import judges
-from avdiff.models.lip_network import (
+from avdiff.corpus.face.mouth import CANVAS, MOUTH, head_matrix
+from avdiff.corpus.face.presenter import lip_points, pose_track, sample_identity
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.evaluators import load as judges
+from avdiff.models.evaluators.lip_network import (
     FACE_MESH_LIPS,
     LipNetwork,
     lag_scores,
@@ -22,7 +22,14 @@ from avdiff.models.lip_network import (
     lips_on_clock,
     normalise_lips,
 )
-from avdiff.train.judges_lips import LipNetworkTask, LipPairs, held_out_clips, lip_tracks, measure_lip_network, rank_auc
+from avdiff.train.evaluators.lips import (
+    LipNetworkTask,
+    LipPairs,
+    held_out_clips,
+    lip_tracks,
+    measure_lip_network,
+    rank_auc,
+)
 
 RATE = 24000
 

@@ -13,11 +13,11 @@ import pytest
 from bad_clips import mux, pictures, tone
 from mixed_clips import NTSC, RATE, make_mixed, music, presenter
 
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.data.media import Clip, MediaError, read_clip, write_clip
-from avdiff.data.media_walk import read_sound, walk_pictures
-from avdiff.evaluation import landmarker, speech_share
-from avdiff.evaluation.face_tracks import (
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.evaluation.lipsync import landmarker
+from avdiff.evaluation.lipsync.backends import LipNetworkBackend, find_backend
+from avdiff.evaluation.lipsync.bench import main as bench
+from avdiff.evaluation.lipsync.face_tracks import (
     Face,
     Followed,
     MeshSource,
@@ -29,12 +29,20 @@ from avdiff.evaluation.face_tracks import (
     overlap,
     square,
 )
-from avdiff.evaluation.judges import SyncCurve
-from avdiff.evaluation.lip_backends import LipNetworkBackend, find_backend
-from avdiff.evaluation.lipsync import STATUSES, LipSync, face_rows, margin, mouth_curve, score
-from avdiff.evaluation.lipsync_bench import main as bench
-from avdiff.evaluation.lipsync_checks import SHIFTS, recovery, shift_clip, shifted, swap_auc
-from avdiff.train.judges_lips import HeldOut, held_out_clips
+from avdiff.evaluation.lipsync.measure import (
+    STATUSES,
+    LipSync,
+    face_rows,
+    margin,
+    mouth_curve,
+    score,
+)
+from avdiff.evaluation.lipsync.self_checks import SHIFTS, recovery, shift_clip, shifted, swap_auc
+from avdiff.evaluation.metrics import speech_share
+from avdiff.evaluators.load import SyncCurve
+from avdiff.media.frames import read_sound, walk_pictures
+from avdiff.media.write import Clip, MediaError, read_clip, write_clip
+from avdiff.train.evaluators.lips import HeldOut, held_out_clips
 
 
 @cache

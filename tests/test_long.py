@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import tiny_pipeline
 
-from avdiff.data.media import MediaError, probe, write_clip
-from avdiff.pipelines.long import Segment, streams
+from avdiff.media.write import MediaError, probe, write_clip
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.pipelines.prompt import understand
+from avdiff.pipelines.streaming import Segment, streams
 
 SHORT = dict(segment=0.6, overlap=0.2, num_inference_steps=1, guidance_scale=1.0, audio_guidance_scale=1.0)
 SAMPLES = 33600  # of 1.4 s

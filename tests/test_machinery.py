@@ -18,7 +18,7 @@ from avdiff.models import presets
 from avdiff.models.blocks import DualBlock
 from avdiff.models.transformer import AVTransformer
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
-from avdiff.train.adapters import add_lora, lora_layers
+from avdiff.train.joint.lora import add_lora, lora_layers
 from avdiff.train.recipe import AdapterOptions
 
 

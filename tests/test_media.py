@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from avdiff.clip import as_fps
-from avdiff.data.media import (
+from avdiff.media.write import (
     AAC_FRAME,
     MediaError,
     contact_sheet,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from avdiff.train.muon import MuonAdam, directions, muon_groups, muon_split, orthogonal
+from avdiff.train.loop.muon import MuonAdam, directions, muon_groups, muon_split, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])

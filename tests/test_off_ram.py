@@ -15,7 +15,7 @@ from avdiff.clip import ClipSpec
 from avdiff.core.memory_table import MappedRows, MemoryTable, memory_tables
 from avdiff.models import presets
 from avdiff.models.conditions import Positions, Script
-from avdiff.models.off_ram import load_off_ram
+from avdiff.models.mmap_loading import load_off_ram
 from avdiff.models.transformer import AVTransformer
 
 

@@ -5,8 +5,16 @@ from typing import Literal
 
 import pytest
 
-from avdiff.train.options import build, flatten, help_text, list_recipes, load_options, options_of, to_toml
-from avdiff.train.task import FitOptions
+from avdiff.train.loop.config import (
+    build,
+    flatten,
+    help_text,
+    list_recipes,
+    load_options,
+    options_of,
+    to_toml,
+)
+from avdiff.train.loop.task import FitOptions
 
 
 @dataclass(frozen=True)

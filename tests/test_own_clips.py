@@ -7,8 +7,9 @@ import torch
 from avdiff.data.cache import Codecs, LatentCache
 from avdiff.data.cache_clips import cache_clips
 from avdiff.data.clips import ClipOptions
-from avdiff.train import codecs, finetune
-from avdiff.train.fit import fit
+from avdiff.train import finetune
+from avdiff.train.codecs import train_codec as codecs
+from avdiff.train.loop.fit import fit
 from tests.bad_clips import make_folder
 from tests.test_finetune import recipe
 from tests.tiny import tiny_audio_vae, tiny_vae

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus.phones import SILENCE, inventory
-from avdiff.data.eastern import read_chinese, read_kana, segment_chinese, segment_japanese
-from avdiff.data.lexicon import LANGUAGES, english_plural, load_lexicon
-from avdiff.data.linking import Spoken, link
-from avdiff.data.networks import Networks, default_networks
-from avdiff.data.numbers import HINDI, cardinal, spell_numbers, split_decimal
-from avdiff.data.reading import LEAD, TAIL, Reading, pronounce_words, read
-from avdiff.data.text import detect_language, normalise, split_text
-from avdiff.models.reader import PhoneTimer, PronunciationReader
-from avdiff.train.fit import FitOptions, fit
-from avdiff.train.letters import UNITS, align_words
-from avdiff.train.reader import Spelling, WordTask, fold, pack
-from avdiff.train.sentences import edit_distance
+from avdiff.g2p.cjk import read_chinese, read_kana, segment_chinese, segment_japanese
+from avdiff.g2p.connected_speech import Spoken, link
+from avdiff.g2p.lexicon import LANGUAGES, english_plural, load_lexicon
+from avdiff.g2p.networks import Networks, default_networks
+from avdiff.g2p.normalise import detect_language, normalise, split_text
+from avdiff.g2p.numbers import HINDI, cardinal, spell_numbers, split_decimal
+from avdiff.g2p.pronounce import LEAD, TAIL, Reading, pronounce_words, read
+from avdiff.models.g2p.networks import PhoneTimer, PronunciationReader
+from avdiff.phonetics.phone import SILENCE, inventory
+from avdiff.train.g2p.letter_alignment import UNITS, align_words
+from avdiff.train.g2p.sentences import edit_distance
+from avdiff.train.g2p.train_g2p import Spelling, WordTask, fold, pack
+from avdiff.train.loop.fit import FitOptions, fit
 
 SENTENCES = {
     "en": "Good morning, can you see the yellow house?",

@@ -11,10 +11,10 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 import avdiff
-from avdiff import cli
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.corpus.writer import write_corpus
-from avdiff.data.media import probe, write_wav
+from avdiff.cli import main as cli
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.corpus.writer import write_corpus
+from avdiff.media.write import probe, write_wav
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

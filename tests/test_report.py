@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avdiff.data.media import write_clip
-from avdiff.evaluation.report import (
+from avdiff.evaluation.report.report import (
     compare,
     interval,
     print_comparison,
@@ -23,6 +22,7 @@ from avdiff.evaluation.report import (
     worst_first,
     write_reports,
 )
+from avdiff.media.write import write_clip
 
 ROWS = [
     {"file": "a.mp4", "status": "ok", "error": "", "offset_ms": 10.0, "words": 10, "word_errors": 1, "within": True},
@@ -122,7 +122,7 @@ def test_page_stands_alone(tmp_path: Path) -> None:
 
 
 def test_large_clips_are_linked_relative_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avdiff.evaluation.report_page.EMBEDDED", 10)
+    monkeypatch.setattr("avdiff.evaluation.report.page.EMBEDDED", 10)
     frames = np.zeros((5, 64, 64, 3), np.uint8)
     (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips" / "a b.mp4", frames, 25, np.zeros(4800, np.float32), 24000)

@@ -16,8 +16,8 @@ from avdiff.models import presets
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
 from avdiff.train import finetune
-from avdiff.train.fit import fit
-from avdiff.train.plan import activation_bytes, weight_bytes
+from avdiff.train.joint.dry_run import activation_bytes, weight_bytes
+from avdiff.train.loop.fit import fit
 from tests.test_finetune import CLIP, recipe, write_clips
 from tests.tiny import fill_zeros
 

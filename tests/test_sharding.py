@@ -17,17 +17,18 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from avdiff.files import RECIPES
 from avdiff.models.transformer import AVTransformer
 from avdiff.train import finetune
-from avdiff.train.fit import fit
-from avdiff.train.meter import read_log
-from avdiff.train.sharding import Sharding
-from avdiff.train.state import read_tensors, read_tree
+from avdiff.train.loop.checkpoint import read_tensors, read_tree
+from avdiff.train.loop.fit import fit
+from avdiff.train.loop.fsdp import Sharding
+from avdiff.train.loop.run_log import read_log
 from tests.test_finetune import recipe, write_clips
 from tests.test_fit import Plain, options
 from tests.test_scale import in_children
 
-CONFIG = Path(__file__).parents[1] / "samples" / "recipes" / "fsdp2.yaml"
+CONFIG = RECIPES / "fsdp2.yaml"
 CUT = Sharding(("DualBlock", "CaptionEncoder"))
 STEPS = 3
 

@@ -6,11 +6,11 @@ import re
 
 from bad_clips import RATE, make_folder, pictures, tone
 
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.corpus.speech.read import REPO_BANK
 from avdiff.data.clips import ClipOptions, RealClips
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.corpus.speech import REPO_BANK
-from avdiff.data.media import write_clip
-from avdiff.data.show import folder_items, write_gallery
+from avdiff.data.gallery import folder_items, write_gallery
+from avdiff.media.write import write_clip
 
 
 def test_gallery_of_corpus_and_real_clips(tmp_path):

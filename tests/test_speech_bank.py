@@ -13,10 +13,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from avdiff.data.corpus import phones as ph
-from avdiff.data.corpus.minibank import build_minibank, is_digit_string
-from avdiff.data.corpus.speech import LANGUAGES, REPO_BANK, SAMPLE_RATE, SpeechBank, Tokens, normalised_text
-from avdiff.data.corpus.visemes import Phone, viseme_of
+from avdiff.corpus.speech.read import (
+    LANGUAGES,
+    REPO_BANK,
+    SAMPLE_RATE,
+    SpeechBank,
+    Tokens,
+    normalised_text,
+)
+from avdiff.corpus.speech.subset import build_minibank, is_digit_string
+from avdiff.phonetics import phone as ph
+from avdiff.phonetics.visemes import Phone, viseme_of
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.data.corpus.minibank import is_digit_string
-from avdiff.data.corpus.phones import inventory
-from avdiff.data.corpus.speech import REPO_BANK, SpeechBank
-from avdiff.data.media import Clip
-from avdiff.evaluation import adherence, speech
-from avdiff.evaluation.judges import spoken_symbols
-from avdiff.models.recogniser import PhoneRecogniser
+from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.corpus.speech.subset import is_digit_string
+from avdiff.evaluation.metrics import attributes as adherence
+from avdiff.evaluation.metrics import speech
+from avdiff.evaluators.load import spoken_symbols
+from avdiff.media.write import Clip
+from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.phonetics.phone import inventory
 
 RATE = 24000
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avdiff.corpus.dataset import PresenterCorpus
+from avdiff.corpus.writer import write_corpus
 from avdiff.data.clips import ClipOptions, RealClips
-from avdiff.data.corpus.dataset import PresenterCorpus
-from avdiff.data.corpus.phones import SILENCE
-from avdiff.data.corpus.writer import write_corpus
-from avdiff.data.media import MediaError, write_clip
+from avdiff.media.write import MediaError, write_clip
+from avdiff.phonetics.phone import SILENCE
 
 LANGUAGES = ("en", "es", "ja")
 

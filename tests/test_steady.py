@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from avdiff.pipelines.deflicker import smooth_flicker
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
-from avdiff.pipelines.steady import smooth_flicker
 from tests.tiny import tiny_components
 
 

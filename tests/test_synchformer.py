@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from test_synchformer_network import TINY, expected, network
 from torch.nn import functional as F
 
-from avdiff import cli
-from avdiff.data.media import Clip, write_clip
-from avdiff.evaluation import lip_backends, synchformer
-from avdiff.evaluation.face_tracks import WholeSource
-from avdiff.evaluation.lip_backends import SynchformerBackend, find_backend
-from avdiff.evaluation.lipsync import LipSync
-from avdiff.evaluation.synchformer_network import Size, Synchformer
-from avdiff.evaluation.syncnet import file_hash
+from avdiff.cli import main as cli
+from avdiff.evaluation.lipsync import backends as lip_backends
+from avdiff.evaluation.lipsync import synchformer
+from avdiff.evaluation.lipsync.backends import SynchformerBackend, find_backend
+from avdiff.evaluation.lipsync.face_tracks import WholeSource
+from avdiff.evaluation.lipsync.measure import LipSync
+from avdiff.evaluation.lipsync.synchformer_network import Size, Synchformer
+from avdiff.evaluation.lipsync.syncnet import file_hash
+from avdiff.media.write import Clip, write_clip
 
 
 def planted(*likely: int) -> Synchformer:

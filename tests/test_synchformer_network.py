@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from avdiff.evaluation.synchformer_network import DividedAttention, Size, Synchformer
+from avdiff.evaluation.lipsync.synchformer_network import DividedAttention, Size, Synchformer
 
 TINY = Size(side=32, width=16, heads=2, depth=2, sync_heads=4, sync_depth=1)
 

@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchaudio.functional import resample
 
-from avdiff.data.media import Clip
-from avdiff.evaluation import syncnet
-from avdiff.evaluation.face_tracks import WholeSource
-from avdiff.evaluation.lip_backends import SyncNetBackend, on_clock
-from avdiff.evaluation.lipsync import LipSync
-from avdiff.evaluation.lipsync_checks import shifted
+from avdiff.evaluation.lipsync import syncnet
+from avdiff.evaluation.lipsync.backends import SyncNetBackend, on_clock
+from avdiff.evaluation.lipsync.face_tracks import WholeSource
+from avdiff.evaluation.lipsync.measure import LipSync
+from avdiff.evaluation.lipsync.self_checks import shifted
+from avdiff.media.write import Clip
 
 
 @cache

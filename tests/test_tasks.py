@@ -14,7 +14,7 @@ from avdiff.clip import ClipSpec
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
 from avdiff.models.conditions import Conditions, Positions
-from avdiff.pipelines.given import Retake, masked_tokens
+from avdiff.pipelines.conditioning import Retake, masked_tokens
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
 PROMPT = "A man with a beard looks up"

@@ -6,7 +6,7 @@ from tiny import tiny_pipeline
 
 from avdiff.data.cache import LatentCache, cache_presenters, load_codecs
 from avdiff.train import finetune
-from avdiff.train.options import load_options
+from avdiff.train.loop.config import load_options
 from avdiff.train.recipe import Recipe
 
 

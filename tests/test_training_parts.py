@@ -5,19 +5,21 @@ import torch
 
 from avdiff.core.memory_table import memory_tables
 from avdiff.core.moe import MoE
-from avdiff.data.corpus.phones import inventory
-from avdiff.data.corpus.visemes import VISEMES, Phone, viseme_of
-from avdiff.data.script import script_from_phones
 from avdiff.latents import Joint
 from avdiff.models.conditions import Positions
+from avdiff.phonetics.phone import inventory
+from avdiff.phonetics.track import script_from_phones
+from avdiff.phonetics.visemes import VISEMES, Phone, viseme_of
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
-from avdiff.train import export, finetune, start
-from avdiff.train.clips import TrainingClips
-from avdiff.train.fit import Run
-from avdiff.train.heads import IGNORED, phoneme_labels, viseme_labels
-from avdiff.train.loss import Objective, RouterBalance
-from avdiff.train.meter import read_log
+from avdiff.train import finetune
+from avdiff.train.joint import export
+from avdiff.train.joint import model_init as start
+from avdiff.train.joint.aux_heads import IGNORED, phoneme_labels, viseme_labels
+from avdiff.train.joint.dataset import TrainingClips
+from avdiff.train.joint.objective import Objective, RouterBalance
+from avdiff.train.loop.fit import Run
+from avdiff.train.loop.run_log import read_log
 from avdiff.train.recipe import ExportOptions, ObjectiveOptions
 from tests.test_finetune import CLIP, recipe, run, write_clips
 from tests.tiny import fill_zeros, tiny_components

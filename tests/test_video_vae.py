@@ -7,11 +7,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from avdiff.data.corpus.speech import SpeechBank
-from avdiff.evaluation.video_metrics import OpeningProbe, best_lag, correlation, gradient_energy, mouth_boxes, psnr
-from avdiff.models.video_vae import AVVideoVAE, TimeBlock
-from avdiff.train.codec_report import markdown, picture, samples, video_table
-from avdiff.train.codecs_video import FrameStore, VideoVAETask, event_clip
+from avdiff.corpus.speech.read import SpeechBank
+from avdiff.evaluation.metrics.video import (
+    OpeningProbe,
+    best_lag,
+    correlation,
+    gradient_energy,
+    mouth_boxes,
+    psnr,
+)
+from avdiff.models.codecs.video_vae import AVVideoVAE, TimeBlock
+from avdiff.train.codecs.video_report import markdown, picture, samples, video_table
+from avdiff.train.codecs.video_task import FrameStore, VideoVAETask, event_clip
 
 TINY = {
     "encoder_channels": (16, 16, 32),

@@ -6,8 +6,8 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from avdiff.data.corpus import visemes
-from avdiff.data.corpus.visemes import PARAMS, TARGETS, VISEMES, Phone, viseme_of, viseme_track
+from avdiff.phonetics import visemes
+from avdiff.phonetics.visemes import PARAMS, TARGETS, VISEMES, Phone, viseme_of, viseme_track
 
 JAW, WIDTH, ROUND, TEETH, TONGUE, TUCK = range(6)
 PHONES = [p for p in visemes.PHONE_TO_VISEME if len(p) == 1] + list(visemes.DIPHTHONGS)

@@ -11,14 +11,15 @@ from peft import LoraConfig
 from tiny import tiny_pipeline
 
 from avdiff import PRESENTER
-from avdiff.data.corpus.captions import event_captions, parse_prompt, speech_captions
-from avdiff.data.corpus.events import sample_event
-from avdiff.data.corpus.identity import sample_identity
-from avdiff.data.corpus.world import CODES, presenter_world
-from avdiff.models.prompt_world import PromptWorld
+from avdiff.corpus.captions import event_captions, parse_prompt, speech_captions
+from avdiff.corpus.domain import CODES, presenter_world
+from avdiff.corpus.events.scene import sample_event
+from avdiff.corpus.face.identity import sample_identity
+from avdiff.files import BUNDLED
+from avdiff.models.prompt_domain import PromptWorld
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
-HELDOUT = Path(__file__).parents[1] / "samples" / "prompts" / "heldout.jsonl"
+HELDOUT = BUNDLED / "prompts" / "heldout.jsonl"
 WORDS = {"en": "good morning", "es": "buenos días", "fr": "bonjour à tous", "hi": "नमस्ते", "it": "buongiorno a tutti",
          "ja": "おはようございます", "pt": "bom dia", "zh": "大家早上好"}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from avdiff.models import presets
-from avdiff.models.audio_vae import AVAudioVAE
+from avdiff.models.codecs.audio_vae import AVAudioVAE
+from avdiff.models.codecs.video_vae import AVVideoVAE
+from avdiff.models.codecs.vocoder import AVVocoder
 from avdiff.models.text_encoder import CaptionEncoder, train_caption_tokenizer
 from avdiff.models.transformer import AVTransformer
-from avdiff.models.video_vae import AVVideoVAE
-from avdiff.models.vocoder import AVVocoder
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 

@@ -1,6 +1,6 @@
 """Distillation: a student learns from a teacher pipeline on cached latents, in the same loop as any other training.
 
-    avdiff train samples/recipes/distill.toml --teacher FOLDER
+    avdiff train distill.toml --teacher FOLDER
 
 Three kinds, one rule. At a point (z, t) of the path the student's estimate of the clean data shall be
     size      x_T(z, t), the teacher's estimate: a smaller network (Hinton et al., arXiv 1503.02531, on velocities);
@@ -31,13 +31,21 @@ from avdiff.models.conditions import Conditions, Positions, Script
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.train import finetune
-from avdiff.train.clips import positions_of, same_shape, to_device
-from avdiff.train.feed import mix
-from avdiff.train.fit import Loss, row_generators
-from avdiff.train.loss import PATH, Noised, parts_of, supervised
+from avdiff.train.joint.dataset import positions_of, same_shape, to_device
+from avdiff.train.joint.model_init import from_folder, from_preset
+from avdiff.train.joint.objective import PATH, Noised, parts_of, supervised
+from avdiff.train.joint.teacher import (
+    Question,
+    Teacher,
+    as_clean,
+    estimate,
+    inherit,
+    matching_blocks,
+    tapped,
+)
+from avdiff.train.loop.dataloader import mix
+from avdiff.train.loop.fit import Loss, row_generators
 from avdiff.train.recipe import Recipe
-from avdiff.train.start import from_folder, from_preset
-from avdiff.train.teacher import Question, Teacher, as_clean, estimate, inherit, matching_blocks, tapped
 
 Tokens = Joint[torch.Tensor]
 Estimate = Callable[[Tokens, Tokens], Tokens]  # noisy (B, N, C), sigmas (B,) or (B, N) -> clean (B, N, C)

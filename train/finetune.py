@@ -18,22 +18,30 @@ import torch
 from torch import nn
 
 from avdiff.core.memory_table import memory_tables
-from avdiff.core.row_optim import RowAdagrad
+from avdiff.corpus.captions import parse_prompt
 from avdiff.data.cache import CaptionFeatures, LatentCache
-from avdiff.data.corpus.captions import parse_prompt
+from avdiff.files import RECIPES
 from avdiff.latents import MODALITIES, Joint
 from avdiff.models.conditions import Positions, Script
-from avdiff.models.prompt_world import PromptWorld
+from avdiff.models.prompt_domain import PromptWorld
 from avdiff.models.text_encoder import CaptionEncoder, train_caption_tokenizer
 from avdiff.models.transformer import AVTransformer
 from avdiff.pipelines.pipeline_av import RECOMMENDED, AVDiffPipeline
-from avdiff.train import adapters
-from avdiff.train.clips import Collate, TrainingClips, caption_features, positions_of, same_shape, to_device
-from avdiff.train.export import export, push
-from avdiff.train.feed import mix
-from avdiff.train.fit import FitOptions, FitSummary, Loss, Task, fit, row_generators
-from avdiff.train.heads import Heads
-from avdiff.train.loss import (
+from avdiff.train.joint import lora as adapters
+from avdiff.train.joint.aux_heads import Heads
+from avdiff.train.joint.dataset import (
+    Collate,
+    TrainingClips,
+    caption_features,
+    positions_of,
+    same_shape,
+    to_device,
+)
+from avdiff.train.joint.dry_run import describe_plan
+from avdiff.train.joint.export import export, push
+from avdiff.train.joint.model_init import from_folder, from_preset, refuse_early, with_path
+from avdiff.train.joint.monitor import Watch
+from avdiff.train.joint.objective import (
     BUCKETS,
     LossBalance,
     Noised,
@@ -43,17 +51,15 @@ from avdiff.train.loss import (
     parts_of,
     supervised,
 )
-from avdiff.train.muon import MuonAdam, inner_matrices, muon_split
-from avdiff.train.optim import eight_bit
-from avdiff.train.options import help_text, list_recipes, load_options, to_toml
-from avdiff.train.plan import describe_plan
+from avdiff.train.joint.teacher import tapped
+from avdiff.train.joint.validation_clips import Samples, available_judges
+from avdiff.train.loop.config import help_text, list_recipes, load_options, to_toml
+from avdiff.train.loop.dataloader import mix
+from avdiff.train.loop.fit import FitOptions, FitSummary, Loss, Task, fit, row_generators
+from avdiff.train.loop.muon import MuonAdam, inner_matrices, muon_split
+from avdiff.train.loop.optim import eight_bit
+from avdiff.train.loop.sparse_optim import RowAdagrad
 from avdiff.train.recipe import Recipe, taught
-from avdiff.train.samples import Samples, available_judges
-from avdiff.train.start import from_folder, from_preset, refuse_early, with_path
-from avdiff.train.teacher import tapped
-from avdiff.train.watch import Watch
-
-RECIPES = Path(__file__).parents[1] / "samples" / "recipes"
 
 
 class FinetuneTask(Task):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import avdiff
-from avdiff.train.task import FitOptions
+from avdiff.train.loop.task import FitOptions
 
 TOGETHER = ("joint", "a2v", "v2a", "extend", "image", "retake", "inpaint")  # drawn per row, both modalities present
 APART = ("t2v", "t2a", "isolated")  # drawn per micro-batch: a modality is absent, or the two do not see each other

@@ -1,7 +1,7 @@
 """Rows of an Engram memory: in RAM, or memory-mapped from a safetensors file, bit for bit the same.
 
 A table is far too large for a dense gradient and often for RAM. It is a buffer, not a parameter;
-`avdiff.core.row_optim` trains the rows that a forward touched and nothing else.
+`avdiff.train.loop.sparse_optim` trains the rows that a forward touched and nothing else.
 
 Shape legend: R rows of the table, D channels of a row, U unique rows of one look-up.
 """

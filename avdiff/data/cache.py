@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
-from avdiff.data.corpus.captions import parse_prompt
-from avdiff.data.corpus.visemes import Phone
-from avdiff.data.media import MediaError
+from avdiff.corpus.captions import parse_prompt
 from avdiff.latents import MODALITIES, normalise_latents, pack_audio, pack_video
+from avdiff.media.write import MediaError
+from avdiff.phonetics.visemes import Phone
 
 SHARD = 64  # samples in a file: about 1.5 MB for the presenter
 FORMAT = 1
@@ -95,9 +95,9 @@ def load_codecs(model: str | os.PathLike[str], text: bool = False) -> Codecs:
     Raises:
         ValueError: they are not there.
     """
-    from avdiff.models.audio_vae import AVAudioVAE
+    from avdiff.models.codecs.audio_vae import AVAudioVAE
+    from avdiff.models.codecs.video_vae import AVVideoVAE
     from avdiff.models.text_encoder import CaptionEncoder
-    from avdiff.models.video_vae import AVVideoVAE
 
     folder, features = Path(model), None
     for part in ("vae", "audio_vae", *(("text_encoder",) if text else ())):
@@ -190,8 +190,8 @@ def cache_presenters(
             None for the default one. seconds: length of every clip. stills: one picture of each clip, without sound.
             The other arguments are those of `PresenterCorpus` and `write_cache`.
     """
-    from avdiff.data.corpus.dataset import PresenterCorpus
-    from avdiff.data.corpus.speech import SpeechBank
+    from avdiff.corpus.dataset import PresenterCorpus
+    from avdiff.corpus.speech.read import SpeechBank
 
     codecs = model if isinstance(model, Codecs) else load_codecs(model)
     speech = SpeechBank(bank, decoded=True)

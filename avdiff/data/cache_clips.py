@@ -15,8 +15,8 @@ from avdiff.data.cache import Codecs, LatentCache, load_codecs, write_cache
 from avdiff.data.check import check_folder, checked_clips, save_report
 from avdiff.data.clip_table import ClipTable, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
-from avdiff.data.media import write_clip
 from avdiff.latents import denormalise_latents, unpack_audio, unpack_video
+from avdiff.media.write import write_clip
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decode_cache(cache: str | os.PathLike[str], model: str | os.PathLike[str], t
     Raises:
         ValueError: no cache there, or one of other codecs than the model's.
     """
-    from avdiff.models.vocoder import AVVocoder
+    from avdiff.models.codecs.vocoder import AVVocoder
 
     codecs = load_codecs(model)
     items = LatentCache([cache], codecs.fingerprint())

@@ -27,8 +27,8 @@ from avdiff.data.check_measures import (
 )
 from avdiff.data.clip_table import ClipEntry, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
-from avdiff.data.media import Clip, MediaError, probe, read_clip
-from avdiff.data.media_times import has_variable_rate, picture_times
+from avdiff.media.timestamps import has_variable_rate, picture_times
+from avdiff.media.write import Clip, MediaError, probe, read_clip
 
 MOST_SILENCE = 0.9  # share of a clip; above it there is nothing to learn from its sound
 SOME_SILENCE = 0.5

@@ -18,13 +18,13 @@ import torch
 from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec, Clock, as_fps
+from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.speech.concatenate import tile
 from avdiff.data.clip_table import PICTURE_SUFFIXES, ClipEntry, find_clips
-from avdiff.data.corpus.captions import parse_prompt
-from avdiff.data.corpus.passage import tile
-from avdiff.data.corpus.visemes import Phone
-from avdiff.data.media import MediaError, MediaInfo, probe, read_clip
-from avdiff.data.media_walk import read_sound
-from avdiff.data.spoken import phones_of_clip
+from avdiff.data.forced_alignment import phones_of_clip
+from avdiff.media.frames import read_sound
+from avdiff.media.write import MediaError, MediaInfo, probe, read_clip
+from avdiff.phonetics.visemes import Phone
 
 SILENT_RMS = 10 ** (-60 / 20)  # under this level a sound is no sound
 # channels in FFmpeg's order FL FR FC LFE BL BR (SL SR); ITU-R BS.775 weights, scaled to a sum of 1

@@ -1,6 +1,6 @@
 """The held-out prompts: what every measurement of a generator is asked to show and say, fixed once.
 
-    python -m avdiff.data.heldout --bank BANK        # writes samples/prompts/heldout.jsonl; the same file at each run
+    python -m avdiff.data.heldout --bank BANK        # writes avdiff/bundled/prompts/heldout.jsonl; the same file at each run
 
 Sentences come from the bank's test split (none is in an earlier split, whatever the voice), digit strings and GRID-type
 commands (Cooke et al. 2006) are in no split at all, presenters are combinations of looks that the corpus never draws
@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from avdiff.data.corpus import identity as looks
-from avdiff.data.corpus.captions import event_captions, join_sentences, phrases, speech_captions
-from avdiff.data.corpus.dataset import split_utterances
-from avdiff.data.corpus.events import KINDS, sample_event
-from avdiff.data.corpus.phones import inventory, phone_id
-from avdiff.data.corpus.speech import LANGUAGES, SpeechBank, Utterance, normalised_text
-from avdiff.data.corpus.visemes import Phone
-from avdiff.data.reading import read
+from avdiff.corpus.captions import event_captions, join_sentences, phrases, speech_captions
+from avdiff.corpus.dataset import split_utterances
+from avdiff.corpus.events.scene import KINDS, sample_event
+from avdiff.corpus.face import identity as looks
+from avdiff.corpus.speech.read import LANGUAGES, SpeechBank, Utterance, normalised_text
+from avdiff.files import BUNDLED
+from avdiff.g2p.pronounce import read
+from avdiff.phonetics.phone import inventory, phone_id
+from avdiff.phonetics.visemes import Phone
 
-FILE = Path(__file__).parents[2] / "samples" / "prompts" / "heldout.jsonl"
+FILE = BUNDLED / "prompts" / "heldout.jsonl"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GRID = (("bin", "lay", "place", "set"), ("blue", "green", "red", "white"), ("at", "by", "in", "with"),
         tuple("ABCDEFGHIJKLMNOPQRSTUVXYZ"), DIGITS, ("again", "now", "please", "soon"))  # W is not in GRID

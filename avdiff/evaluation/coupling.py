@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from avdiff.data.media import Clip, read_clip
-from avdiff.evaluation.known_truth import known_truth
-from avdiff.evaluation.report import Difference, Estimate, Row, column, compare, interval
+from avdiff.evaluation.metrics.visual_speech import known_truth
+from avdiff.evaluation.report.report import Difference, Estimate, Row, column, compare, interval
 from avdiff.evaluation.suite import Judges
+from avdiff.media.write import Clip, read_clip
 
 KEY = "mouth_r"
 

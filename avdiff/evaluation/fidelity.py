@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avdiff.data.media import Clip
-from avdiff.evaluation.judges import as_waveform, read_faces
-from avdiff.evaluation.known_truth import frame_times
+from avdiff.evaluation.metrics.visual_speech import frame_times
 from avdiff.evaluation.suite import Judges
-from avdiff.models.face_reader import to_pictures, to_square
-from avdiff.models.lip_network import lips_on_clock
-from avdiff.models.mel import LogMel
+from avdiff.evaluators.load import as_waveform, read_faces
+from avdiff.media.write import Clip
+from avdiff.models.codecs.mel import LogMel
+from avdiff.models.evaluators.face_reader import to_pictures, to_square
+from avdiff.models.evaluators.lip_network import lips_on_clock
 
 DIM = 32  # of the projected features
 LEAST = {"frechet": 2 * DIM, "kernel": 16}  # clips on each side

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from avdiff.data.heldout import Prompt
-from avdiff.data.media import Clip, read_clip
-from avdiff.evaluation import adherence, events, judges, known_truth, speech
-from avdiff.models.face_reader import FaceReader
-from avdiff.models.impact_reader import ImpactReader
-from avdiff.models.lip_network import LipNetwork
-from avdiff.models.recogniser import PhoneRecogniser
+from avdiff.evaluation.metrics import attributes as adherence
+from avdiff.evaluation.metrics import events, speech
+from avdiff.evaluation.metrics import visual_speech as known_truth
+from avdiff.evaluators import load as judges
+from avdiff.media.write import Clip, read_clip
+from avdiff.models.evaluators.contact_detector import ImpactReader
+from avdiff.models.evaluators.face_reader import FaceReader
+from avdiff.models.evaluators.lip_network import LipNetwork
+from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
 
 LONGEST = 60.0  # seconds of a file that are measured
 LEAST_FACE = 0.5  # share of pictures with a face, below which a clip counts as without

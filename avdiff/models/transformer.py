@@ -35,7 +35,7 @@ from avdiff.core.rope import rotary_phases
 from avdiff.latents import Joint, per_token
 from avdiff.models.blocks import Branch, DualBlock, SharedStream, StepRows, split_ticks
 from avdiff.models.conditions import Conditions, Positions, Script, window_mask
-from avdiff.models.script_encoder import STROKE_ID, ScriptEncoder
+from avdiff.models.phoneme_encoder import STROKE_ID, ScriptEncoder
 
 
 @dataclass

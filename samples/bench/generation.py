@@ -40,7 +40,7 @@ def generate(pipe: AVDiffPipeline, seconds: float) -> float:
 def extend(pipe: AVDiffPipeline, seconds: float) -> float:
     """Wall seconds of a clip made by extension and written to a file as it comes."""
     from avdiff import write_clip
-    from avdiff.pipelines.long import streams
+    from avdiff.pipelines.streaming import streams
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

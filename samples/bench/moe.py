@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from timing import by_turns, ratio
 
-from avdiff.core.allocator import keep_freed_memory
 from avdiff.core.feedforward import SwiGLU
 from avdiff.core.moe import MoE
+from avdiff.train.loop.malloc import keep_freed_memory
 
 TOKENS, DIM, EXPERTS, TOP_K, HIDDEN = 2048, 384, 16, 2, 1536
 AIM = 1.35

@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avdiff.clip import ClipSpec
 from avdiff.data.cache import FORMAT, SHARD
-from avdiff.data.corpus.phones import inventory
+from avdiff.phonetics.phone import inventory
 from avdiff.train.finetune import setup
-from avdiff.train.fit import Run
-from avdiff.train.launch import Stop
-from avdiff.train.options import load_options
+from avdiff.train.loop.accelerator import Stop
+from avdiff.train.loop.config import load_options
+from avdiff.train.loop.fit import Run
 from avdiff.train.recipe import Recipe
 
 CLIP = ClipSpec(51, Fraction(25), 128, 128)

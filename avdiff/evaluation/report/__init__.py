@@ -1,0 +1,1 @@
+"""avdiff/evaluation/report"""

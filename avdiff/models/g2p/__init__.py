@@ -1,0 +1,1 @@
+"""avdiff/models/g2p"""

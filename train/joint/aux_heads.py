@@ -1,0 +1,84 @@
+"""Representation heads: from the middle block, say which phoneme sounds and which viseme shows. Labels are exact.
+
+A corpus that was drawn from timed phones knows both at every moment, so no foreign network has to be matched (as REPA,
+arXiv 2410.06940, does with one); the heads are dropped at export. Off by default.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from avdiff.core.modulation import rms_norm
+from avdiff.models.conditions import Positions, Script
+from avdiff.models.phoneme_encoder import STROKE_ID
+from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.phone import inventory
+from avdiff.phonetics.visemes import VISEMES, viseme_of
+
+IGNORED = -100  # cross_entropy's own
+
+
+class Heads(nn.Module):
+    """Linear readers of one block's output.
+
+    Args:
+        transformer: whose widths and clock they follow. phoneme_weight, viseme_weight: of the two losses; 0 is off.
+    """
+
+    def __init__(self, transformer: AVTransformer, phoneme_weight: float, viseme_weight: float) -> None:
+        super().__init__()
+        c = transformer.config
+        self.weights = {"phoneme": phoneme_weight, "viseme": viseme_weight}
+        self.mels, self.layer = c.mels_per_token, (len(transformer.transformer_blocks) - 1) // 2
+        self.phoneme = nn.Linear(c.audio_dim, c.num_phonemes) if phoneme_weight else None
+        self.viseme = nn.Linear(c.video_dim, len(VISEMES)) if viseme_weight else None
+
+    def forward(self, video: torch.Tensor | None, audio: torch.Tensor | None, script: Script, positions: Positions,
+                ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Cross-entropy of each head, scalars; rows without a script do not count. video (B, N_v, D_v), audio with
+        ticks behind it (B, >= N_a, D_a): outputs of block `layer`."""
+        losses = {}
+        if self.phoneme is not None and audio is not None:
+            said = self.phoneme(rms_norm(audio[:, : len(positions.audio)]))
+            losses["phoneme"] = _entropy(said, phoneme_labels(script, self.mels))
+        if self.viseme is not None and video is not None:
+            frames = video.unflatten(1, (positions.grid[0], -1)).mean(2)  # (B, T, D): a mouth is no single token
+            losses["viseme"] = _entropy(self.viseme(rms_norm(frames)), viseme_labels(script, positions))
+        return losses
+
+    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Their weighted sum."""
+        return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+def phoneme_labels(script: Script, mels: int) -> torch.Tensor:
+    """(B, N_a) phoneme at the middle of each audio token."""
+    return _masked(script.phonemes.gather(1, script.frames[:, mels // 2 :: mels]), script)
+
+
+def viseme_labels(script: Script, positions: Positions) -> torch.Tensor:
+    """(B, T) viseme at the middle of each latent frame; of a diphthong the first."""
+    times = positions.video[:: len(positions.video) // positions.grid[0], 0]  # (T,) seconds
+    length = positions.audio[-1, 0] + (positions.audio[1, 0] - positions.audio[0, 0]) / 2
+    place = (times / length * script.frames.shape[1]).long().clamp(max=script.frames.shape[1] - 1)
+    phonemes = script.phonemes.gather(1, script.frames[:, place])
+    return _masked(_viseme_of_id().to(phonemes.device)[phonemes], script)
+
+
+def _masked(labels: torch.Tensor, script: Script) -> torch.Tensor:
+    return labels.masked_fill(~script.present[:, None], IGNORED)
+
+
+def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+@cache
+def _viseme_of_id() -> torch.Tensor:
+    known = [VISEMES.index(viseme_of(symbol)[0]) for symbol in inventory()[0]]
+    return torch.tensor(known + [IGNORED] * (STROKE_ID + 1 - len(known)))  # a stroke shows no mouth
