@@ -1,8 +1,8 @@
 """avdiff: joint audio-video diffusion with a shared core, in the manner of diffusers.
 
-Names are imported on first use, so that `import avdiff` costs nothing: neither torch nor diffusers is loaded by it.
-A class saved in a checkpoint is recorded as `["avdiff", "ClassName"]` and found again through this table: its file may
-move but its name may not change.
+Names are imported on first use, so that `import avdiff` costs nothing: neither torch nor diffusers
+is loaded by it. A class saved in a checkpoint is recorded as `["avdiff", "ClassName"]` and found
+again through this table: its file may move but its name may not change.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _HOME = {
     "read_clip": "avdiff.media.write",
     "streams": "avdiff.pipelines.streaming",
     "write_clip": "avdiff.media.write",
-    # diffusers looks up the base classes of a saved component by name in the library that it is recorded under.
+    # diffusers looks up the base classes of a saved component by name in the library that it is
+    # recorded under.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }

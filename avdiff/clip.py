@@ -1,7 +1,8 @@
 """The clock: every conversion between seconds, frames, samples, latent steps, tokens and positions.
 
-Time is exact (`fractions.Fraction`) until the last moment; each derived count is rounded once, from the exact duration.
-Video latents follow the causal convention of video VAEs: the first frame alone, then groups of `video_stride` frames.
+Time is exact (`fractions.Fraction`) until the last moment; each derived count is rounded once, from
+the exact duration. Video latents follow the causal convention of video VAEs: the first frame alone,
+then groups of `video_stride` frames.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 # 23.976 and 29.97 are names for NTSC rates (SMPTE ST 12-1), not numbers.
-NTSC = {Fraction("23.976"): Fraction(24000, 1001), Fraction("29.97"): Fraction(30000, 1001),
-        Fraction("59.94"): Fraction(60000, 1001)}
+NTSC = {
+    Fraction("23.976"): Fraction(24000, 1001),
+    Fraction("29.97"): Fraction(30000, 1001),
+    Fraction("59.94"): Fraction(60000, 1001),
+}
 MAX_SIDE = 16384  # pixels: beyond it no codec for video follows
-MAX_SECONDS = 3600  # an hour: beyond it a request is a slip of the keyboard, and it would exhaust memory
+MAX_SECONDS = (
+    3600  # an hour: beyond it a request is a slip of the keyboard, and it would exhaust memory
+)
 
 
 def as_fps(fps: Fraction | float | int | str) -> Fraction:
@@ -31,9 +37,13 @@ def as_fps(fps: Fraction | float | int | str) -> Fraction:
         plain = len(text) < 32 and "e" not in text.lower()
         exact = fps if isinstance(fps, Fraction) else Fraction(text if plain else "?")
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"fps={text[:40]}: needs a positive number such as 25, 29.97 or '30000/1001'") from error
+        raise ValueError(
+            f"fps={text[:40]}: needs a positive number such as 25, 29.97 or '30000/1001'"
+        ) from error
     exact = NTSC.get(exact, exact)
-    near = exact.limit_denominator(1001)  # a float of an NTSC rate such as 24000 / 1001 is within 1e-15 of it
+    near = exact.limit_denominator(
+        1001
+    )  # a float of an NTSC rate such as 24000 / 1001 is within 1e-15 of it
     exact = near if abs(near - exact) < Fraction(1, 10**9) else exact
     if not 0 < exact <= 1000:
         raise ValueError(f"fps={text[:40]}: needs a frame rate above 0 and at most 1000")
@@ -60,11 +70,15 @@ class Clock:
     def __post_init__(self) -> None:
         for name in ("video_stride", "spatial_stride", "patch", "audio_stride", "mel_hop"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: needs a whole number of at least 1")
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: needs a whole number of at least 1"
+                )
         if not self.tick_rate > 0:
             raise ValueError(f"tick_rate={self.tick_rate}: needs a rate above 0")
         if self.audio_stride % self.mel_hop:
-            raise ValueError(f"audio_stride={self.audio_stride}: needs a multiple of mel_hop={self.mel_hop}")
+            raise ValueError(
+                f"audio_stride={self.audio_stride}: needs a multiple of mel_hop={self.mel_hop}"
+            )
 
     @property
     def mels_per_token(self) -> int:
@@ -96,31 +110,49 @@ class ClipSpec:
         for name in ("num_frames", "height", "width", "sample_rate"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs a whole number")
-        stride, grid = self.clock.video_stride, self.clock.spatial_stride * self.clock.patch
+        stride = self.clock.video_stride
+        grid = self.clock.spatial_stride * self.clock.patch
         if self.num_frames < 1 or (self.num_frames - 1) % stride:
             low = max(0, (self.num_frames - 1) // stride) * stride + 1
-            near = f"nearest are {low} and {low + stride}" if self.num_frames > 0 else "the smallest is 1"
+            near = (
+                f"nearest are {low} and {low + stride}"
+                if self.num_frames > 0
+                else "the smallest is 1"
+            )
             raise ValueError(f"num_frames={self.num_frames}: needs {stride}*k+1; {near}")
         for name in ("height", "width"):
             size = getattr(self, name)
             if size < grid or size % grid:
                 low = max(1, size // grid) * grid
-                raise ValueError(f"{name}={size}: needs a multiple of {grid}; nearest are {low} and {low + grid}")
+                raise ValueError(
+                    f"{name}={size}: needs a multiple of {grid}; nearest are {low} and {low + grid}"
+                )
             if size > MAX_SIDE:
                 raise ValueError(f"{name}={size}: needs at most {MAX_SIDE} pixels")
         if not 1000 <= self.sample_rate <= 384000:
             raise ValueError(f"sample_rate={self.sample_rate}: needs 1000 to 384000 Hz")
         if self.seconds > MAX_SECONDS:
-            raise ValueError(f"num_frames={self.num_frames}: {self.seconds // 1} s at {float(self.fps):g} fps; "
-                             f"a clip may last at most {MAX_SECONDS} s")
+            raise ValueError(
+                f"num_frames={self.num_frames}: {self.seconds // 1} s at {float(self.fps):g} fps; "
+                f"a clip may last at most {MAX_SECONDS} s"
+            )
 
     @classmethod
-    def from_seconds(cls, seconds: Fraction | float, fps: Fraction | float = 25, **kwargs) -> ClipSpec:
-        """Shortest clip that lasts at least `seconds` (it overshoots by less than one latent frame)."""
-        clock, rate = kwargs.get("clock") or Clock(), as_fps(fps)
+    def from_seconds(
+        cls, seconds: Fraction | float, fps: Fraction | float = 25, **kwargs
+    ) -> ClipSpec:
+        """Shortest clip that lasts at least `seconds` (it overshoots by less than one latent
+        frame).
+        """
+        clock = kwargs.get("clock") or Clock()
+        rate = as_fps(fps)
         if not 0 < seconds <= MAX_SECONDS:  # also refuses NaN
-            raise ValueError(f"seconds={seconds}: needs a duration above 0 and at most {MAX_SECONDS} s")
-        exact = seconds if isinstance(seconds, Fraction) else Fraction(str(seconds))  # 0.1 is meant as 1/10
+            raise ValueError(
+                f"seconds={seconds}: needs a duration above 0 and at most {MAX_SECONDS} s"
+            )
+        exact = (
+            seconds if isinstance(seconds, Fraction) else Fraction(str(seconds))
+        )  # 0.1 is meant as 1/10
         groups = max(0, -((1 - exact * rate) // clock.video_stride))  # ceil((frames - 1) / stride)
         return cls(num_frames=1 + clock.video_stride * int(groups), fps=rate, **kwargs)
 
@@ -153,7 +185,9 @@ class ClipSpec:
 
     @property
     def audio_tokens(self) -> int:
-        """Audio latent steps, enough to cover the clip (rounded up once, so the sound never ends early)."""
+        """Audio latent steps, enough to cover the clip (rounded up once, so the sound never ends
+        early).
+        """
         return -(-self.seconds * self.sample_rate // self.clock.audio_stride).__int__()
 
     @property
@@ -171,9 +205,13 @@ class ClipSpec:
         return [Fraction(i) / self.fps for i in range(self.num_frames)]
 
     def video_seconds(self) -> list[Fraction]:
-        """Exact midpoint of each latent frame's bin: [0, 1/fps) for the first, then groups of `video_stride` frames."""
+        """Exact midpoint of each latent frame's bin: [0, 1/fps) for the first, then groups of
+        `video_stride` frames.
+        """
         s = self.clock.video_stride
-        later = [Fraction(2 * (1 + j * s) + s) / (2 * self.fps) for j in range(self.latent_frames - 1)]
+        later = [
+            Fraction(2 * (1 + j * s) + s) / (2 * self.fps) for j in range(self.latent_frames - 1)
+        ]
         return [1 / (2 * self.fps), *later]
 
     def audio_seconds(self) -> list[Fraction]:

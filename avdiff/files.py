@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-BUNDLED = Path(__file__).parent / "bundled"  # weights, lexica, recipes and prompts that ship with the package
+BUNDLED = (
+    Path(__file__).parent / "bundled"
+)  # weights, lexica, recipes and prompts that ship with the package
 RECIPES = BUNDLED / "recipes"
 
 
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Hand out a temporary path beside `path` that takes its place at the end, or disappears on an error.
+    """Hand out a temporary path beside `path` that takes its place at the end, or disappears on an
+    error.
 
-    The temporary name keeps the suffix, since writers choose the container by it, and holds the process number, so
-    that two processes never write into one file.
+    The temporary name keeps the suffix, since writers choose the container by it, and holds the
+    process number, so that two processes never write into one file.
 
     Raises:
         OSError: the folder cannot be written, or the move fails.

@@ -1,12 +1,14 @@
 """Guidance for each modality: how several predictions of one step become one.
 
-All of it happens in x0 space and fp32, one formula for each modality (LTX-2's, without its spatio-temporal term):
+All of it happens in x0 space and fp32, one formula for each modality (LTX-2's, without its
+spatio-temporal term):
 
     g = c + (w - 1)(c - u) + (m - 1)(c - i),    then    g <- r g std(c)/std(g) + (1 - r) g
 
-c is the conditional estimate ("cond"), u the one without the text ("no_text"; classifier-free guidance, arXiv
-2207.12598), i the one whose modalities do not hear each other ("isolated"), r the rescale (arXiv 2305.08891 eq. 15-16).
-A scale of 1 is none and costs no pass; 0 is a value like any other.
+c is the conditional estimate ("cond"), u the one without the text ("no_text"; classifier-free
+guidance, arXiv 2207.12598), i the one whose modalities do not hear each other ("isolated"), r the
+rescale (arXiv 2305.08891 eq. 15-16). A scale of 1 is none and costs no pass; 0 is a value like any
+other.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class Rescale:
                 raise ValueError(f"rescale={value} for {modality}: must lie in [0, 1]")
 
     def apply(self, modality: str, guided: Tensor, cond: Tensor) -> Tensor:
-        """Rescale (B, ...) tokens by the standard deviation of each sample; a constant estimate is left alone."""
+        """Rescale (B, ...) tokens by the standard deviation of each sample; a constant estimate is
+        left alone.
+        """
         share = getattr(self, modality)
         if share == 0:
             return guided
@@ -86,7 +90,9 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Interval:
-    """Guide only where start <= step / steps < stop (arXiv 2404.07724); fractions of the run, 0 is its noisy end."""
+    """Guide only where start <= step / steps < stop (arXiv 2404.07724); fractions of the run, 0 is
+    its noisy end.
+    """
 
     start: float = 0.0
     stop: float = 1.0
@@ -104,8 +110,9 @@ class Guidance:
     """All guidance of a run, e.g. `Guidance(text=Joint(3, 5), rescale=0.7, interval=(0.0, 0.8))`.
 
     Args:
-        text: scales w. cross: scales m. rescale: r, one number for both modalities or a pair. interval: the part of the
-            run that is guided. Pairs may be given as `Joint` (a missing modality is not guided), interval as a tuple.
+        text: scales w. cross: scales m. rescale: r, one number for both modalities or a pair.
+            interval: the part of the run that is guided. Pairs may be given as `Joint` (a missing
+                modality is not guided), interval as a tuple.
     """
 
     text: TextGuidance
@@ -139,29 +146,38 @@ class Guidance:
     @property
     def terms(self) -> tuple[TextGuidance | CrossModalGuidance, ...]:
         """The guiding terms whose scale is not 1 for both modalities."""
-        return tuple(t for t in (self.text, self.cross) if any(getattr(t, m) != 1.0 for m in MODALITIES))
+        return tuple(
+            t for t in (self.text, self.cross) if any(getattr(t, m) != 1.0 for m in MODALITIES)
+        )
 
     def only(self, generated: Collection[str], heard: bool = True) -> Guidance:
-        """The same guidance without scales that change nothing: of modalities that are given or absent, and those of
-        cross-modal guidance where a modality has no partner to hear (`heard` is False)."""
+        """The same guidance without scales that change nothing: of modalities that are given or
+        absent, and those of cross-modal guidance where a modality has no partner to hear (`heard`
+        is False).
+        """
         text = {m: getattr(self.text, m) if m in generated else 1.0 for m in MODALITIES}
         cross = {m: getattr(self.cross, m) if m in generated and heard else 1.0 for m in MODALITIES}
         return replace(self, text=TextGuidance(**text), cross=CrossModalGuidance(**cross))
 
     def passes(self, step_fraction: float | None = None) -> tuple[str, ...]:
-        """Names of the network passes that the step at `step_fraction` = index / steps needs, "cond" first.
+        """Names of the network passes that the step at `step_fraction` = index / steps needs,
+        "cond" first.
 
         None asks for all passes that any step of the run can need.
         """
-        guided = self.interval.start < self.interval.stop if step_fraction is None else step_fraction in self.interval
+        guided = (
+            self.interval.start < self.interval.stop
+            if step_fraction is None
+            else step_fraction in self.interval
+        )
         return ("cond", *(t.against for t in self.terms)) if guided else ("cond",)
 
     def combine(self, estimates: Mapping[str, Joint[Tensor]]) -> Joint[Tensor]:
         """One x0 estimate out of those of the passes that ran.
 
         Args:
-            estimates: x0 estimates (B, N, C) by pass name, those that `passes` asked for: a term whose pass did not
-                run is not applied.
+            estimates: x0 estimates (B, N, C) by pass name, those that `passes` asked for: a term
+                whose pass did not run is not applied.
 
         Returns:
             guided x0 estimates, at least fp32; a modality that is None in "cond" stays None.
@@ -171,7 +187,10 @@ class Guidance:
         """
         unknown = set(estimates) - set(PASSES)
         if unknown or "cond" not in estimates:
-            raise ValueError(f"estimates of {sorted(estimates)}: needs 'cond', and else only {', '.join(PASSES[1:])}")
+            raise ValueError(
+                f"estimates of {sorted(estimates)}: needs 'cond', and else only "
+                f"{', '.join(PASSES[1:])}"
+            )
         guided: dict[str, Tensor] = {}
         for modality, estimate in estimates["cond"].items():
             cond = _wide(estimate)

@@ -1,6 +1,7 @@
 """The records that travel together: one value per modality, and the state of a joint denoising run.
 
-Shape legend: B batch, N tokens, C values per token, F latent frames, H/W latent rows/columns, L audio latent steps.
+Shape legend: B batch, N tokens, C values per token, F latent frames, H/W latent rows/columns, L
+audio latent steps.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ class Joint(Generic[T]):
     audio: T | None = None
 
     def map(self, fn: Callable[..., Any], *others: Joint[Any]) -> Joint[Any]:
-        """Apply `fn(own, *theirs)` to each modality that is present here; an absent one stays absent."""
-        return Joint(*(
-            None if getattr(self, m) is None else fn(getattr(self, m), *(getattr(o, m) for o in others))
-            for m in MODALITIES
-        ))
+        """Apply `fn(own, *theirs)` to each modality that is present here; an absent one stays
+        absent.
+        """
+        return Joint(
+            *(
+                None
+                if getattr(self, m) is None
+                else fn(getattr(self, m), *(getattr(o, m) for o in others))
+                for m in MODALITIES
+            )
+        )
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Yield (modality, value) for the modalities that are present, video first."""
@@ -44,7 +51,8 @@ class JointLatents:
 
     Args:
         video: (B, N_v, C_v) tokens or None. audio: (B, N_a, C_a) tokens or None.
-        sigmas: noise level of each modality in [0, 1], (B,) or per token (B, N); 1 is pure noise, 0 is data.
+        sigmas: noise level of each modality in [0, 1], (B,) or per token (B, N); 1 is pure noise, 0
+            is data.
         seconds: fp32 bin midpoints on the clip's clock, (N_v,) and (N_a,).
     """
 
@@ -58,41 +66,55 @@ class JointLatents:
         """Both token tensors as one pair."""
         return Joint(self.video, self.audio)
 
-    def with_latents(self, latents: Joint[torch.Tensor], sigmas: Joint[torch.Tensor] | None = None) -> JointLatents:
+    def with_latents(
+        self, latents: Joint[torch.Tensor], sigmas: Joint[torch.Tensor] | None = None
+    ) -> JointLatents:
         """Copy of this state with new tokens and, if given, new noise levels."""
         return replace(self, video=latents.video, audio=latents.audio, sigmas=sigmas or self.sigmas)
 
 
 def per_token(sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Broadcast noise levels (B,) or (B, N) against tokens (B, N, C): returns (B, 1, 1) or (B, N, 1)."""
+    """Broadcast noise levels (B,) or (B, N) against tokens (B, N, C): returns (B, 1, 1) or (B, N,
+    1).
+    """
     return sigma[:, None, None] if sigma.ndim == 1 else sigma.unsqueeze(-1)
 
 
 def normalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
     """Latents (B, C, ...) to unit variance by the codec's `latents_mean` and `latents_std` (C,)."""
-    mean, std = (x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std))
+    mean, std = (
+        x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std)
+    )
     return (z - mean) / std
 
 
 def denormalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
     """Inverse of `normalise_latents`."""
-    mean, std = (x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std))
+    mean, std = (
+        x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std)
+    )
     return z * std + mean
 
 
 def pack_video(latents: torch.Tensor, patch: int) -> torch.Tensor:
-    """(B, C, F, H, W) -> tokens (B, F*H/patch*W/patch, C*patch*patch), frame by frame, row by row."""
+    """(B, C, F, H, W) -> tokens (B, F*H/patch*W/patch, C*patch*patch), frame by frame, row by
+    row.
+    """
     return rearrange(latents, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch, q=patch)
 
 
 def unpack_video(tokens: torch.Tensor, patch: int, grid: tuple[int, int, int]) -> torch.Tensor:
     """Inverse of `pack_video`; `grid` is (F, H/patch, W/patch)."""
     f, h, w = grid
-    return rearrange(tokens, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=patch, q=patch)
+    return rearrange(
+        tokens, "b (f h w) (c p q) -> b c f (h p) (w q)", f=f, h=h, w=w, p=patch, q=patch
+    )
 
 
 def pack_audio(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, L, M) -> tokens (B, L, C*M); M is the number of mel groups left by the audio VAE (1 for ours)."""
+    """(B, C, L, M) -> tokens (B, L, C*M); M is the number of mel groups left by the audio VAE (1
+    for ours).
+    """
     return rearrange(latents, "b c l m -> b l (c m)")
 
 

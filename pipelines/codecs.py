@@ -33,7 +33,9 @@ class CodecMixin:
 
     def encode_audio(self, waveform: torch.Tensor) -> torch.Tensor:
         """Waveform (B, C, S) at the audio VAE's rate -> packed normalised tokens."""
-        z = self.audio_vae.encode(self.audio_vae.mel(waveform.to(self._execution_device))).latent_dist.mode()
+        z = self.audio_vae.encode(
+            self.audio_vae.mel(waveform.to(self._execution_device))
+        ).latent_dist.mode()
         return pack_audio(normalise_latents(z, self.audio_vae)).float()
 
     def decode_video(self, tokens: torch.Tensor, clip: ClipSpec) -> torch.Tensor:

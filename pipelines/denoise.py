@@ -15,11 +15,12 @@ from avdiff.models.conditions import Conditions, Positions, Script
 
 
 class Told:
-    """What the passes of a run are told, prepared when a pass first needs it and kept for all steps: captions, the
-    look-ups of phonemes, rotary phases.
+    """What the passes of a run are told, prepared when a pass first needs it and kept for all
+    steps: captions, the look-ups of phonemes, rotary phases.
 
     Args:
-        prepare: of the transformer. embeds: captions (B, L, D) and masks (B, L) by pass, (None, None) for no caption.
+        prepare: of the transformer. embeds: captions (B, L, D) and masks (B, L) by pass, (None,
+            None) for no caption.
         script: spoken words; the pass without text has none.
     """
 
@@ -31,8 +32,11 @@ class Told:
         script: Script | None,
         batch: int,
     ) -> None:
-        self._prepare, self.embeds, self._script = prepare, embeds, script
-        self._positions, self._batch = positions, batch
+        self._prepare = prepare
+        self.embeds = embeds
+        self._script = script
+        self._positions = positions
+        self._batch = batch
         self._made: dict[tuple[str, ...], Conditions] = {}
 
     def to(self, names: tuple[str, ...]) -> Conditions:
@@ -76,20 +80,32 @@ class StepMixin:
         progress: float,
         attention_kwargs: dict | None,
     ) -> Joint[torch.Tensor]:
-        """Guided estimate of the clean tokens at one step: passes that differ in their text alone run as one batch."""
-        levels = known.map(lambda m, s: (s if m.ndim == 1 else s[:, None]) * (~m).to(s.dtype), sigmas)
+        """Guided estimate of the clean tokens at one step: passes that differ in their text alone
+        run as one batch.
+        """
+        levels = known.map(
+            lambda m, s: (s if m.ndim == 1 else s[:, None]) * (~m).to(s.dtype), sigmas
+        )
         generated = [m for m, k in known.items() if not bool(k.all())]
         both = state.video is not None and state.audio is not None
-        scales = TextGuidance(self._guidance_scale, self._audio_guidance_scale)  # a callback may have changed them
+        scales = TextGuidance(
+            self._guidance_scale, self._audio_guidance_scale
+        )  # a callback may have changed them
         guidance = replace(self._guidance, text=scales).only(generated, heard=both)
         names = guidance.passes(progress)
         together = tuple(name for name in names if name != "isolated")
         estimates = self._forward(together, state.latents, levels, told, attention_kwargs)
         if "isolated" in names:
             latents = state.latents
-            if not isinstance(self.transformer._cache_config, FirstBlockCacheConfig):  # which needs both
-                latents = Joint(*(x if getattr(guidance.cross, m) != 1 else None
-                                  for m, x in (("video", state.video), ("audio", state.audio))))
+            if not isinstance(
+                self.transformer._cache_config, FirstBlockCacheConfig
+            ):  # which needs both
+                latents = Joint(
+                    *(
+                        x if getattr(guidance.cross, m) != 1 else None
+                        for m, x in (("video", state.video), ("audio", state.audio))
+                    )
+                )
             estimates |= self._forward(("isolated",), latents, levels, told, attention_kwargs)
         return guidance.combine(estimates)
 
@@ -136,5 +152,7 @@ class StepMixin:
             if changed.get(name) is not None and changed[name] is not tensors[name]:
                 told.change(key, changed[name])
         return replace(
-            state, video=changed.get("latents", state.video), audio=changed.get("audio_latents", state.audio)
+            state,
+            video=changed.get("latents", state.video),
+            audio=changed.get("audio_latents", state.audio),
         )

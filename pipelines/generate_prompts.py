@@ -1,4 +1,6 @@
-"""Many prompts to files: batched, each clip with its own seed, and what is already there is not made again."""
+"""Many prompts to files: batched, each clip with its own seed, and what is already there is not
+made again.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,16 @@ def natural_seconds(prompt: Prompt) -> float:
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[float, list[Prompt]]]:
-    """Prompts of one language, or without words, and of like length together, with the length of the longest: no clip
-    gets more than a sixth of its length added.
+    """Prompts of one language, or without words, and of like length together, with the length of
+    the longest: no clip gets more than a sixth of its length added.
 
     The batches depend on the list alone, so that a run that is resumed makes the same clips.
     """
     groups: dict[str, list[tuple[float, Prompt]]] = {}
     for prompt in prompts:
-        groups.setdefault(prompt.language if prompt.text else "", []).append((natural_seconds(prompt), prompt))
+        groups.setdefault(prompt.language if prompt.text else "", []).append(
+            (natural_seconds(prompt), prompt)
+        )
     for members in groups.values():
         members.sort(key=lambda pair: (pair[0], pair[1].id))
         part: list[tuple[float, Prompt]] = []
@@ -50,8 +54,15 @@ def batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[float, list[
         yield part[-1][0], [one for _, one in part]
 
 
-def generate_prompts(pipe: AVDiffPipeline, prompts: Sequence[Prompt], folder: Path, seeds: int = 1, batch: int = 8,
-                     done: Callable[[int], None] | None = None, **options: Any) -> list[tuple[Path, Prompt]]:
+def generate_prompts(
+    pipe: AVDiffPipeline,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    seeds: int = 1,
+    batch: int = 8,
+    done: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[tuple[Path, Prompt]]:
     """Make the clip of every prompt and seed.
 
     Args:
@@ -74,20 +85,38 @@ def generate_prompts(pipe: AVDiffPipeline, prompts: Sequence[Prompt], folder: Pa
     return made
 
 
-def _generate(pipe: AVDiffPipeline, prompts: Sequence[Prompt], seconds: float, folder: Path, seed: int,
-              options: dict[str, Any]) -> None:
+def _generate(
+    pipe: AVDiffPipeline,
+    prompts: Sequence[Prompt],
+    seconds: float,
+    folder: Path,
+    seed: int,
+    options: dict[str, Any],
+) -> None:
     """One call of the pipeline."""
     numbers = [(prompt.seed + SEED_STEP * seed) % 2**63 for prompt in prompts]
     generators = [torch.Generator().manual_seed(number) for number in numbers]
     language = prompts[0].language if prompts[0].text else None
     # rounded up: the words must fit into the clip to the last sample
     length = round(float(seconds) + 5e-4, 3)
-    out = pipe([prompt.prompt for prompt in prompts], seconds=length, language=language, generator=generators,
-               output_type="np", **options)
+    out = pipe(
+        [prompt.prompt for prompt in prompts],
+        seconds=length,
+        language=language,
+        generator=generators,
+        output_type="np",
+        **options,
+    )
     for i, prompt in enumerate(prompts):
         facts = {"prompt": prompt.prompt, "id": prompt.id, "seed": numbers[i]}
-        write_clip(clip_path(folder, prompt, seed), out.frames[i], out.frame_rate, out.audio[i], out.sampling_rate,
-                   facts)
+        write_clip(
+            clip_path(folder, prompt, seed),
+            out.frames[i],
+            out.frame_rate,
+            out.audio[i],
+            out.sampling_rate,
+            facts,
+        )
 
 
 @torch.no_grad()
@@ -95,11 +124,14 @@ def round_trip(pipe: AVDiffPipeline, clip: Clip) -> Clip:
     """A clip through the pipeline's codecs and back, at the same length.
 
     Args:
-        clip: frames that the codec takes (1 + k * stride of them), mono sound at the audio codec's rate.
+        clip: frames that the codec takes (1 + k * stride of them), mono sound at the audio codec's
+            rate.
     """
     assert clip.frames is not None and clip.audio is not None and clip.fps is not None
     count, height, width, _ = clip.frames.shape
-    spec = ClipSpec(count, Fraction(clip.fps), height, width, int(clip.sample_rate or 0), pipe.clock)
+    spec = ClipSpec(
+        count, Fraction(clip.fps), height, width, int(clip.sample_rate or 0), pipe.clock
+    )
     pixels = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     frames = pipe.decode_video(pipe.encode_video(pixels), spec)[0]
     sound = pipe.decode_audio(pipe.encode_audio(torch.from_numpy(clip.audio)[None]), spec)[0]

@@ -1,4 +1,6 @@
-"""Loading a pipeline from a folder or a hub name: weights from safetensors alone, and nothing ignored in silence."""
+"""Loading a pipeline from a folder or a hub name: weights from safetensors alone, and nothing
+ignored in silence.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ class SafeLoadingMixin:
     """In front of `DiffusionPipeline`: what its `from_pretrained` lets through."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in diffusers, but pickled weights are refused, and so is a config with options that are not known.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """As in diffusers, but pickled weights are refused, and so is a config with options that
+        are not known.
 
         Raises:
-            ValueError: an unknown option in a component's config, a tensor that is missing or that no one asked for.
+            ValueError: an unknown option in a component's config, a tensor that is missing or that
+                no one asked for.
         OSError: no safetensors file.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
@@ -32,13 +38,19 @@ class SafeLoadingMixin:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         check_configs(folder)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if not {"variant", "quantization_config"} & set(kwargs):  # these have other names in their files
-            check_tensors(folder, {name: part for name, part in pipe.components.items() if name not in kwargs})
+        if not {"variant", "quantization_config"} & set(
+            kwargs
+        ):  # these have other names in their files
+            check_tensors(
+                folder, {name: part for name, part in pipe.components.items() if name not in kwargs}
+            )
         return pipe
 
 
 def check_configs(folder: Path) -> None:
-    """Refuse options that a component of ours does not have: diffusers would drop them with a warning."""
+    """Refuse options that a component of ours does not have: diffusers would drop them with a
+    warning.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         return
@@ -46,7 +58,12 @@ def check_configs(folder: Path) -> None:
     if parts.get("_class_name") not in avdiff.__all__:
         raise ValueError(f"{index}: is of a {parts.get('_class_name')}, needs an AVDiffPipeline")
     for part, entry in parts.items():
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "avdiff" and entry[1] in avdiff.__all__):
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and entry[0] == "avdiff"
+            and entry[1] in avdiff.__all__
+        ):
             continue
         kind = getattr(avdiff, entry[1])
         path = folder / part / kind.config_name
@@ -54,11 +71,15 @@ def check_configs(folder: Path) -> None:
             known = inspect.signature(kind.__init__).parameters
             unknown = [key for key in _json(path) if key not in known and not key.startswith("_")]
             if unknown:
-                raise ValueError(f"{path}: {entry[1]} has no option {', '.join(map(repr, unknown))}")
+                raise ValueError(
+                    f"{path}: {entry[1]} has no option {', '.join(map(repr, unknown))}"
+                )
 
 
 def check_tensors(folder: Path, components: dict[str, Any]) -> None:
-    """Refuse weights that do not fill a component exactly: diffusers would leave the rest as it was drawn."""
+    """Refuse weights that do not fill a component exactly: diffusers would leave the rest as it was
+    drawn.
+    """
     for name, part in components.items():
         if not isinstance(part, torch.nn.Module):
             continue
@@ -69,7 +90,9 @@ def check_tensors(folder: Path, components: dict[str, Any]) -> None:
         wanted = set(part.state_dict())
         for what, keys in (("lacks", wanted - stored), ("holds an unknown", stored - wanted)):
             if keys and stored:
-                raise ValueError(f"{folder / name}: {what} {min(keys)!r}, one of {len(keys)} such tensors")
+                raise ValueError(
+                    f"{folder / name}: {what} {min(keys)!r}, one of {len(keys)} such tensors"
+                )
 
 
 def _json(path: Path) -> dict[str, Any]:

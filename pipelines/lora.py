@@ -1,4 +1,6 @@
-"""LoRA on the pipeline, the way of diffusers: load, save, weigh, fuse and unload updates of the transformer."""
+"""LoRA on the pipeline, the way of diffusers: load, save, weigh, fuse and unload updates of the
+transformer.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 class AVLoraLoaderMixin(LoraBaseMixin):
-    """Loads LoRA layers into `transformer`; the other methods (`set_adapters`, `unload_lora_weights`, ...) are
-    diffusers'. Experts of a mixture are packed into one parameter and are no target of an update."""
+    """Loads LoRA layers into `transformer`; the other methods (`set_adapters`,
+    `unload_lora_weights`, ...) are diffusers'. Experts of a mixture are packed into one parameter
+    and are no target of an update.
+    """
 
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
@@ -22,24 +26,38 @@ class AVLoraLoaderMixin(LoraBaseMixin):
 
     @classmethod
     def lora_state_dict(
-        cls, pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor], **kwargs: Any
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, torch.Tensor],
+        **kwargs: Any,
     ) -> Any:
-        """Tensors of a LoRA from a folder, a file, a hub name or a dict, with names that start with "transformer.".
+        """Tensors of a LoRA from a folder, a file, a hub name or a dict, with names that start with
+        "transformer.".
 
-        What `avdiff train` or `transformer.save_lora_adapter` wrote, whose names have no such start, gets it here.
+        What `avdiff train` or `transformer.save_lora_adapter` wrote, whose names have no such
+        start, gets it here.
 
         Args:
-            kwargs: weight_name, subfolder, revision, cache_dir, token, local_files_only, force_download, proxies;
+            kwargs: weight_name, subfolder, revision, cache_dir, token, local_files_only,
+                force_download, proxies;
                 return_lora_metadata: also return the adapter's settings.
 
         Raises:
-            ValueError: pickled weights are asked for, or what was found is no LoRA. OSError: no safetensors file.
+            ValueError: pickled weights are asked for, or what was found is no LoRA. OSError: no
+                safetensors file.
         """
         with_metadata = kwargs.pop("return_lora_metadata", False)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors=False: needs True, as pickled weights can run code")
-        names = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
-                 "subfolder")
+        names = (
+            "weight_name",
+            "local_files_only",
+            "cache_dir",
+            "force_download",
+            "proxies",
+            "token",
+            "revision",
+            "subfolder",
+        )
         options = {name: kwargs.pop(name, None) for name in names}
         options["force_download"] = bool(options["force_download"])
         if not isinstance(pretrained_model_name_or_path_or_dict, dict):
@@ -48,11 +66,17 @@ class AVLoraLoaderMixin(LoraBaseMixin):
                 options["weight_name"] = WEIGHTS
             pretrained_model_name_or_path_or_dict = path
         state, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict, use_safetensors=True,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"}, allow_pickle=False, **options)
+            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+            use_safetensors=True,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            **options,
+        )
         strange = next((name for name in state if "lora" not in name), None)
         if strange is not None or not state:
-            raise ValueError(f"lora weights hold {strange!r}: needs a LoRA, whose names all contain 'lora'")
+            raise ValueError(
+                f"lora weights hold {strange!r}: needs a LoRA, whose names all contain 'lora'"
+            )
         prefix = f"{cls.transformer_name}."
         if not any(name.startswith(prefix) for name in state):
             state = {prefix + name: tensor for name, tensor in state.items()}
@@ -66,12 +90,15 @@ class AVLoraLoaderMixin(LoraBaseMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load a LoRA into the transformer, as `adapter_name` if given; arguments as of `lora_state_dict`."""
+        """Load a LoRA into the transformer, as `adapter_name` if given; arguments as of
+        `lora_state_dict`.
+        """
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         kwargs["return_lora_metadata"] = True
         state, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         self.load_lora_into_transformer(
-            state, self.transformer, adapter_name, self, low_cpu_mem_usage, hotswap, metadata)
+            state, self.transformer, adapter_name, self, low_cpu_mem_usage, hotswap, metadata
+        )
 
     @classmethod
     def load_lora_into_transformer(
@@ -86,8 +113,15 @@ class AVLoraLoaderMixin(LoraBaseMixin):
     ) -> None:
         """Load what `lora_state_dict` returned."""
         transformer.load_lora_adapter(
-            state_dict, network_alphas=None, adapter_name=adapter_name, metadata=metadata, _pipeline=_pipeline,
-            low_cpu_mem_usage=low_cpu_mem_usage, hotswap=hotswap, prefix=cls.transformer_name)
+            state_dict,
+            network_alphas=None,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=_pipeline,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+            prefix=cls.transformer_name,
+        )
 
     @classmethod
     def save_lora_weights(
@@ -100,13 +134,20 @@ class AVLoraLoaderMixin(LoraBaseMixin):
         safe_serialization: bool = True,
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Save `peft.get_peft_model_state_dict(pipe.transformer)` with the settings of its adapter."""
+        """Save `peft.get_peft_model_state_dict(pipe.transformer)` with the settings of its
+        adapter.
+        """
         if not transformer_lora_layers:
             raise ValueError("transformer_lora_layers: needs the tensors of at least one layer")
         cls._save_lora_weights(
-            save_directory=save_directory, lora_layers={cls.transformer_name: transformer_lora_layers},
-            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata}, is_main_process=is_main_process,
-            weight_name=weight_name, save_function=save_function, safe_serialization=safe_serialization)
+            save_directory=save_directory,
+            lora_layers={cls.transformer_name: transformer_lora_layers},
+            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+        )
 
     def fuse_lora(
         self,
@@ -117,8 +158,13 @@ class AVLoraLoaderMixin(LoraBaseMixin):
         **kwargs: Any,
     ) -> None:
         """Add the update to the weights."""
-        super().fuse_lora(components=components, lora_scale=lora_scale, safe_fusing=safe_fusing,
-                          adapter_names=adapter_names, **kwargs)
+        super().fuse_lora(
+            components=components,
+            lora_scale=lora_scale,
+            safe_fusing=safe_fusing,
+            adapter_names=adapter_names,
+            **kwargs,
+        )
 
     def unfuse_lora(self, components: list[str] = ["transformer"], **kwargs: Any) -> None:  # noqa: B006
         """Take it out again."""

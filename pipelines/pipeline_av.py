@@ -1,9 +1,10 @@
 """AVDiffPipeline: text, pictures and sounds in; one clip with sound out.
 
-Which task is run follows from what is given: nothing but a prompt (text to audio-video), `image` and `last_image` (its
-first and last frame), `audio` (it drives the picture), `video` (it gets its sound); `generate_video=False` or
-`generate_audio=False` leaves a modality out. A clip that is longer than the given sound or film continues it; `retake`
-makes a span of it anew, `mask` a region. A given part keeps noise level 0 while the rest is denoised around it.
+Which task is run follows from what is given: nothing but a prompt (text to audio-video), `image`
+and `last_image` (its first and last frame), `audio` (it drives the picture), `video` (it gets its
+sound); `generate_video=False` or `generate_audio=False` leaves a modality out. A clip that is
+longer than the given sound or film continues it; `retake` makes a span of it anew, `mask` a region.
+A given part keeps noise level 0 while the rest is denoised around it.
 """
 
 from __future__ import annotations
@@ -41,25 +42,43 @@ from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
 __all__ = ["RECOMMENDED", "AVDiffPipeline"]
 
-# What a call uses that does not say otherwise, unless the pipeline's config does (a distilled one's).
-RECOMMENDED = {"num_inference_steps": 16, "guidance_scale": 2.0, "audio_guidance_scale": 2.0, "steadiness": 0.0}
+# What a call uses that does not say otherwise, unless the pipeline's config does (a distilled
+# one's).
+RECOMMENDED = {
+    "num_inference_steps": 16,
+    "guidance_scale": 2.0,
+    "audio_guidance_scale": 2.0,
+    "steadiness": 0.0,
+}
 
 
 class AVDiffPipeline(
-    SafeLoadingMixin, DiffusionPipeline, AVLoraLoaderMixin, CodecMixin, GivenMixin, StepMixin, LongMixin
+    SafeLoadingMixin,
+    DiffusionPipeline,
+    AVLoraLoaderMixin,
+    CodecMixin,
+    GivenMixin,
+    StepMixin,
+    LongMixin,
 ):
     """Joint audio-video generation.
 
     Args:
         transformer: denoiser. scheduler: steps both modalities. vae, audio_vae, vocoder: codecs.
-        text_encoder, tokenizer: captions to features. world: what the model can make; without one, any prompt is taken.
-        num_inference_steps, guidance_scale, audio_guidance_scale, steadiness: what a call uses that does not say
-            otherwise; a distilled model says fewer steps and no guidance.
+        text_encoder, tokenizer: captions to features. world: what the model can make; without one,
+            any prompt is taken.
+        num_inference_steps, guidance_scale, audio_guidance_scale, steadiness: what a call uses that
+            does not say otherwise; a distilled model says fewer steps and no guidance.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae->vocoder"
     _optional_components = ["text_encoder", "tokenizer", "world"]
-    _callback_tensor_inputs = ["latents", "audio_latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = [
+        "latents",
+        "audio_latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+    ]
 
     def __init__(
         self,
@@ -78,7 +97,9 @@ class AVDiffPipeline(
     ) -> None:
         super().__init__()
         scales = dict(guidance_scale=guidance_scale, audio_guidance_scale=audio_guidance_scale)
-        self.register_to_config(num_inference_steps=num_inference_steps, steadiness=steadiness, **scales)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps, steadiness=steadiness, **scales
+        )
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -95,7 +116,8 @@ class AVDiffPipeline(
             video_stride=vae.config.temporal_compression_ratio,
             spatial_stride=vae.config.spatial_compression_ratio,
             patch=round((transformer.config.video_channels / vae.config.latent_channels) ** 0.5),
-            audio_stride=audio_vae.config.mel_hop_length * audio_vae.config.temporal_compression_ratio,
+            audio_stride=audio_vae.config.mel_hop_length
+            * audio_vae.config.temporal_compression_ratio,
             mel_hop=audio_vae.config.mel_hop_length,
             tick_rate=Fraction(transformer.config.shared_rate or 12.5).limit_denominator(1000),
         )
@@ -103,12 +125,16 @@ class AVDiffPipeline(
 
     @property
     def guidance_scale(self) -> float:
-        """Text guidance of the picture in the running call; a callback may set `pipe._guidance_scale`."""
+        """Text guidance of the picture in the running call; a callback may set
+        `pipe._guidance_scale`.
+        """
         return self._guidance_scale
 
     @property
     def audio_guidance_scale(self) -> float:
-        """Text guidance of the sound in the running call; a callback may set `pipe._audio_guidance_scale`."""
+        """Text guidance of the sound in the running call; a callback may set
+        `pipe._audio_guidance_scale`.
+        """
         return self._audio_guidance_scale
 
     @property
@@ -145,16 +171,25 @@ class AVDiffPipeline(
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
     ):
-        """Captions -> features (B, L, D) and masks (B, L); without a negative prompt the negative pair is None."""
+        """Captions -> features (B, L, D) and masks (B, L); without a negative prompt the negative
+        pair is None.
+        """
         if prompt_embeds is None:
             prompt_embeds, prompt_attention_mask = self._features(prompt)
         if negative_prompt_embeds is None and negative_prompt is not None:
             negative_prompt_embeds, negative_prompt_attention_mask = self._features(negative_prompt)
-        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+        return (
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
 
     def _features(self, text: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError("this pipeline has no text encoder: pass prompt_embeds and prompt_attention_mask")
+            raise ValueError(
+                "this pipeline has no text encoder: pass prompt_embeds and prompt_attention_mask"
+            )
         tokens = self.tokenizer(
             [text] if isinstance(text, str) else text,
             padding="max_length",
@@ -178,11 +213,16 @@ class AVDiffPipeline(
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("needs exactly one of prompt and prompt_embeds")
         if prompt is not None and not (
-            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+            isinstance(prompt, str)
+            or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
         ):
-            raise ValueError(f"prompt of type {type(prompt).__name__}: needs a text or a non-empty list of texts")
+            raise ValueError(
+                f"prompt of type {type(prompt).__name__}: needs a text or a non-empty list of texts"
+            )
         if not (generate.video or generate.audio):
-            raise ValueError("generate_video and generate_audio are both False: nothing is left to generate")
+            raise ValueError(
+                "generate_video and generate_audio are both False: nothing is left to generate"
+            )
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"num_inference_steps={steps}: needs a whole number of at least 1")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -239,22 +279,26 @@ class AVDiffPipeline(
         """Generate clips.
 
         Args:
-            prompt: description; words to speak stand in double quotes. negative_prompt: what guidance leads from.
-            seconds or num_frames: length (num_frames = 1 + k * video stride); with neither, as long as what is given,
+            prompt: description; words to speak stand in double quotes. negative_prompt: what
+                guidance leads from.
+            seconds or num_frames: length (num_frames = 1 + k * video stride); with neither, as long
+            as what is given,
                 or as the words take. A clip that is longer than what is given continues it.
             height, width: pixels. frame_rate: frames per second.
-            num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text guidance of video and
-                audio, 1 is none; or a whole `guidance`. Where they are not given, the pipeline's config decides.
-            steadiness: changes of a pixel from frame to frame, of 255, that count as flicker and are averaged over
-                time; 0 leaves the frames as they are decoded.
-            image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], or a PIL picture of the clip's size; first and last
-                frame, as the codec renders them.
-            video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come back as they were
-                given, but for 10 ms of sound ahead of what is new.
-            retake: a span of the given clip that is made anew. mask: (H, W) or (F, H, W), above 0.5 where the given
-                video is made anew; the rest of such a frame is as the codec renders it.
-            script: spoken words on the clock instead of the prompt's. speech_start: seconds at which the words begin;
-                by default after the sound that is continued.
+            num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text
+                guidance of video and audio, 1 is none; or a whole `guidance`. Where they are not
+                given, the pipeline's config decides.
+            steadiness: changes of a pixel from frame to frame, of 255, that count as flicker and
+                are averaged over time; 0 leaves the frames as they are decoded.
+            image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], or a PIL picture of the clip's
+                size; first and last frame, as the codec renders them.
+            video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come
+                back as they were given, but for 10 ms of sound ahead of what is new.
+            retake: a span of the given clip that is made anew. mask: (H, W) or (F, H, W), above 0.5
+                where the given video is made anew; the rest of such a frame is as the codec renders
+                it.
+            script: spoken words on the clock instead of the prompt's. speech_start: seconds at
+                which the words begin; by default after the sound that is continued.
             check_prompt: refuse prompts beyond the pipeline's `world`, if it has one.
             latents, audio_latents: packed starting noise (B, N, C).
 
@@ -264,48 +308,86 @@ class AVDiffPipeline(
         generate = Joint(generate_video, generate_audio)
         num_inference_steps = _or(num_inference_steps, self.config.num_inference_steps)
         self.check_inputs(
-            prompt, prompt_embeds, generate, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
+            prompt,
+            prompt_embeds,
+            generate,
+            num_inference_steps,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
-        scales = (_or(guidance_scale, self.config.guidance_scale),
-                  _or(audio_guidance_scale, self.config.audio_guidance_scale))
+        scales = (
+            _or(guidance_scale, self.config.guidance_scale),
+            _or(audio_guidance_scale, self.config.audio_guidance_scale),
+        )
         self._guidance = guidance or Guidance(text=Joint(*scales))
-        self._guidance_scale, self._audio_guidance_scale = self._guidance.text.video, self._guidance.text.audio
-        self._interrupt, self._current_timestep, self._attention_kwargs = False, None, attention_kwargs
-        device, steady = self._execution_device, _or(steadiness, self.config.steadiness)
+        self._guidance_scale = self._guidance.text.video
+        self._audio_guidance_scale = self._guidance.text.audio
+        self._interrupt = False
+        self._current_timestep = None
+        self._attention_kwargs = attention_kwargs
+        device = self._execution_device
+        steady = _or(steadiness, self.config.steadiness)
 
         prompts = _repeat([prompt] if isinstance(prompt, str) else prompt, num_videos_per_prompt)
         embedded = 0 if prompt_embeds is None else prompt_embeds.shape[0]
         batch = len(prompts) if prompts else embedded * num_videos_per_prompt
         frame = dict(
-            fps=frame_rate, height=height, width=width, sample_rate=self.audio_vae.config.sample_rate, clock=self.clock
+            fps=frame_rate,
+            height=height,
+            width=width,
+            sample_rate=self.audio_vae.config.sample_rate,
+            clock=self.clock,
         )
-        widened = bool(getattr(self.transformer, "peft_config", None))  # an adapter may have learned more
+        widened = bool(
+            getattr(self.transformer, "peft_config", None)
+        )  # an adapter may have learned more
         world = self.world if check_prompt and not widened else None
         given_parts = any(part is not None for part in (image, last_image, audio, video))
-        length, num_frames, begin = self._length(seconds, num_frames, frame, audio, video, speech_start)
-        request: Request = understand(prompts, frame, length, num_frames, language, script, world, given_parts, begin,
-                                      self._event_seeds(generator, batch) if prompts else None)
+        length, num_frames, begin = self._length(
+            seconds, num_frames, frame, audio, video, speech_start
+        )
+        request: Request = understand(
+            prompts,
+            frame,
+            length,
+            num_frames,
+            language,
+            script,
+            world,
+            given_parts,
+            begin,
+            self._event_seeds(generator, batch) if prompts else None,
+        )
         clip = request.clip
         check_memory(clip, batch)
         positions = Positions.of(clip, device)
 
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            self.encode_prompt(
-                request.descriptions,
-                _repeat_negative(negative_prompt, batch),
-                prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-            )
+        (
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        ) = self.encode_prompt(
+            request.descriptions,
+            _repeat_negative(negative_prompt, batch),
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
         )
-        prompt_embeds, prompt_attention_mask = (per_clip(x, batch) for x in (prompt_embeds, prompt_attention_mask))
+        prompt_embeds, prompt_attention_mask = (
+            per_clip(x, batch) for x in (prompt_embeds, prompt_attention_mask)
+        )
         if negative_prompt_embeds is not None:
             negative_prompt_embeds = per_clip(negative_prompt_embeds, batch)
             negative_prompt_attention_mask = per_clip(negative_prompt_attention_mask, batch)
-        assert not isinstance(image, Image) and not isinstance(last_image, Image)  # `checked` made tensors of them
+        assert not isinstance(image, Image) and not isinstance(
+            last_image, Image
+        )  # `checked` made tensors of them
         given = self._given(clip, batch, image, last_image, audio, video, retake, mask)
-        state, known = self.prepare_latents(clip, batch, generator, positions, generate, given, latents, audio_latents)
+        state, known = self.prepare_latents(
+            clip, batch, generator, positions, generate, given, latents, audio_latents
+        )
         told = Told(
             partial(self.transformer.prepare, attention_kwargs=attention_kwargs),
             {
@@ -324,13 +406,20 @@ class AVDiffPipeline(
                 if self.interrupt:
                     continue
                 sigmas = Joint(
-                    *(s[i].expand(batch) for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio))
+                    *(
+                        s[i].expand(batch)
+                        for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio)
+                    )
                 )
                 self._current_timestep = self.scheduler.timesteps[i]
-                estimate = self._estimate(state, known, sigmas, told, i / num_inference_steps, attention_kwargs)
+                estimate = self._estimate(
+                    state, known, sigmas, told, i / num_inference_steps, attention_kwargs
+                )
                 state = self.scheduler.step(estimate, i, state, known)
                 if callback_on_step_end is not None:
-                    state = self._callback(callback_on_step_end, callback_on_step_end_tensor_inputs, i, state, told)
+                    state = self._callback(
+                        callback_on_step_end, callback_on_step_end_tensor_inputs, i, state, told
+                    )
                 progress.update()
 
         check_finite(state.latents)
@@ -354,5 +443,7 @@ def _repeat_negative(negative: str | list[str] | None, batch: int) -> list[str] 
         return None
     items = [negative] if isinstance(negative, str) else negative
     if batch % len(items):
-        raise ValueError(f"negative_prompt has {len(items)} texts for {batch} clips: give one, or one for each")
+        raise ValueError(
+            f"negative_prompt has {len(items)} texts for {batch} clips: give one, or one for each"
+        )
     return _repeat(items, batch // len(items))

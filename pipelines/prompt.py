@@ -1,4 +1,6 @@
-"""What a prompt asks for: descriptions for the text encoder, words on the clock, and the length of the clip."""
+"""What a prompt asks for: descriptions for the text encoder, words on the clock, and the length of
+the clip.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,19 @@ def understand(
     Args:
         prompts: texts with the spoken words in double quotes, or None when embeddings were given.
         frame: keyword arguments of `ClipSpec` other than its length.
-        seconds, num_frames: length of the clip; with neither, as long as the longest of the words takes.
+        seconds, num_frames: length of the clip; with neither, as long as the longest of the words
+            takes.
         language: of the words; None finds it out for each prompt.
         script: used as it is in place of the prompts' words.
-        world: what the model can make; None takes every prompt. given: sound or pictures come with the prompts.
+        world: what the model can make; None takes every prompt. given: sound or pictures come with
+            the prompts.
         begin: seconds at which the words begin.
-        event_seeds: for each prompt; events without words get a script of their strokes then, unless sound or pictures
-            are given, which tell when.
+        event_seeds: for each prompt; events without words get a script of their strokes then,
+            unless sound or pictures are given, which tell when.
 
     Raises:
-        ValueError: both lengths are given, a prompt beyond the world, or words that do not fit into the length.
+        ValueError: both lengths are given, a prompt beyond the world, or words that do not fit into
+            the length.
     """
     if seconds is not None and num_frames is not None:
         raise ValueError(f"seconds={seconds} and num_frames={num_frames}: give one of them")
@@ -66,8 +71,13 @@ def understand(
     spoken: list[tuple[Phone, ...]] = [()] * len(parsed)
     if script is None:
         spoken = [
-            tuple(p._replace(start=p.start + begin, end=p.end + begin) for p in read(words, language).phones)
-            if words else () for _, words in parsed
+            tuple(
+                p._replace(start=p.start + begin, end=p.end + begin)
+                for p in read(words, language).phones
+            )
+            if words
+            else ()
+            for _, words in parsed
         ]
     needed = max((phones[-1].end for phones in spoken if phones), default=DEFAULT_SECONDS)
     clip = (
@@ -76,15 +86,20 @@ def understand(
         else ClipSpec.from_seconds(needed if seconds is None else seconds, **frame)
     )
     for (_, words), phones in zip(parsed, spoken, strict=True):
-        if phones and phones[-1].start > float(clip.seconds):  # the last is the silence after the words
+        if phones and phones[-1].start > float(
+            clip.seconds
+        ):  # the last is the silence after the words
             raise ValueError(
                 f"{words!r} takes {phones[-1].start:.1f} s to say, but the clip lasts "
                 f"{float(clip.seconds):.1f} s: ask for a longer clip or fewer words"
             )
     if script is None and event_seeds is not None and not given:
-        spoken = [phones if words or not is_event(description, world) else
-                  event_script(description, float(clip.seconds), seed)
-                  for (description, words), phones, seed in zip(parsed, spoken, event_seeds, strict=True)]
+        spoken = [
+            phones
+            if words or not is_event(description, world)
+            else event_script(description, float(clip.seconds), seed)
+            for (description, words), phones, seed in zip(parsed, spoken, event_seeds, strict=True)
+        ]
     if script is None and any(spoken):
         script = script_from_phones(spoken, clip)
     return Request(clip, [description for description, _ in parsed], spoken, script)
@@ -92,4 +107,6 @@ def understand(
 
 def is_event(description: str, world: PromptWorld | None = None) -> bool:
     """Whether a prompt without words is about something that sounds when it is struck."""
-    return strokes_told(description) is not None or (world is not None and world.is_event(description))
+    return strokes_told(description) is not None or (
+        world is not None and world.is_event(description)
+    )

@@ -1,7 +1,8 @@
-"""Clips of any length in constant memory: segment after segment, each continuing the end of the last.
+"""Clips of any length in constant memory: segment after segment, each continuing the end of the
+last.
 
-A segment is an ordinary call whose first second or so is given: the frames and the sound that were made last, encoded
-anew. Nothing but this overlap is kept, so memory does not grow with the clip.
+A segment is an ordinary call whose first second or so is given: the frames and the sound that were
+made last, encoded anew. Nothing but this overlap is kept, so memory does not grow with the clip.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from avdiff.pipelines.prompt import understand
 
 @dataclass(frozen=True)
 class Segment:
-    """The next piece of a long clip: frames (F, H, W, 3) in [0, 1] and samples (C, S) in [-1, 1], fp32 on CPU; None for
-    a modality that is left out. Sound comes `SEAM` later than its frames, as it is cross-faded into what follows."""
+    """The next piece of a long clip: frames (F, H, W, 3) in [0, 1] and samples (C, S) in [-1, 1],
+    fp32 on CPU; None for a modality that is left out. Sound comes `SEAM` later than its frames, as
+    it is cross-faded into what follows.
+    """
 
     frames: torch.Tensor | None
     audio: torch.Tensor | None
@@ -52,46 +55,90 @@ class LongMixin:
         language: str | None = None,
         **options: Any,
     ) -> Iterator[Segment]:
-        """Make one clip piece by piece; write it with `write_clip(path, *streams(pipe.stream(...)), ...)`.
+        """Make one clip piece by piece; write it with
+        `write_clip(path, *streams(pipe.stream(...)), ...)`.
 
         Args:
             prompt: its words are laid on the clock of the whole clip, after the given part.
-            seconds: length of the whole clip. segment, overlap: seconds of one call and of what it is given.
-            video, audio: as in `__call__`, the beginning of the clip, which comes first in the result. Sound that is
-                longer than the film drives it.
+            seconds: length of the whole clip. segment, overlap: seconds of one call and of what it
+                is given.
+            video, audio: as in `__call__`, the beginning of the clip, which comes first in the
+                result. Sound that is longer than the film drives it.
             options: of `__call__`.
 
         Raises:
-            ValueError: the clip is no longer than what is given, or what is given lacks a modality that is asked for.
+            ValueError: the clip is no longer than what is given, or what is given lacks a modality
+                that is asked for.
         """
-        fps, rate, stride = as_fps(frame_rate), self.audio_vae.config.sample_rate, self.clock.video_stride
+        fps = as_fps(frame_rate)
+        rate = self.audio_vae.config.sample_rate
+        stride = self.clock.video_stride
         frame = dict(fps=fps, sample_rate=rate, clock=self.clock)
         frame |= {name: options[name] for name in ("height", "width") if name in options}
         shown = 0 if video is None else video.shape[2]
-        driven = audio is not None and (video is None or audio.shape[-1] > round(shown / fps * rate))
+        driven = audio is not None and (
+            video is None or audio.shape[-1] > round(shown / fps * rate)
+        )
         if not driven and shown and generate_audio and audio is None:
-            raise ValueError("video without sound is continued without sound: needs audio, or generate_audio=False")
+            raise ValueError(
+                "video without sound is continued without sound: needs audio, or "
+                "generate_audio=False"
+            )
         begin = 0.0 if driven else float(shown / fps)
-        seeds = None if shown or audio is not None else self._event_seeds(options.get("generator"), 1)
-        request = understand([prompt], frame, seconds, None, language, begin=begin, event_seeds=seeds)
-        total, words = request.clip.num_frames, request.phones[0]
+        seeds = (
+            None if shown or audio is not None else self._event_seeds(options.get("generator"), 1)
+        )
+        request = understand(
+            [prompt], frame, seconds, None, language, begin=begin, event_seeds=seeds
+        )
+        total = request.clip.num_frames
+        words = request.phones[0]
         if total <= shown:
-            raise ValueError(f"seconds={seconds}: what is given lasts {float(shown / fps):g} s, needs more")
-        if driven and audio is not None and request.clip.num_samples - audio.shape[-1] >= stride * rate / fps:
-            raise ValueError(f"seconds={seconds}: the sound that drives the picture lasts {audio.shape[-1] / rate:g} s")
+            raise ValueError(
+                f"seconds={seconds}: what is given lasts {float(shown / fps):g} s, needs more"
+            )
+        if (
+            driven
+            and audio is not None
+            and request.clip.num_samples - audio.shape[-1] >= stride * rate / fps
+        ):
+            raise ValueError(
+                f"seconds={seconds}: the sound that drives the picture lasts "
+                f"{audio.shape[-1] / rate:g} s"
+            )
         kept, most = (1 + stride * max(0, round(s * fps / stride)) for s in (overlap, segment))
         if most <= kept:
             raise ValueError(f"overlap={overlap}: needs less than segment={segment}")
         return self._segments(
-            prompt, frame, total, most, kept, words, None if video is None else video[:1],
-            None if audio is None else audio[:1], driven, Joint(generate_video, generate_audio), options)
+            prompt,
+            frame,
+            total,
+            most,
+            kept,
+            words,
+            None if video is None else video[:1],
+            None if audio is None else audio[:1],
+            driven,
+            Joint(generate_video, generate_audio),
+            options,
+        )
 
     def _segments(
-        self, prompt: str, frame: dict[str, Any], total: int, most: int, kept: int, words: Sequence[Phone],
-        video: torch.Tensor | None, audio: torch.Tensor | None, driven: bool, wanted: Joint[bool],
+        self,
+        prompt: str,
+        frame: dict[str, Any],
+        total: int,
+        most: int,
+        kept: int,
+        words: Sequence[Phone],
+        video: torch.Tensor | None,
+        audio: torch.Tensor | None,
+        driven: bool,
+        wanted: Joint[bool],
         options: dict[str, Any],
     ) -> Iterator[Segment]:
-        fps, rate = frame["fps"], frame["sample_rate"]
+        fps = frame["fps"]
+        rate = frame["sample_rate"]
 
         def at(frames: int) -> int:  # samples up to a frame
             return round(frames / fps * rate)
@@ -110,15 +157,30 @@ class LongMixin:
             clip = ClipSpec(count, **frame)
             heard = audio
             if audio is not None:
-                heard = audio[..., at(start) : at(start + count)] if driven else audio[..., at(start) - at(done) :]
+                heard = (
+                    audio[..., at(start) : at(start + count)]
+                    if driven
+                    else audio[..., at(start) - at(done) :]
+                )
             out = self(  # type: ignore[operator]
-                prompt, num_frames=count, frame_rate=fps, generate_video=wanted.video, generate_audio=wanted.audio,
+                prompt,
+                num_frames=count,
+                frame_rate=fps,
+                generate_video=wanted.video,
+                generate_audio=wanted.audio,
                 video=None if video is None else video[:, :, -context:],
                 audio=heard,
-                script=script_from_phones([_window(words, float(start / fps), clip)], clip) if words else None,
-                speech_start=0.0, output_type="pt", **options)
+                script=script_from_phones([_window(words, float(start / fps), clip)], clip)
+                if words
+                else None,
+                speech_start=0.0,
+                output_type="pt",
+                **options,
+            )
             done = start + count
-            frames = None if out.frames is None else out.frames.permute(0, 2, 1, 3, 4).mul(2).sub(1)  # (1, 3, F, H, W)
+            frames = (
+                None if out.frames is None else out.frames.permute(0, 2, 1, 3, 4).mul(2).sub(1)
+            )  # (1, 3, F, H, W)
             if frames is not None:
                 video = frames[:, :, -kept:]
             new = None
@@ -130,9 +192,12 @@ class LongMixin:
             yield _piece(None if frames is None else frames[:, :, context:], new)
 
 
-def streams(segments: Iterable[Segment]) -> tuple[Iterator[torch.Tensor] | None, Iterator[torch.Tensor] | None]:
-    """(pictures (H, W, 3), pieces of sound (C, S)) of a stream of segments, to be read side by side: what one reader is
-    ahead of the other is kept meanwhile, and no more."""
+def streams(
+    segments: Iterable[Segment],
+) -> tuple[Iterator[torch.Tensor] | None, Iterator[torch.Tensor] | None]:
+    """(pictures (H, W, 3), pieces of sound (C, S)) of a stream of segments, to be read side by
+    side: what one reader is ahead of the other is kept meanwhile, and no more.
+    """
     source = iter(segments)
     frames: deque[torch.Tensor] = deque()
     sounds: deque[torch.Tensor] = deque()
@@ -155,17 +220,25 @@ def streams(segments: Iterable[Segment]) -> tuple[Iterator[torch.Tensor] | None,
     head = next(source)
     put(head)
     pictures = (picture for part in take(frames) for picture in part)
-    return (None if head.frames is None else pictures), (None if head.audio is None else take(sounds))
+    return (None if head.frames is None else pictures), (
+        None if head.audio is None else take(sounds)
+    )
 
 
 def _piece(video: torch.Tensor | None, audio: torch.Tensor | None) -> Segment:
     """(1, 3, F, H, W) in [-1, 1] and (1, C, S) -> Segment."""
-    frames = None if video is None else (video[0].float().cpu().permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
+    frames = (
+        None
+        if video is None
+        else (video[0].float().cpu().permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1)
+    )
     return Segment(frames, None if audio is None else audio[0].float().cpu())
 
 
 def _window(words: Sequence[Phone], start: float, clip: ClipSpec) -> list[Phone]:
-    """The phones of a segment that begins at `start` seconds; silence if there are none, as the clip has a script."""
+    """The phones of a segment that begins at `start` seconds; silence if there are none, as the
+    clip has a script.
+    """
     inside = [p for p in words if p.end > start and p.start < start + float(clip.seconds)]
     moved = [p._replace(start=max(0.0, p.start - start), end=p.end - start) for p in inside]
     return moved or [Phone("", 0.0, float(clip.seconds), 0)]

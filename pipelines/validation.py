@@ -1,6 +1,8 @@
-"""What a call of the pipeline may be given: one sentence for each value that cannot work, before anything is computed.
+"""What a call of the pipeline may be given: one sentence for each value that cannot work, before
+anything is computed.
 
-`checked` goes over the arguments by name. Lengths, sizes and rates that belong to the clock are checked by `ClipSpec`.
+`checked` goes over the arguments by name. Lengths, sizes and rates that belong to the clock are
+checked by `ClipSpec`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from avdiff.models.conditions import Script
 from avdiff.pipelines.conditioning import Retake
 
 MAX_GUIDANCE = 100  # beyond it the estimate is noise in any precision
-WHOLE = {"num_inference_steps": 10_000, "num_videos_per_prompt": 1_000}  # the largest that is no slip of the keyboard
+WHOLE = {
+    "num_inference_steps": 10_000,
+    "num_videos_per_prompt": 1_000,
+}  # the largest that is no slip of the keyboard
 
 
 def checked(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,11 +59,15 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:
         if value is None and name == "num_inference_steps":  # the pipeline's own
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ValueError(f"{name}={_short(value)}: needs a whole number of at least 1 and at most {most}")
+            raise ValueError(
+                f"{name}={_short(value)}: needs a whole number of at least 1 and at most {most}"
+            )
     for name in ("guidance_scale", "audio_guidance_scale"):
         value = values[name]
         if value is not None and (not _is_number(value) or abs(value) > MAX_GUIDANCE):
-            raise ValueError(f"{name}={_short(value)}: needs a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}")
+            raise ValueError(
+                f"{name}={_short(value)}: needs a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}"
+            )
     steady = values["steadiness"]
     if steady is not None and not (_is_number(steady) and 0 <= steady <= 255):
         raise ValueError(f"steadiness={_short(steady)}: needs a number from 0 to 255, or None")
@@ -80,7 +89,9 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:
         if values[name] is not None and not isinstance(values[name], kinds):
             raise ValueError(f"{name}={_short(values[name])}: needs {wanted}")
     if not isinstance(values["output_type"], str):
-        raise ValueError(f"output_type={_short(values['output_type'])}: needs 'pil', 'np', 'pt' or 'latent'")
+        raise ValueError(
+            f"output_type={_short(values['output_type'])}: needs 'pil', 'np', 'pt' or 'latent'"
+        )
     _check_texts(values)
     callback = values["callback_on_step_end"]
     if callback is not None and not callable(callback):
@@ -99,8 +110,12 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:
 def _check_texts(values: dict[str, Any]) -> None:
     negative = values["negative_prompt"]
     texts = [negative] if isinstance(negative, str) else negative
-    if texts is not None and not (isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)):
-        raise ValueError(f"negative_prompt={_short(negative)}: needs a text, a non-empty list of texts, or None")
+    if texts is not None and not (
+        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)
+    ):
+        raise ValueError(
+            f"negative_prompt={_short(negative)}: needs a text, a non-empty list of texts, or None"
+        )
     prompt = values["prompt"]
     for text in [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, list) else []:
         if isinstance(text, str) and not text.strip():
@@ -110,23 +125,32 @@ def _check_texts(values: dict[str, Any]) -> None:
 def _check_embeddings(pipe: Any, values: dict[str, Any]) -> None:
     width = pipe.transformer.config.text_dim
     for sign in ("", "negative_"):
-        embeds, mask = values[f"{sign}prompt_embeds"], values[f"{sign}prompt_attention_mask"]
+        embeds = values[f"{sign}prompt_embeds"]
+        mask = values[f"{sign}prompt_attention_mask"]
         if (embeds is None) != (mask is None):
-            raise ValueError(f"{sign}prompt_embeds and {sign}prompt_attention_mask: needs both or neither")
+            raise ValueError(
+                f"{sign}prompt_embeds and {sign}prompt_attention_mask: needs both or neither"
+            )
         if embeds is None:
             continue
         _check_tensor(f"{sign}prompt_embeds", embeds, "(batch, length, width)", 3)
         if embeds.shape[-1] != width or 0 in embeds.shape:
-            raise ValueError(f"{sign}prompt_embeds of shape {tuple(embeds.shape)}: needs (batch, length, {width})")
+            raise ValueError(
+                f"{sign}prompt_embeds of shape {tuple(embeds.shape)}: needs (batch, length, "
+                f"{width})"
+            )
         if not isinstance(mask, torch.Tensor) or mask.shape != embeds.shape[:2]:
             found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else _short(mask)
-            raise ValueError(f"{sign}prompt_attention_mask of shape {found}: needs {tuple(embeds.shape[:2])}")
+            raise ValueError(
+                f"{sign}prompt_attention_mask of shape {found}: needs {tuple(embeds.shape[:2])}"
+            )
 
 
 def _check_media(pipe: Any, values: dict[str, Any]) -> None:
     """Picture, film and sound: their type, shape and range."""
     size = (values["height"], values["width"])
-    video, audio = values["video"], values["audio"]
+    video = values["video"]
+    audio = values["audio"]
     for name in ("image", "last_image"):
         image = values[name]
         if image is not None:
@@ -144,7 +168,9 @@ def _check_media(pipe: Any, values: dict[str, Any]) -> None:
         _check_tensor("audio", audio, "(batch, channels, samples)", 3)
         channels = pipe.audio_vae.config.audio_channels
         if audio.shape[1] != channels or 0 in audio.shape:
-            raise ValueError(f"audio of shape {tuple(audio.shape)}: needs (batch, {channels}, samples)")
+            raise ValueError(
+                f"audio of shape {tuple(audio.shape)}: needs (batch, {channels}, samples)"
+            )
         _check_range("audio", audio)
 
 
@@ -156,9 +182,12 @@ def _check_pixels(name: str, pixels: torch.Tensor, channels: int, size: tuple[An
 
 
 def _check_range(name: str, values: torch.Tensor) -> None:
-    low, high = float(values.min()), float(values.max())
+    low = float(values.min())
+    high = float(values.max())
     if low < -1.01 or high > 1.01:  # a codec's overshoot by rounding is no mistake of the caller
-        raise ValueError(f"{name} with values from {low:.4g} to {high:.4g}: needs values from -1 to 1")
+        raise ValueError(
+            f"{name} with values from {low:.4g} to {high:.4g}: needs values from -1 to 1"
+        )
 
 
 def picture_tensor(picture: Image) -> torch.Tensor:
@@ -169,7 +198,11 @@ def picture_tensor(picture: Image) -> torch.Tensor:
 
 def _check_tensor(name: str, value: Any, shape: str, *ndims: int) -> None:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        found = f"of {value.dtype}" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"
+        found = (
+            f"of {value.dtype}"
+            if isinstance(value, torch.Tensor)
+            else f"of type {type(value).__name__}"
+        )
         raise ValueError(f"{name} {found}: needs a float tensor {shape}")
     if value.ndim not in ndims:
         raise ValueError(f"{name} of shape {tuple(value.shape)}: needs {shape}")
@@ -178,22 +211,34 @@ def _check_tensor(name: str, value: Any, shape: str, *ndims: int) -> None:
 
 
 def check_memory(clip: ClipSpec, batch: int) -> None:
-    """Refuse a clip whose finished frames alone (fp32) would not fit into the memory of this machine."""
+    """Refuse a clip whose finished frames alone (fp32) would not fit into the memory of this
+    machine.
+    """
     needed = 12 * batch * clip.num_frames * clip.height * clip.width
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    present = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if hasattr(os, "sysconf")
+        else math.inf
+    )
     if needed > present:
         raise ValueError(
-            f"num_frames={clip.num_frames} of {clip.height} x {clip.width} for {batch} clip(s): the frames take "
-            f"{needed / 2**30:.0f} GiB and this machine has {present / 2**30:.0f}; needs a shorter or smaller clip"
+            f"num_frames={clip.num_frames} of {clip.height} x {clip.width} for {batch} clip(s): "
+            "the frames take "
+            f"{needed / 2**30:.0f} GiB and this machine has {present / 2**30:.0f}; needs a "
+            "shorter or smaller clip"
         )
 
 
 def check_finite(latents: Joint[torch.Tensor]) -> None:
-    """Refuse a run that ended in NaN or infinite values: decoded they would be black frames and silence."""
+    """Refuse a run that ended in NaN or infinite values: decoded they would be black frames and
+    silence.
+    """
     for name, tokens in latents.items():
         if not bool(tokens.isfinite().all()):
-            raise ValueError(f"the {name} latents hold NaN or infinite values after denoising: the weights are "
-                             "damaged, or the guidance or the dtype does not suit them")
+            raise ValueError(
+                f"the {name} latents hold NaN or infinite values after denoising: the weights are "
+                "damaged, or the guidance or the dtype does not suit them"
+            )
 
 
 def _is_number(value: Any) -> bool:

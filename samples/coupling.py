@@ -2,9 +2,10 @@
 
     python samples/coupling.py [--model FOLDER] [--folder runs/coupling] [--limit 40] [--steps 16]
 
-Arms with the same prompts and seeds: as it is used; without guidance (`whole`); without guidance and with both
-cross-attention directions and the shared stream cut (`cut`); the whole arm's pictures with each other's sound; and two
-cascades of the same model, which make one modality alone and the other one to it.
+Arms with the same prompts and seeds: as it is used; without guidance (`whole`); without guidance
+and with both cross-attention directions and the shared stream cut (`cut`); the whole arm's pictures
+with each other's sound; and two cascades of the same model, which make one modality alone and the
+other one to it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ from avdiff.latents import Joint
 from avdiff.pipelines.generate_prompts import clip_path, generate_prompts
 
 #: cross-modal scale 0 is the isolated estimate alone: c + (0 - 1)(c - i) = i
-ARMS: dict[str, Guidance | None] = {"as used": None, "whole": Guidance(), "cut": Guidance(cross=Joint(0.0, 0.0))}
+ARMS: dict[str, Guidance | None] = {
+    "as used": None,
+    "whole": Guidance(),
+    "cut": Guidance(cross=Joint(0.0, 0.0)),
+}
 
 
-def cascade(pipe: AVDiffPipeline, prompts: list[Prompt], folder: Path, first: str, **options: Any) -> None:
-    """Clips whose sound ("audio") or picture ("video") was made alone, and the rest to it, with the same prompt."""
+def cascade(
+    pipe: AVDiffPipeline, prompts: list[Prompt], folder: Path, first: str, **options: Any
+) -> None:
+    """Clips whose sound ("audio") or picture ("video") was made alone, and the rest to it, with the
+    same prompt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for prompt in prompts:
         path = clip_path(folder, prompt, 0)
@@ -37,10 +46,20 @@ def cascade(pipe: AVDiffPipeline, prompts: list[Prompt], folder: Path, first: st
             continue
         call: dict[str, Any] = {"language": prompt.language, "output_type": "pt", **options}
         other = "video" if first == "audio" else "audio"
-        alone = pipe(prompt.prompt, generator=torch.Generator().manual_seed(prompt.seed), **call,
-                     **{f"generate_{other}": False})
-        given = {"audio": alone.audio} if first == "audio" else {"video": alone.frames.transpose(1, 2) * 2 - 1}
-        out = pipe(prompt.prompt, generator=torch.Generator().manual_seed(prompt.seed + 1), **call, **given)
+        alone = pipe(
+            prompt.prompt,
+            generator=torch.Generator().manual_seed(prompt.seed),
+            **call,
+            **{f"generate_{other}": False},
+        )
+        given = (
+            {"audio": alone.audio}
+            if first == "audio"
+            else {"video": alone.frames.transpose(1, 2) * 2 - 1}
+        )
+        out = pipe(
+            prompt.prompt, generator=torch.Generator().manual_seed(prompt.seed + 1), **call, **given
+        )
         frames = (out.frames[0].permute(0, 2, 3, 1) * 255).round().clamp(0, 255).byte().numpy()
         write_clip(path, frames, out.frame_rate, out.audio[0], out.sampling_rate)
 
@@ -51,7 +70,9 @@ def main(arguments: Iterable[str] | None = None) -> list[Coupling]:
     parser.add_argument("--model", default=str(PRESENTER), help="pipeline folder")
     parser.add_argument("--folder", type=Path, default=Path("runs/coupling"))
     parser.add_argument("--prompts", default=str(FILE))
-    parser.add_argument("--limit", type=int, default=40, help="speaking prompts, spread over the file")
+    parser.add_argument(
+        "--limit", type=int, default=40, help="speaking prompts, spread over the file"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps; default is the pipeline's")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--judges", help="folder with other judges than the bundled ones")

@@ -1,6 +1,8 @@
-"""Lip-sync of clips: offset (positive: audio late), agreement at lag 0 and at the best lag, and why if not measured.
+"""Lip-sync of clips: offset (positive: audio late), agreement at lag 0 and at the best lag, and why
+if not measured.
 
-    python samples/eval_lipsync.py clips/*.mp4 [--csv out.csv --json out.json --html out.html --self-test]
+    python samples/eval_lipsync.py clips/*.mp4 [--csv out.csv --json out.json --html out.html
+    --self-test]
 
 The same as `avdiff eval lipsync`; for use from Python see the last lines.
 """

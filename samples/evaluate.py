@@ -1,10 +1,12 @@
-"""Measure a model on the held-out prompts, beside the corpus itself and the corpus through the model's codecs.
+"""Measure a model on the held-out prompts, beside the corpus itself and the corpus through the
+model's codecs.
 
-    python samples/evaluate.py [--model FOLDER] [--folder runs/evaluation] [--seeds 1] [--steps 16] [--limit 40]
+    python samples/evaluate.py [--model FOLDER] [--folder runs/evaluation] [--seeds 1] [--steps 16]
+    [--limit 40]
 
-Everything is resumable: clips and rows that are in the folder are kept. It ends with a table, `table.json`, a JSON and
-a CSV for each column of the table, and `report.html` with the model's clips, worst first. Judges are frozen and never
-trained on anything that the model makes.
+Everything is resumable: clips and rows that are in the folder are kept. It ends with a table,
+`table.json`, a JSON and a CSV for each column of the table, and `report.html` with the model's
+clips, worst first. Judges are frozen and never trained on anything that the model makes.
 """
 
 from __future__ import annotations
@@ -40,16 +42,27 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         found["num_inference_steps"] = args.steps
     if args.cross_guidance is not None:
         text = Joint(args.guidance or 1.0, args.audio_guidance or args.guidance or 1.0)
-        found["guidance"] = Guidance(text=text, cross=Joint(args.cross_guidance, args.cross_guidance))
+        found["guidance"] = Guidance(
+            text=text, cross=Joint(args.cross_guidance, args.cross_guidance)
+        )
     elif args.guidance is not None:
-        found |= {"guidance_scale": args.guidance, "audio_guidance_scale": args.audio_guidance or args.guidance}
+        found |= {
+            "guidance_scale": args.guidance,
+            "audio_guidance_scale": args.audio_guidance or args.guidance,
+        }
     return found
 
 
-def make_ceiling(prompts: Sequence[Prompt], folder: Path, bank: SpeechBank, tick: Callable[[int], None],
-                 codecs: AVDiffPipeline | None = None) -> Clips:
-    """The corpus's own clips of the prompts that the bank has the words of; with `codecs`, after their round trip,
-    drawn again, so that mp4 coding counts once."""
+def make_ceiling(
+    prompts: Sequence[Prompt],
+    folder: Path,
+    bank: SpeechBank,
+    tick: Callable[[int], None],
+    codecs: AVDiffPipeline | None = None,
+) -> Clips:
+    """The corpus's own clips of the prompts that the bank has the words of; with `codecs`, after
+    their round trip, drawn again, so that mp4 coding counts once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     made: Clips = []
     for prompt in prompts:
@@ -64,9 +77,17 @@ def make_ceiling(prompts: Sequence[Prompt], folder: Path, bank: SpeechBank, tick
     return made
 
 
-def measure(clips: Clips, store: Path, judges: suite.Judges, mark: str, mos: bool, tick: Callable[[int], None],
-            ) -> list[dict[str, Any]]:
-    """Rows of the clips; those in `store` that the same judges measured on the same file are kept."""
+def measure(
+    clips: Clips,
+    store: Path,
+    judges: suite.Judges,
+    mark: str,
+    mos: bool,
+    tick: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """Rows of the clips; those in `store` that the same judges measured on the same file are
+    kept.
+    """
     known: dict[str, dict[str, Any]] = {}
     if store.is_file():
         for line in store.read_text(encoding="utf8").splitlines():
@@ -93,7 +114,9 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """All prompts, or about `limit` of them, evenly taken so that every kind and language is there."""
+    """All prompts, or about `limit` of them, evenly taken so that every kind and language is
+    there.
+    """
     if limit is None or limit >= len(prompts):
         return list(prompts)
     return [prompts[round(i * (len(prompts) - 1) / max(1, limit - 1))] for i in range(limit)]
@@ -103,56 +126,106 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
     """Generate, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(PRESENTER), help="pipeline folder")
-    parser.add_argument("--folder", type=Path, default=Path("runs/evaluation"), help="for clips and results")
-    parser.add_argument("--prompts", default=str(FILE), help="file of prompts; see avdiff.data.heldout")
-    parser.add_argument("--kinds", nargs="*", help="sentence, passage, digits, grid, event; all by default")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/evaluation"), help="for clips and results"
+    )
+    parser.add_argument(
+        "--prompts", default=str(FILE), help="file of prompts; see avdiff.data.heldout"
+    )
+    parser.add_argument(
+        "--kinds", nargs="*", help="sentence, passage, digits, grid, event; all by default"
+    )
     parser.add_argument("--languages", nargs="*", help="codes; all by default")
     parser.add_argument("--limit", type=int, help="about so many prompts, spread over the file")
     parser.add_argument("--seeds", type=int, default=1, help="clips of each prompt")
     parser.add_argument("--batch", type=int, default=8, help="clips generated at a time")
     parser.add_argument("--steps", type=int, help="denoising steps; default is the pipeline's")
     parser.add_argument("--guidance", type=float, help="text guidance; default is the pipeline's")
-    parser.add_argument("--audio-guidance", type=float, help="text guidance of the sound; default as --guidance")
-    parser.add_argument("--cross-guidance", type=float, help="cross-modal guidance of both modalities")
-    parser.add_argument("--bank", help="speech bank of the ceilings; default $AVDIFF_BANK, else the mini-bank")
+    parser.add_argument(
+        "--audio-guidance", type=float, help="text guidance of the sound; default as --guidance"
+    )
+    parser.add_argument(
+        "--cross-guidance", type=float, help="cross-modal guidance of both modalities"
+    )
+    parser.add_argument(
+        "--bank", help="speech bank of the ceilings; default $AVDIFF_BANK, else the mini-bank"
+    )
     parser.add_argument("--judges", help="folder with other judges than the bundled ones")
     parser.add_argument("--no-ceilings", action="store_true", help="the model alone")
-    parser.add_argument("--mos", action="store_true", help="predicted opinion scores too (needs speechmos)")
+    parser.add_argument(
+        "--mos", action="store_true", help="predicted opinion scores too (needs speechmos)"
+    )
     args = parser.parse_args(None if arguments is None else list(arguments))
 
     prompts = spread(load_prompts(args.prompts, args.kinds, args.languages), args.limit)
     if not prompts:
         raise SystemExit("no prompt of these kinds and languages")
     judges = suite.Judges.from_folder(args.judges) if args.judges else suite.Judges.bundled()
-    facts = suite.header(args.judges) | {"model": args.model, "prompts": len(prompts), "seeds": args.seeds,
-                                         "options": json.dumps(vars(args) | {"folder": ""}, default=str)}
+    facts = suite.header(args.judges) | {
+        "model": args.model,
+        "prompts": len(prompts),
+        "seeds": args.seeds,
+        "options": json.dumps(vars(args) | {"folder": ""}, default=str),
+    }
     pipe = AVDiffPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     mark = " ".join(value for key, value in facts.items() if key.endswith("weights"))
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     began = time.time()
     with Progress(*columns) as progress:
+
         def stage(name: str, total: int) -> Callable[[int], None]:
             task = progress.add_task(name, total=total)
             return lambda count: progress.update(task, advance=count)
 
-        clips: dict[str, Clips] = {"model": generate_prompts(
-            pipe, prompts, args.folder / "model", args.seeds, args.batch,
-            stage("generate", len(prompts) * args.seeds), **options_of(args))}
+        clips: dict[str, Clips] = {
+            "model": generate_prompts(
+                pipe,
+                prompts,
+                args.folder / "model",
+                args.seeds,
+                args.batch,
+                stage("generate", len(prompts) * args.seeds),
+                **options_of(args),
+            )
+        }
         if not args.no_ceilings:
             bank = SpeechBank(args.bank, decoded=True)
-            clips["codec"] = make_ceiling(prompts, args.folder / "codec", bank, stage("codec", len(prompts)), pipe)
-            clips["corpus"] = make_ceiling(prompts, args.folder / "corpus", bank, stage("corpus", len(prompts)))
-        rows = {name: measure(members, args.folder / f"rows-{name}.jsonl", judges, mark, args.mos,
-                              stage(f"measure {name}", len(members))) for name, members in clips.items()}
+            clips["codec"] = make_ceiling(
+                prompts, args.folder / "codec", bank, stage("codec", len(prompts)), pipe
+            )
+            clips["corpus"] = make_ceiling(
+                prompts, args.folder / "corpus", bank, stage("corpus", len(prompts))
+            )
+        rows = {
+            name: measure(
+                members,
+                args.folder / f"rows-{name}.jsonl",
+                judges,
+                mark,
+                args.mos,
+                stage(f"measure {name}", len(members)),
+            )
+            for name, members in clips.items()
+        }
     facts["minutes"] = f"{(time.time() - began) / 60:.1f}"
     table = mark_table(rows)
     for name, members in rows.items():
         page = args.folder / "report.html" if name == "model" else None
-        write_reports(members, facts | {"clips": name}, json=args.folder / f"{name}.json",
-                      csv=args.folder / f"{name}.csv", html=page, rank="mouth_r", title="Held-out prompts",
-                      tables=[("Marks", *table.cells())] if page else ())
-    write_text(args.folder / "table.json", json.dumps({"header": facts, "table": table.record()}, indent=1) + "\n")
+        write_reports(
+            members,
+            facts | {"clips": name},
+            json=args.folder / f"{name}.json",
+            csv=args.folder / f"{name}.csv",
+            html=page,
+            rank="mouth_r",
+            title="Held-out prompts",
+            tables=[("Marks", *table.cells())] if page else (),
+        )
+    write_text(
+        args.folder / "table.json",
+        json.dumps({"header": facts, "table": table.record()}, indent=1) + "\n",
+    )
     print_marks(table)
     print(f"{args.folder / 'report.html'}, {args.folder / 'table.json'}")
     return table.record()

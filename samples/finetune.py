@@ -1,11 +1,13 @@
-"""Fine-tuning by example: clips of a new style, a LoRA, and what it changed, measured. Minutes on two CPU cores.
+"""Fine-tuning by example: clips of a new style, a LoRA, and what it changed, measured. Minutes on
+two CPU cores.
 
     python samples/finetune.py --folder runs/finetune          (or: make finetune)
 
-The clips stand for your own: a folder of mp4 files and a metadata.jsonl with captions that quote the spoken words. Here
-they are presenters of the mini-bank as an old film would show them, brown and dark at the rim, and as an old telephone
-would sound. Then the three commands that a user would type, and the same prompts with the same seeds without and with
-the LoRA: how colourful the picture is, how much sound is above 4 kHz, and whether the words are still understood.
+The clips stand for your own: a folder of mp4 files and a metadata.jsonl with captions that quote
+the spoken words. Here they are presenters of the mini-bank as an old film would show them, brown
+and dark at the rim, and as an old telephone would sound. Then the three commands that a user would
+type, and the same prompts with the same seeds without and with the LoRA: how colourful the picture
+is, how much sound is above 4 kHz, and whether the words are still understood.
 """
 
 from __future__ import annotations
@@ -29,8 +31,18 @@ from avdiff.g2p.pronounce import read
 from avdiff.media.write import read_clip
 
 STYLE = "An old film"
-WORDS = ("one two three four five", "good morning, my friend", "the train is late again", "where is the red book?")
-WHO = ("a woman with blond hair", "a man with a beard", "a woman in a green sweater", "a man with glasses")
+WORDS = (
+    "one two three four five",
+    "good morning, my friend",
+    "the train is late again",
+    "where is the red book?",
+)
+WHO = (
+    "a woman with blond hair",
+    "a man with a beard",
+    "a woman in a green sweater",
+    "a man with glasses",
+)
 
 
 def old_film(frames: np.ndarray) -> np.ndarray:
@@ -38,7 +50,11 @@ def old_film(frames: np.ndarray) -> np.ndarray:
     grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in grey.shape[1:])
     rim = 1 - 0.45 * np.clip(y[:, None] ** 2 + x**2 - 0.5, 0, 1)
-    return (grey[..., None] * rim[..., None] * np.array([1.0, 0.85, 0.62], np.float32)).clip(0, 255).astype(np.uint8)
+    return (
+        (grey[..., None] * rim[..., None] * np.array([1.0, 0.85, 0.62], np.float32))
+        .clip(0, 255)
+        .astype(np.uint8)
+    )
 
 
 def telephone(sound: torch.Tensor, rate: int) -> torch.Tensor:
@@ -51,13 +67,27 @@ def telephone(sound: torch.Tensor, rate: int) -> torch.Tensor:
 def make_clips(folder: Path, count: int) -> None:
     """The user's folder: clips and metadata.jsonl."""
     folder.mkdir(parents=True)
-    corpus = PresenterCorpus(None, "train", length=count, seed=11, seconds=(2.1, 3.0), event_share=0, augment_share=0)
+    corpus = PresenterCorpus(
+        None, "train", length=count, seed=11, seconds=(2.1, 3.0), event_share=0, augment_share=0
+    )
     lines = []
     for index, clip in enumerate(corpus):
         sound = telephone(clip["audio"], clip["sample_rate"])
-        write_clip(folder / f"{index:03}.mp4", old_film(clip["video"].numpy()), clip["fps"], sound, clip["sample_rate"])
+        write_clip(
+            folder / f"{index:03}.mp4",
+            old_film(clip["video"].numpy()),
+            clip["fps"],
+            sound,
+            clip["sample_rate"],
+        )
         caption = next((c for c in clip["captions"] if clip["text"] in c), f'"{clip["text"]}"')
-        lines.append({"file_name": f"{index:03}.mp4", "caption": f"{STYLE}: {caption}", "language": clip["language"]})
+        lines.append(
+            {
+                "file_name": f"{index:03}.mp4",
+                "caption": f"{STYLE}: {caption}",
+                "language": clip["language"],
+            }
+        )
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
 
@@ -71,8 +101,11 @@ def summary(clips: list[tuple[np.ndarray, np.ndarray, int, str, str]]) -> dict[s
         power = np.abs(np.fft.rfft(sound.mean(0))) ** 2
         high.append(power[round(4000 / rate * sound.shape[-1]) :].sum() / power.sum())
         pairs.append((spoken_symbols(read(words, language).phones), recognise(sound, rate)))
-    return {"distance from brown": float(np.mean(colour)), "sound above 4 kHz": float(np.mean(high)),
-            "phone error rate": phone_error_rate(pairs)}
+    return {
+        "distance from brown": float(np.mean(colour)),
+        "sound above 4 kHz": float(np.mean(high)),
+        "phone error rate": phone_error_rate(pairs),
+    }
 
 
 def speak(pipe: AVDiffPipeline, folder: Path, **options: float) -> dict[str, float]:
@@ -80,8 +113,12 @@ def speak(pipe: AVDiffPipeline, folder: Path, **options: float) -> dict[str, flo
     folder.mkdir(parents=True, exist_ok=True)
     clips = []
     for seed, (who, words) in enumerate(zip(WHO, WORDS, strict=True)):
-        out = pipe(f'{STYLE}: {who} says "{words}"', generator=torch.Generator().manual_seed(seed), output_type="np",
-                   **options)
+        out = pipe(
+            f'{STYLE}: {who} says "{words}"',
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            **options,
+        )
         frames, sound, rate = out.frames[0], out.audio[0].float().cpu().numpy(), out.sampling_rate
         write_clip(folder / f"{seed}.mp4", frames, out.frame_rate, sound, rate)
         clips.append((frames, sound, rate, words, "en"))
@@ -103,7 +140,9 @@ def given(folder: Path, count: int = 16) -> dict[str, float]:
 def main() -> None:
     """Make clips, cache, train, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/finetune"), help="empty folder for everything")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/finetune"), help="empty folder for everything"
+    )
     parser.add_argument("--model", default=str(PRESENTER), help="pipeline folder to start from")
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--steps", type=int, default=240)
@@ -115,8 +154,18 @@ def main() -> None:
     recipe = RECIPES / "lora.toml"
     for command in (
         ["data", "cache", args.folder / "latents", "--data", mine, "--codecs", args.model],
-        ["train", recipe, "--pretrained_model_name_or_path", args.model, "--train_data", args.folder / "latents",
-         "--output_dir", args.folder / "lora", "--max_train_steps", args.steps],
+        [
+            "train",
+            recipe,
+            "--pretrained_model_name_or_path",
+            args.model,
+            "--train_data",
+            args.folder / "latents",
+            "--output_dir",
+            args.folder / "lora",
+            "--max_train_steps",
+            args.steps,
+        ],
     ):
         words = list(map(str, command))
         print(f"[{time.time() - start:4.0f} s] avdiff {' '.join(words)}", flush=True)
@@ -129,7 +178,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     before = speak(pipe, args.folder / "before")
     pipe.load_lora_weights(str(args.folder / "lora" / "final"))
-    # The package's weights need no guidance because it is distilled into them; plain training unlearns that.
+    # The package's weights need no guidance because it is distilled into them; plain training
+    # unlearns that.
     after = speak(pipe, args.folder / "after", guidance_scale=2.0, audio_guidance_scale=2.0)
     wanted = given(mine)
     print(f"{'':22} {'before':>8} {'after':>8}  the clips")

@@ -1,5 +1,6 @@
-"""Make samples/gallery: a clip in each of the eight languages and an event, seeds 0, 1, 2..., none chosen; and a sheet
-of 24 held-out prompts, evenly taken from their file, each with the seed that the file gives it.
+"""Make samples/gallery: a clip in each of the eight languages and an event, seeds 0, 1, 2..., none
+chosen; and a sheet of 24 held-out prompts, evenly taken from their file, each with the seed that
+the file gives it.
 
     python samples/gallery.py [--folder samples/gallery] [--model FOLDER]
 """
@@ -53,20 +54,34 @@ def main() -> None:
     for seed, (name, prompt) in enumerate(PROMPTS.items()):
         language = None if name == "event" else name
         out = pipe(prompt, language=language, generator=torch.Generator().manual_seed(seed))
-        write_clip(args.folder / f"{name}.mp4", out.frames[0], out.frame_rate, out.audio[0], out.sampling_rate,
-                   {"prompt": prompt, "model": "presenter", "seed": seed})
+        write_clip(
+            args.folder / f"{name}.mp4",
+            out.frames[0],
+            out.frame_rate,
+            out.audio[0],
+            out.sampling_rate,
+            {"prompt": prompt, "model": "presenter", "seed": seed},
+        )
         rows.append(strip(out))
         print(f"{name}: {len(out.frames[0])} frames")
     Image.fromarray(np.concatenate(rows)).save(args.folder / "sheet.jpg", quality=88)
     rows, prompts = [], load_prompts()
-    for prompt in [prompts[round(i * (len(prompts) - 1) / (HELD_OUT - 1))] for i in range(HELD_OUT)]:
+    for prompt in [
+        prompts[round(i * (len(prompts) - 1) / (HELD_OUT - 1))] for i in range(HELD_OUT)
+    ]:
         language = prompt.language if prompt.text else None
-        out = pipe(prompt.prompt, language=language, generator=torch.Generator().manual_seed(prompt.seed),
-                   seconds=None if prompt.text else prompt.seconds)
+        out = pipe(
+            prompt.prompt,
+            language=language,
+            generator=torch.Generator().manual_seed(prompt.seed),
+            seconds=None if prompt.text else prompt.seconds,
+        )
         rows.append(strip(out))
         print(f"{prompt.id}: {prompt.prompt}")
     sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 3 // 4, sheet.height * 3 // 4)).save(args.folder / "heldout.jpg", quality=85)
+    sheet.resize((sheet.width * 3 // 4, sheet.height * 3 // 4)).save(
+        args.folder / "heldout.jpg", quality=85
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The whole road once, in minutes: mini-bank -> corpus -> codecs -> latents -> training -> pipeline -> mp4.
+"""The whole road once, in minutes: mini-bank -> corpus -> codecs -> latents -> training -> pipeline
+-> mp4.
 
     python samples/loop.py --folder runs/loop          (or: make loop)
 
-Every part is the real one; only the budgets are small, so the result shows that the road is open, not how good it gets.
+Every part is the real one; only the budgets are small, so the result shows that the road is open,
+not how good it gets.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def make_caches(model: Path, runs: Path, scale: float, bank: str | None) -> list
 def train_joint(
     model: Path, runs: Path, caches: list[Path], scale: float
 ) -> tuple[Path, dict[str, tuple[float, float]]]:
-    """Train the presenter-sized model briefly -> pipeline folder, and (first, last) held-out loss of each modality."""
+    """Train the presenter-sized model briefly -> pipeline folder, and (first, last) held-out loss
+    of each modality.
+    """
     from avdiff.train.finetune import main as train
 
     steps = max(8, round(160 * scale))
@@ -111,7 +115,9 @@ def train_joint(
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = {}
     for modality in ("video", "audio"):
-        key = next(k for row in rows for k in row if k.endswith(f"/{modality}") and k.startswith("val"))
+        key = next(
+            k for row in rows for k in row if k.endswith(f"/{modality}") and k.startswith("val")
+        )
         values = [row[key] for row in rows if key in row]
         losses[modality] = (values[0], values[-1])
     return out / "final", losses
@@ -140,11 +146,19 @@ def main() -> None:
     """Run all stages and check what must hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/loop"), help="empty folder for everything that is made"
+        "--folder",
+        type=Path,
+        default=Path("runs/loop"),
+        help="empty folder for everything that is made",
     )
-    parser.add_argument("--bank", help="speech bank folder; default is the mini-bank of the repository")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiply all training budgets (1 takes some eight minutes)"
+        "--bank", help="speech bank folder; default is the mini-bank of the repository"
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="multiply all training budgets (1 takes some eight minutes)",
     )
     args = parser.parse_args()
     if args.folder.exists() and any(args.folder.iterdir()):

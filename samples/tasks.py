@@ -2,8 +2,9 @@
 
     python samples/tasks.py [--model FOLDER] [--bank BANK] [--clips 20]
 
-Speech drives a face (no words are given), clean and with noise at 10 dB: correlation of the mouth's opening in the
-pixels with the corpus's own mouth for this speech. A silent film gets its voice, words given: phone error rate of it.
+Speech drives a face (no words are given), clean and with noise at 10 dB: correlation of the mouth's
+opening in the pixels with the corpus's own mouth for this speech. A silent film gets its voice,
+words given: phone error rate of it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ SECONDS, RATE = 2.52, 24000
 def with_noise(sound: np.ndarray, rng: np.random.Generator, decibels: float = 10.0) -> np.ndarray:
     """(C, S) with coloured noise so many dB below it."""
     level = np.sqrt(np.mean(sound**2)) * 10 ** (-decibels / 20)
-    return (sound + level * coloured_noise(rng, sound.shape[-1], RATE)).clip(-1, 1).astype(np.float32)
+    return (
+        (sound + level * coloured_noise(rng, sound.shape[-1], RATE)).clip(-1, 1).astype(np.float32)
+    )
 
 
 def opening_r(frames: np.ndarray, truth: np.ndarray) -> float:
-    """Correlation of the mouth's opening in frames (F, H, W, 3) in [0, 1] with the true one (F,)."""
+    """Correlation of the mouth's opening in frames (F, H, W, 3) in [0, 1] with the true one
+    (F,).
+    """
     seen = read_faces((frames * 255).astype(np.uint8)).mouth[:, 0]
     length = min(len(seen), len(truth))
     return float(np.corrcoef(seen[:length], truth[:length])[0, 1])
@@ -49,22 +54,47 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     options = {"seconds": SECONDS, "event_share": 0.0, "augment_share": 0.0}
     corpus = PresenterCorpus(args.bank, args.split, None, args.clips, 5, **options)
-    rng, found, pairs = np.random.default_rng(0), {"speech drives": [], "the same, noise at 10 dB": []}, []
+    rng, found, pairs = (
+        np.random.default_rng(0),
+        {"speech drives": [], "the same, noise at 10 dB": []},
+        [],
+    )
     for seed, clip in enumerate(corpus):
         description = parse_prompt(clip["caption"])[0] or "a person"
         sound, truth = clip["audio"].numpy(), clip["mouth"][:, 0]
         for name, given in zip(found, (sound, with_noise(sound, rng)), strict=True):
-            out = pipe(description, audio=torch.from_numpy(given)[None], output_type="np",
-                       generator=torch.Generator().manual_seed(seed))
+            out = pipe(
+                description,
+                audio=torch.from_numpy(given)[None],
+                output_type="np",
+                generator=torch.Generator().manual_seed(seed),
+            )
             found[name].append(opening_r(out.frames[0], truth))
         film = (clip["video"].permute(3, 0, 1, 2).float() / 127.5 - 1)[None]
         script = script_from_phones([clip["phones"]], ClipSpec.from_seconds(SECONDS))
-        out = pipe(description, video=film, script=script, seconds=SECONDS, output_type="np",
-                   generator=torch.Generator().manual_seed(seed))
-        pairs.append((spoken_symbols(clip["phones"]), recognise(out.audio[0].float().numpy(), out.sampling_rate)))
+        out = pipe(
+            description,
+            video=film,
+            script=script,
+            seconds=SECONDS,
+            output_type="np",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        pairs.append(
+            (
+                spoken_symbols(clip["phones"]),
+                recognise(out.audio[0].float().numpy(), out.sampling_rate),
+            )
+        )
     for name, values in found.items():
-        print(f"{name}: opening r {np.mean(values):.3f} +- {np.std(values) / len(values) ** 0.5:.3f} (n {len(values)})")
-    print(f"a silent film gets its voice: phone error rate {phone_error_rate(pairs):.3f} (n {len(pairs)})")
+        print(
+            f"{name}: opening r {np.mean(values):.3f} +- "
+            f"{np.std(values) / len(values) ** 0.5:.3f} (n {len(values)})"
+        )
+    print(
+        f"a silent film gets its voice: phone error rate {phone_error_rate(pairs):.3f} (n "
+        f"{len(pairs)})"
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ RATE = 24000
 CAPTION = "A drum is hit three times with a loud sound"
 
 
-def pictures(seconds: float = 1.2, fps: float = 25, size: tuple[int, int] = (64, 64), seed: int = 0) -> np.ndarray:
+def pictures(
+    seconds: float = 1.2, fps: float = 25, size: tuple[int, int] = (64, 64), seed: int = 0
+) -> np.ndarray:
     """A bright disc that moves over a gradient: (F, H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
     height, width = size
@@ -24,9 +26,14 @@ def pictures(seconds: float = 1.2, fps: float = 25, size: tuple[int, int] = (64,
     frames = []
     for i in range(max(1, round(seconds * fps))):
         t = i / max(1.0, seconds * fps)
-        cx, cy = (path[0] * (1 - t) + path[1] * t) * width, (path[2] * (1 - t) + path[3] * t) * height
+        cx, cy = (
+            (path[0] * (1 - t) + path[1] * t) * width,
+            (path[2] * (1 - t) + path[3] * t) * height,
+        )
         disc = ((x - cx) ** 2 + (y - cy) ** 2) < (0.18 * min(size)) ** 2
-        back = np.stack([x * 160 // width, y * 120 // height, np.full_like(x, 70 + 40 * (seed % 4))], -1)
+        back = np.stack(
+            [x * 160 // width, y * 120 // height, np.full_like(x, 70 + 40 * (seed % 4))], -1
+        )
         frames.append(np.where(disc[..., None], colour, back).astype(np.uint8))
     return np.stack(frames)
 
@@ -35,13 +42,27 @@ def tone(seconds: float = 1.2, channels: int = 1, level: float = 0.3, seed: int 
     """Wavering tone with a pitch of its own: (C, S) float32."""
     t = np.arange(round(seconds * RATE)) / RATE
     pitch = 180 + 37 * (seed % 11)
-    wave = level * np.sin(2 * np.pi * pitch * t) * (0.6 + 0.4 * np.sin(2 * np.pi * (2 + seed % 3) * t + seed))
+    wave = (
+        level
+        * np.sin(2 * np.pi * pitch * t)
+        * (0.6 + 0.4 * np.sin(2 * np.pi * (2 + seed % 3) * t + seed))
+    )
     return np.repeat(wave[None].astype(np.float32), channels, axis=0)
 
 
-def mux(path: Path, frames: np.ndarray | None, times: list[Fraction] | None, sound: np.ndarray | None,
-        layout: str = "mono", late: float = 0.0, rotate: int = 0, codec: str = "aac") -> None:  # fmt: skip
-    """Write with PyAV directly: any picture times, any layout, sound that starts late, a rotation tag."""
+def mux(
+    path: Path,
+    frames: np.ndarray | None,
+    times: list[Fraction] | None,
+    sound: np.ndarray | None,
+    layout: str = "mono",
+    late: float = 0.0,
+    rotate: int = 0,
+    codec: str = "aac",
+) -> None:
+    """Write with PyAV directly: any picture times, any layout, sound that starts late, a rotation
+    tag.
+    """
     with av.open(str(path), "w") as out:
         streams = []
         if frames is not None:
@@ -91,9 +112,13 @@ def make_folder(root: Path) -> tuple[set[str], set[str]]:
             path.with_suffix(".txt").write_text(caption, encoding="utf8")
         return path
 
-    def plain(name: str, is_good: bool, seed: int, caption: str | bytes | None = CAPTION, **options) -> Path:
+    def plain(
+        name: str, is_good: bool, seed: int, caption: str | bytes | None = CAPTION, **options
+    ) -> Path:
         path = clip(name, is_good, caption)
-        frames = pictures(options.pop("seconds", 1.2), options.get("fps", 25), options.pop("size", (64, 64)), seed)
+        frames = pictures(
+            options.pop("seconds", 1.2), options.get("fps", 25), options.pop("size", (64, 64)), seed
+        )
         sound = options.pop("sound", tone(seed=seed))
         write_clip(path, frames, options.get("fps", 25), sound, RATE)
         return path
@@ -125,9 +150,27 @@ def _good_kinds(clip, plain) -> None:
         tone(seed=13),
     )
     mux(clip("late_sound.mp4", True), pictures(seed=14), steady(30), tone(0.9, seed=14), late=0.3)
-    mux(clip("surround.mp4", True), pictures(seed=15), steady(30), tone(channels=6, seed=15), layout="5.1")
-    mux(clip("rotated.mp4", True), pictures(size=(48, 64), seed=16), steady(30), tone(seed=16), rotate=90)
-    write_clip(plain("separate_sound.mp4", True, 17, sound=None).with_suffix(".wav"), None, None, tone(seed=18), RATE)
+    mux(
+        clip("surround.mp4", True),
+        pictures(seed=15),
+        steady(30),
+        tone(channels=6, seed=15),
+        layout="5.1",
+    )
+    mux(
+        clip("rotated.mp4", True),
+        pictures(size=(48, 64), seed=16),
+        steady(30),
+        tone(seed=16),
+        rotate=90,
+    )
+    write_clip(
+        plain("separate_sound.mp4", True, 17, sound=None).with_suffix(".wav"),
+        None,
+        None,
+        tone(seed=18),
+        RATE,
+    )
     write_clip(clip("sound_alone.wav", True), None, None, tone(seed=19), RATE)
 
 
@@ -147,7 +190,9 @@ def _bad_kinds(root: Path, clip, plain, bad: set[str]) -> None:
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     clip("zero_length.mp4", False).write_bytes(b"")
     clip("text_as_video.mp4", False).write_text("this is no video\n" * 50)
-    Image.new("RGB", (64, 64), (200, 30, 30)).save(clip("picture_as_video.mp4", False), format="JPEG")
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(
+        clip("picture_as_video.mp4", False), format="JPEG"
+    )
     plain("wrong_suffix.mp4", False, 31).rename(root / "wrong_suffix.dat")
     bad.remove("wrong_suffix.mp4")
     bad.update(("wrong_suffix.dat", "wrong_suffix.txt", "lonely.txt", "twice.mov"))
@@ -155,18 +200,25 @@ def _bad_kinds(root: Path, clip, plain, bad: set[str]) -> None:
     plain("twice.mp4", False, 32).with_suffix(".mov").write_bytes((root / "plain.mp4").read_bytes())
     (root / "a_folder.mp4").mkdir()
     mux(clip("one_picture.mp4", False), pictures(0.04, seed=33), steady(1), tone(seed=33))
-    write_clip(clip("flat.mp4", False), np.full((30, 64, 64, 3), 90, np.uint8), 25, tone(seed=34), RATE)
+    write_clip(
+        clip("flat.mp4", False), np.full((30, 64, 64, 3), 90, np.uint8), 25, tone(seed=34), RATE
+    )
     mux(clip("cover_only.mp4", False), None, None, tone(seed=35))
     (root / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
     clip("noise.mp4", False)
 
 
 def _without_the_end(path: Path) -> bytes:
-    """An mp4 whose index comes first, cut in the middle of its data: it opens, and decodes up to the cut."""
+    """An mp4 whose index comes first, cut in the middle of its data: it opens, and decodes up to
+    the cut.
+    """
     from av.container import open as reopen
 
     fast = path.with_name("fast_start.tmp.mp4")
-    with reopen(str(path)) as source, reopen(str(fast), "w", options={"movflags": "faststart"}) as out:
+    with (
+        reopen(str(path)) as source,
+        reopen(str(fast), "w", options={"movflags": "faststart"}) as out,
+    ):
         streams = {s.index: out.add_stream_from_template(s) for s in source.streams}
         for packet in source.demux():
             if packet.dts is not None:

@@ -1,10 +1,11 @@
-"""diffusers' own test mixins on our classes, from a checkout of its repository (its wheel has no tests).
+"""diffusers' own test mixins on our classes, from a checkout of its repository (its wheel has no
+tests).
 
     python -m pytest tests/external_mixins.py --diffusers PATH
 
-Not collected by `make test`. The zero-initialised parts of a model are filled: a fresh one ignores its blocks, and
-tests that look for a change in the output would find none. Without an accelerator the tests that ask for one run on the
-CPU, but for those of `NEEDS_CARD`.
+Not collected by `make test`. The zero-initialised parts of a model are filled: a fresh one ignores
+its blocks, and tests that look for a change in the output would find none. Without an accelerator
+the tests that ask for one run on the CPU, but for those of `NEEDS_CARD`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.transformer import AVTransformer
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
-pytest.importorskip("tests.models.testing_utils", reason="needs --diffusers PATH, a source checkout of diffusers")
+pytest.importorskip(
+    "tests.models.testing_utils", reason="needs --diffusers PATH, a source checkout of diffusers"
+)
 
 from tests.models import testing_utils as models
 from tests.models.autoencoders.testing_utils import NewAutoencoderTesterMixin
@@ -38,7 +41,8 @@ NEEDS_CARD = {
     "test_disk_offload_with_safetensors": "device 0",
     "test_disk_offload_without_safetensors": "device 0",
     "test_cpu_offload_forward_pass_twice": "a default accelerator",
-    "test_sequential_cpu_offload_forward_pass": "a device other than the CPU to run on",  # our tests have a stand-in
+    # our tests have a stand-in
+    "test_sequential_cpu_offload_forward_pass": "a device other than the CPU to run on",
     "test_sequential_offload_forward_pass_twice": "a device other than the CPU to run on",
 }
 
@@ -60,12 +64,16 @@ def on_cpu(mixin: type) -> type:
         for item in (owner, *vars(owner).values()):
             if getattr(item, "pytestmark", None):
                 item.pytestmark = [mark for mark in item.pytestmark if mark.name != "skipif"]
-    skipped = {name: no(f"needs {what}") for name, what in NEEDS_CARD.items() if hasattr(mixin, name)}
+    skipped = {
+        name: no(f"needs {what}") for name, what in NEEDS_CARD.items() if hasattr(mixin, name)
+    }
     return type(mixin.__name__, (mixin,), skipped)
 
 
 def filled(kind: type) -> type:
-    """`kind` with values in its zero-initialised parameters, and group offload without streams where there are none."""
+    """`kind` with values in its zero-initialised parameters, and group offload without streams
+    where there are none.
+    """
 
     @functools.wraps(kind.__init__)
     def init(self, *args: Any, **options: Any) -> None:
@@ -78,7 +86,9 @@ def filled(kind: type) -> type:
             options.update(use_stream=False, record_stream=False)
         kind.enable_group_offload(self, *args, **options)
 
-    return type(kind.__name__, (kind,), {"__init__": init, "enable_group_offload": enable_group_offload})
+    return type(
+        kind.__name__, (kind,), {"__init__": init, "enable_group_offload": enable_group_offload}
+    )
 
 
 class Transformer(models.BaseModelTesterConfig):
@@ -102,7 +112,10 @@ class VideoVAE(models.BaseModelTesterConfig):
         return _options(tiny_vae())
 
     def get_dummy_inputs(self) -> dict:
-        return dict(sample=torch.rand(2, *self.output_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+        return dict(
+            sample=torch.rand(2, *self.output_shape, generator=torch.Generator().manual_seed(0)) * 2
+            - 1
+        )
 
 
 class AudioVAE(models.BaseModelTesterConfig):
@@ -114,14 +127,16 @@ class AudioVAE(models.BaseModelTesterConfig):
         return _options(tiny_audio_vae())
 
     def get_dummy_inputs(self) -> dict:
-        return dict(sample=torch.randn(2, *self.output_shape, generator=torch.Generator().manual_seed(0)))
+        return dict(
+            sample=torch.randn(2, *self.output_shape, generator=torch.Generator().manual_seed(0))
+        )
 
 
 def _options(model: Any) -> dict:
     return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------
 
 
 class TestTransformer(Transformer, on_cpu(models.ModelTesterMixin)):
@@ -162,7 +177,9 @@ class TestPyramidAttentionBroadcast(Transformer, models.PyramidAttentionBroadcas
 
 
 class TestFasterCache(Transformer, models.FasterCacheTesterMixin):
-    test_faster_cache_inference = no("halves a batch of guided pairs; our passes for guidance are apart")
+    test_faster_cache_inference = no(
+        "halves a batch of guided pairs; our passes for guidance are apart"
+    )
 
 
 class TestVideoVAE(VideoVAE, on_cpu(models.ModelTesterMixin)):
@@ -197,14 +214,18 @@ class TestAudioVAETiles(AudioVAE, NewAutoencoderTesterMixin):
     pass
 
 
-# -- pipeline ---------------------------------------------------------------------------------------------------------
+# -- pipeline ---------------------------------------------------------------------------------
 
 
 class Pipeline(pipelines.BasePipelineTesterConfig):
     pipeline_class = AVDiffPipeline
-    required_input_params_in_call_signature = frozenset(["prompt", "height", "width", "guidance_scale"])
+    required_input_params_in_call_signature = frozenset(
+        ["prompt", "height", "width", "guidance_scale"]
+    )
     batch_input_params = frozenset(["prompt"])
-    optional_input_params = frozenset(["num_inference_steps", "generator", "latents", "output_type", "return_dict"])
+    optional_input_params = frozenset(
+        ["num_inference_steps", "generator", "latents", "output_type", "return_dict"]
+    )
     output_shape = (11, 3, 128, 128)
 
     def get_dummy_components(self, num_layers: int | None = None) -> dict:
@@ -214,10 +235,14 @@ class Pipeline(pipelines.BasePipelineTesterConfig):
         return pipe_inputs()
 
     def get_pipeline(self, **components: Any) -> AVDiffPipeline:
-        """Its `save_pretrained` writes safetensors even when asked not to: pickled weights are refused on loading."""
+        """Its `save_pretrained` writes safetensors even when asked not to: pickled weights are
+        refused on loading.
+        """
         pipe = super().get_pipeline(**components)
         save = pipe.save_pretrained
-        pipe.save_pretrained = lambda folder, safe_serialization=True, **options: save(folder, **options)
+        pipe.save_pretrained = lambda folder, safe_serialization=True, **options: save(
+            folder, **options
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -228,10 +253,13 @@ class TestPipeline(Pipeline, on_cpu(pipelines.PipelineTesterMixin)):
         monkeypatch.setattr(diffusers.pipelines, "AVDiffPipeline", AVDiffPipeline, raising=False)
 
     def test_save_load_optional_components(self, tmp_path) -> None:
-        """The original, with features of the prompt: without its optional parts the pipeline cannot read one."""
+        """The original, with features of the prompt: without its optional parts the pipeline cannot
+        read one.
+        """
         embeds, mask, _, _ = self.get_pipeline().encode_prompt("A woman with red hair")
         self.get_dummy_inputs = lambda: pipe_inputs(
-            prompt=None, prompt_embeds=embeds.detach(), prompt_attention_mask=mask)
+            prompt=None, prompt_embeds=embeds.detach(), prompt_attention_mask=mask
+        )
         super().test_save_load_optional_components(tmp_path)
 
 

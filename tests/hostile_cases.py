@@ -20,7 +20,12 @@ NAN, INF = math.nan, math.inf
 Z = torch.zeros
 SIZE = (64, 64)
 EMBEDS = {"prompt": None, "prompt_embeds": Z(1, 4, 32), "prompt_attention_mask": torch.ones(1, 4)}
-SCRIPT = Script(Z(1, 2, dtype=torch.long), Z(1, 2, dtype=torch.long), Z(1, 20, dtype=torch.long), torch.ones(1) > 0)
+SCRIPT = Script(
+    Z(1, 2, dtype=torch.long),
+    Z(1, 2, dtype=torch.long),
+    Z(1, 20, dtype=torch.long),
+    torch.ones(1) > 0,
+)
 
 # Arguments of a pipeline call that are changed -> what the ValueError says.
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
@@ -37,7 +42,10 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "words in Cyrillic": ({"prompt": 'a woman says "привет"'}, "script that none"),
     "words of punctuation": ({"prompt": 'a woman says "!?!"'}, "holds no word"),
     "words without end": ({"prompt": f'a woman says "{"la " * 2000}"'}, "needs at most 4000"),
-    "words too long for the clip": ({"prompt": 'a woman says "one two three four five six seven"'}, "fewer words"),
+    "words too long for the clip": (
+        {"prompt": 'a woman says "one two three four five six seven"'},
+        "fewer words",
+    ),
     "negative number": ({"negative_prompt": 3}, "negative_prompt=3"),
     "negative empty list": ({"negative_prompt": []}, r"negative_prompt=\[\]"),
     "negative of numbers": ({"negative_prompt": [1]}, "negative_prompt="),
@@ -108,9 +116,18 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "latents list": ({"latents": [1.0]}, "latents of type list"),
     "latents array": ({"audio_latents": np.zeros((1, 5, 48))}, "audio_latents of type ndarray"),
     "embeddings without mask": ({**EMBEDS, "prompt_attention_mask": None}, "needs both or neither"),
-    "mask without embeddings": ({"prompt_attention_mask": torch.ones(1, 4)}, "needs both or neither"),
-    "mask shape": ({**EMBEDS, "prompt_attention_mask": torch.ones(1, 9)}, "prompt_attention_mask of shape"),
-    "mask list": ({**EMBEDS, "prompt_attention_mask": [1, 1, 1, 1]}, "prompt_attention_mask of shape"),
+    "mask without embeddings": (
+        {"prompt_attention_mask": torch.ones(1, 4)},
+        "needs both or neither",
+    ),
+    "mask shape": (
+        {**EMBEDS, "prompt_attention_mask": torch.ones(1, 9)},
+        "prompt_attention_mask of shape",
+    ),
+    "mask list": (
+        {**EMBEDS, "prompt_attention_mask": [1, 1, 1, 1]},
+        "prompt_attention_mask of shape",
+    ),
     "embeddings width": ({**EMBEDS, "prompt_embeds": Z(1, 4, 31)}, r"needs \(batch, length, 32\)"),
     "embeddings flat": ({**EMBEDS, "prompt_embeds": Z(4, 32)}, "prompt_embeds of shape"),
     "embeddings NaN": ({**EMBEDS, "prompt_embeds": Z(1, 4, 32) * NAN}, "prompt_embeds: holds NaN"),
@@ -144,7 +161,10 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "script text": ({"script": "hello"}, "script='hello'"),
     "attention options": ({"attention_kwargs": 3}, "attention_kwargs=3"),
     "callback": ({"callback_on_step_end": 3}, "callback_on_step_end=3"),
-    "callback names": ({"callback_on_step_end_tensor_inputs": ["loss"]}, "callback_on_step_end_tensor_inputs"),
+    "callback names": (
+        {"callback_on_step_end_tensor_inputs": ["loss"]},
+        "callback_on_step_end_tensor_inputs",
+    ),
     "output type": ({"output_type": "gif"}, "output_type='gif'"),
     "output type list": ({"output_type": ["np"]}, r"output_type=\['np'\]"),
 }
@@ -155,7 +175,8 @@ RECORDS: dict[str, tuple[Any, str]] = {
     "interval": (lambda: Guidance(interval=(0.8, 0.2)), r"interval=\(0.8, 0.2\)"),
 }
 
-# Arguments of `avdiff generate` -> what the line on stderr says. The files are made by `make_files`.
+# Arguments of `avdiff generate` -> what the line on stderr says. The files are made by
+# `make_files`.
 COMMANDS: dict[str, tuple[list[Any], str]] = {
     "nothing": ([], "either a prompt or --prompts"),
     "both": (["a", "--prompts", "good.jsonl"], "either a prompt or --prompts"),
@@ -254,7 +275,10 @@ LINES: dict[str, tuple[str, str]] = {
     "output number": ('{"prompt": "a", "output": 5}', "output=5"),
     "output outside": ('{"prompt": "a", "output": "../../x.mp4"}', "needs a name inside"),
     "output absolute": ('{"prompt": "a", "output": "/tmp/x.mp4"}', "needs a name inside"),
-    "output twice": ('{"prompt": "a", "output": "x.mp4"}\n{"prompt": "b", "output": "x.mp4"}', "asked for twice"),
+    "output twice": (
+        '{"prompt": "a", "output": "x.mp4"}\n{"prompt": "b", "output": "x.mp4"}',
+        "asked for twice",
+    ),
     "output suffix": ('{"prompt": "a", "output": "x.exe"}', "needs a name that ends in"),
     "output in no folder": ('{"prompt": "a", "output": "sub/x.mp4"}', "a folder that exists"),
     "image list": ('{"prompt": "a", "image": ["x"]}', "image="),

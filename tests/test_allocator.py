@@ -26,7 +26,9 @@ def _faults(keep: bool) -> int:
 
 
 def test_gradients_take_memory_that_was_freed() -> None:
-    with multiprocessing.get_context("fork").Pool(1) as pool:  # a process of its own: the setting is for good
+    with multiprocessing.get_context("fork").Pool(
+        1
+    ) as pool:  # a process of its own: the setting is for good
         plain, kept = pool.map(_faults, [False, True])
     if kept < 0 or plain < 10_000:
         pytest.skip("this system's malloc is another one")

@@ -1,4 +1,6 @@
-"""Attention against a loop over heads, its plain path against the backend's, rotary positions, modulation, SwiGLU."""
+"""Attention against a loop over heads, its plain path against the backend's, rotary positions,
+modulation, SwiGLU.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,19 @@ from avdiff.core.rope import apply_rotary, rotary_phases
 
 def by_loop(attn: Attention, x, sources, query_phases=None, key_phases=None, mask=None):
     """The slow twin: one head and one query at a time."""
+
     def heads(y):
         return F.rms_norm(y.unflatten(-1, (attn.heads, attn.dim_head)), (attn.dim_head,), eps=1e-6)
+
     q = heads(attn.to_q(x)) * attn.norm_q.weight
     q = q if query_phases is None else apply_rotary(q, query_phases)
-    projections = zip([attn.to_k, *attn.add_k_proj], [attn.to_v, *attn.add_v_proj], sources,
-                      key_phases or [None] * len(sources), strict=True)
+    projections = zip(
+        [attn.to_k, *attn.add_k_proj],
+        [attn.to_v, *attn.add_v_proj],
+        sources,
+        key_phases or [None] * len(sources),
+        strict=True,
+    )
     keys, values = [], []
     for to_k, to_v, source, phases in projections:
         if source is None:
@@ -54,7 +63,9 @@ def test_attention_over_two_sources_equals_the_loop(grad: bool, absent: bool) ->
     mask[..., 0] = True
     with torch.set_grad_enabled(grad):
         out = attn(x, sources, times[0], times[1:], mask)
-    torch.testing.assert_close(out, by_loop(attn, x, sources, times[0], times[1:], mask), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        out, by_loop(attn, x, sources, times[0], times[1:], mask), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_plain_attention_has_the_gradients_of_the_fused_one() -> None:
@@ -62,7 +73,9 @@ def test_plain_attention_has_the_gradients_of_the_fused_one() -> None:
     inputs = [torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7)]
     mask = torch.rand(1, 1, 5, 7) > 0.3
     mask[..., 0] = True
-    fused = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in inputs), attn_mask=mask).transpose(1, 2)
+    fused = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in inputs), attn_mask=mask
+    ).transpose(1, 2)
     weight = torch.randn_like(fused)
     expected = torch.autograd.grad((fused * weight).sum(), inputs)
     found = torch.autograd.grad((plain_attention(*inputs, mask) * weight).sum(), inputs)
@@ -78,8 +91,12 @@ def test_rotary_products_depend_on_differences(axes: int) -> None:
     shift = torch.rand(axes) * 20
 
     def scores(move):
-        turned = apply_rotary(q, rotary_phases(a + move, 32)), apply_rotary(k, rotary_phases(b + move, 32))
+        turned = (
+            apply_rotary(q, rotary_phases(a + move, 32)),
+            apply_rotary(k, rotary_phases(b + move, 32)),
+        )
         return torch.einsum("bqhe,bkhe->bhqk", *turned)
+
     torch.testing.assert_close(scores(0), scores(shift), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(apply_rotary(q, rotary_phases(a, 32)).norm(dim=-1), q.norm(dim=-1))
     assert (scores(0) - torch.einsum("bqhe,bkhe->bhqk", q, k)).abs().max() > 0.1

@@ -28,13 +28,21 @@ from avdiff.train.codecs.spectral_loss import SpectralLoss
 from avdiff.train.loop.fit import FitOptions, fit
 
 RATE = 24000
-TINY_VAE = {"width": 32, "fine_width": 16, "encoder_layers": 1, "decoder_layers": 1, "fine_layers": 1}
+TINY_VAE = {
+    "width": 32,
+    "fine_width": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "fine_layers": 1,
+}
 TINY_VOCODER = {"width": 32, "layers": 1, "pitch_width": 16, "pitch_layers": 1, "refine_steps": 2}
 
 
 def tone(hertz: float, seconds: float = 1.0, harmonics: int = 8, level: float = 0.05) -> np.ndarray:
     t = np.arange(round(seconds * RATE)) / RATE
-    return sum(level * np.cos(2 * np.pi * k * hertz * t) for k in range(1, harmonics + 1)).astype(np.float32)
+    return sum(level * np.cos(2 * np.pi * k * hertz * t) for k in range(1, harmonics + 1)).astype(
+        np.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def vocoder() -> AVVocoder:
     return AVVocoder(**TINY_VOCODER).eval()
 
 
-# ---------------------------------------------------------------------------------------------------- mel
+# ---------------------------------------------------------------------------------------------- mel
 def test_mel_frame_is_the_windowed_spectrum_at_its_centre() -> None:
     front, wave = LogMel(), torch.randn(4800, generator=torch.Generator().manual_seed(0)) * 0.1
     frame = 9  # centred on sample 9.5 * 240
@@ -73,8 +81,10 @@ def test_mel_refuses_a_broken_frame() -> None:
         LogMel()(torch.zeros(1000))
 
 
-# ---------------------------------------------------------------------------------------------------- VAE
-@pytest.mark.parametrize(("samples", "tokens"), [(1, 2), (960 * 3, 3), (960 * 3 + 1, 4), (960 * 61, 61)])
+# ---------------------------------------------------------------------------------------------- VAE
+@pytest.mark.parametrize(
+    ("samples", "tokens"), [(1, 2), (960 * 3, 3), (960 * 3 + 1, 4), (960 * 61, 61)]
+)
 def test_waveform_to_tokens_and_back(vae: AVAudioVAE, samples: int, tokens: int) -> None:
     mel = vae.mel(torch.zeros(2, 1, samples))
     z = vae.encode(mel).latent_dist.mode()
@@ -129,19 +139,25 @@ def test_vae_refuses_wrong_mel(vae: AVAudioVAE) -> None:
         vae.encode(torch.zeros(1, 1, 8, 80))
 
 
-# ------------------------------------------------------------------------------------------------ vocoder
+# ------------------------------------------------------------------------------------------ vocoder
 def test_overlap_add_inverts_the_spectrum(vocoder: AVVocoder) -> None:
     wave = torch.randn(2, 7200, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(vocoder.overlap_add(vocoder.spectrum(wave)), wave, atol=1e-5, rtol=0)
-    torch.testing.assert_close(vocoder.spectrum(wave).abs(), vocoder.frames.magnitude(wave), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        vocoder.spectrum(wave).abs(), vocoder.frames.magnitude(wave), atol=1e-6, rtol=1e-4
+    )
 
 
 def test_pulse_train_is_the_sum_of_its_harmonics(vocoder: AVVocoder) -> None:
     hertz = torch.full((1, 30), 200.0)
     phase = torch.arange(30, dtype=torch.float64)[None] * (2 * math.pi * 200 / 100) + 0.3
     fast = vocoder.pulse_train(Pitch(phase, hertz, hertz))[0]
-    at = 0.3 + 2 * math.pi * 200 * (torch.arange(7200, dtype=torch.float64) - 119.5) / RATE  # frame 0 sits at 119.5
-    slow = sum(torch.cos(k * at) for k in range(1, int(0.48 * RATE / 200) + 1)) * math.sqrt(200 / 150)
+    at = (
+        0.3 + 2 * math.pi * 200 * (torch.arange(7200, dtype=torch.float64) - 119.5) / RATE
+    )  # frame 0 sits at 119.5
+    slow = sum(torch.cos(k * at) for k in range(1, int(0.48 * RATE / 200) + 1)) * math.sqrt(
+        200 / 150
+    )
     torch.testing.assert_close(fast, slow.float(), atol=2e-3, rtol=0)
 
 
@@ -163,7 +179,9 @@ def test_vocoder_shape_repeatability_and_length(vocoder: AVVocoder) -> None:
 def test_refinement_keeps_a_consistent_spectrum(vocoder: AVVocoder) -> None:
     spectrum = vocoder.spectrum(torch.randn(1, 7200, generator=torch.Generator().manual_seed(6)))
     refined = vocoder.refine(spectrum, spectrum.abs(), steps=3)
-    torch.testing.assert_close(vocoder.overlap_add(refined), vocoder.overlap_add(spectrum), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        vocoder.overlap_add(refined), vocoder.overlap_add(spectrum), atol=1e-3, rtol=0
+    )
 
 
 def test_refinement_comes_closer_to_the_magnitudes(vocoder: AVVocoder) -> None:
@@ -181,7 +199,10 @@ def test_refinement_comes_closer_to_the_magnitudes(vocoder: AVVocoder) -> None:
 def test_vocoder_saves_and_stays_fp32(vocoder: AVVocoder, tmp_path) -> None:
     vocoder.save_pretrained(tmp_path)
     again = AVVocoder.from_pretrained(tmp_path, torch_dtype=torch.float16).eval()
-    assert {n for n, p in again.named_parameters() if p.dtype != torch.float32} == {"heads.0.weight", "heads.0.bias"}
+    assert {n for n, p in again.named_parameters() if p.dtype != torch.float32} == {
+        "heads.0.weight",
+        "heads.0.bias",
+    }
     mel = torch.randn(1, 1, 12, 100, generator=torch.Generator().manual_seed(8))
     torch.testing.assert_close(again(mel), vocoder(mel))
 
@@ -192,13 +213,20 @@ def test_vocoder_refuses_wrong_mel(vocoder: AVVocoder) -> None:
             vocoder(torch.zeros(shape))
 
 
-# -------------------------------------------------------------------------------------------------- pitch
+# -------------------------------------------------------------------------------------------- pitch
 def test_smooth_path_is_the_best_of_all_paths() -> None:
     score = torch.full((1, 3, BINS), -100.0)
     score[0, :, 50:53] = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
     glide = 59.0  # one per bin
-    best = max((sum(score[0, t, 50 + b[t]].item() for t in range(3)) - abs(b[1] - b[0]) - abs(b[2] - b[1]), b)
-               for b in [(i, j, k) for i in range(3) for j in range(3) for k in range(3)])
+    best = max(
+        (
+            sum(score[0, t, 50 + b[t]].item() for t in range(3))
+            - abs(b[1] - b[0])
+            - abs(b[2] - b[1]),
+            b,
+        )
+        for b in [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
+    )
     assert tuple((smooth_path(score, 4, glide)[0] - 50).tolist()) == best[1]
 
 
@@ -214,12 +242,14 @@ def test_tracking_finds_pitch_phase_and_silence(hertz: float) -> None:
     assert np.abs(found.hertz[10:90] / hertz - 1).max() < 0.005
     assert found.voiced[10:90].min() > 0.9
     assert found.voiced[110:].max() < 0.1
-    true = 2 * np.pi * hertz * (np.arange(150) * 240 + 119.5) / RATE  # phase of the first harmonic at frame centres
+    true = (
+        2 * np.pi * hertz * (np.arange(150) * 240 + 119.5) / RATE
+    )  # phase of the first harmonic at frame centres
     off = np.angle(np.exp(1j * (found.phase - true)))[10:90]
     assert np.abs(off).max() < 0.1
 
 
-# ------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 def small_bank(count: int = 4) -> SpeechBank:
     bank = SpeechBank(REPO_BANK)
     bank.utterances = bank.utterances[:count]
@@ -269,13 +299,18 @@ def test_vae_task_learns_and_can_spare_the_encoder(tmp_path: Path) -> None:
     segments, held = SoundSegments(bank, 9600, size=64), held_out(bank, 9600, 4)
     before = AudioVAETask(vae, segments, held).validate()["l1_noise_0.0"]
     options = {"train_batch_size": 8, "learning_rate": 3e-3, "log_every": 100}
-    fit(AudioVAETask(vae, segments, held), FitOptions(str(tmp_path / "a"), max_train_steps=40, **options))
+    fit(
+        AudioVAETask(vae, segments, held),
+        FitOptions(str(tmp_path / "a"), max_train_steps=40, **options),
+    )
     after = AudioVAETask(vae, segments, held).validate()["l1_noise_0.0"]
     assert after < 0.7 * before
     encoder = {n: p.clone() for n, p in vae.named_parameters() if n.startswith("encoder")}
     decoder = vae.decoder_in.weight.clone()
-    fit(AudioVAETask(vae, segments, held, decoder_only=True),
-        FitOptions(str(tmp_path / "b"), max_train_steps=2, **options))
+    fit(
+        AudioVAETask(vae, segments, held, decoder_only=True),
+        FitOptions(str(tmp_path / "b"), max_train_steps=2, **options),
+    )
     assert all(torch.equal(p, encoder[n]) for n, p in vae.named_parameters() if n in encoder)
     assert not torch.equal(vae.decoder_in.weight, decoder)
 
@@ -286,7 +321,9 @@ def test_latent_statistics_make_unit_variance() -> None:
     measure_latents(vae, segments, 4, batch=3)
     z = vae.normalise(vae.encode(vae.mel(torch.stack(segments))).latent_dist.mode())
     torch.testing.assert_close(z.mean(dim=(0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
-    torch.testing.assert_close(z.std(dim=(0, 2, 3), correction=0), torch.ones(48), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        z.std(dim=(0, 2, 3), correction=0), torch.ones(48), atol=1e-3, rtol=0
+    )
 
 
 def test_vocoder_task_learns(tmp_path: Path, vae: AVAudioVAE) -> None:
@@ -297,13 +334,18 @@ def test_vocoder_task_learns(tmp_path: Path, vae: AVAudioVAE) -> None:
     voiced = VoicedSegments(SoundSegments(bank, 9600, size=32), tracks)
     task = VocoderTask(vocoder, voiced, held_out(bank, 19200, 2), vae, decoded_share=0.25)
     before = task.validate()
-    fit(task, FitOptions(str(tmp_path), max_train_steps=12, train_batch_size=4, learning_rate=3e-3, log_every=100))
+    fit(
+        task,
+        FitOptions(
+            str(tmp_path), max_train_steps=12, train_batch_size=4, learning_rate=3e-3, log_every=100
+        ),
+    )
     after = task.validate()
     assert after["true_log"] < before["true_log"]
     assert after["true_mel"] < before["true_mel"]
 
 
-# ------------------------------------------------------------------------------------- losses and metrics
+# ------------------------------------------------------------------------------- losses and metrics
 def test_spectral_loss_knows_phase_only_where_asked() -> None:
     loss = SpectralLoss((256, 512), aligned_size=512)
     first = torch.from_numpy(tone(200.0))[None]
@@ -325,12 +367,16 @@ def test_griffin_lim_rebuilds_a_voice_like_tone() -> None:
     rebuilt = audio_metrics.griffin_lim(front(wave), front)
     noise = torch.randn(wave.shape, generator=torch.Generator().manual_seed(0)) * wave.std()
     assert rebuilt.shape == wave.shape
-    assert (front(rebuilt) - front(wave)).abs().mean() < 0.25 * (front(noise) - front(wave)).abs().mean()
+    assert (front(rebuilt) - front(wave)).abs().mean() < 0.25 * (
+        front(noise) - front(wave)
+    ).abs().mean()
 
 
 def test_onset_is_found_within_two_milliseconds() -> None:
     sound = np.zeros(24000, np.float32)
-    sound[7200:] = 0.5 * np.random.default_rng(0).standard_normal(16800) * np.exp(-np.arange(16800) / 1200)
+    sound[7200:] = (
+        0.5 * np.random.default_rng(0).standard_normal(16800) * np.exp(-np.arange(16800) / 1200)
+    )
     assert audio_metrics.onset_seconds(sound, near=0.32) == pytest.approx(0.300, abs=0.002)
 
 

@@ -1,4 +1,6 @@
-"""The benches' own arithmetic, and what `run.py` says when it cannot run; the measuring itself is `make bench`."""
+"""The benches' own arithmetic, and what `run.py` says when it cannot run; the measuring itself is
+`make bench`.
+"""
 
 from __future__ import annotations
 
@@ -31,28 +33,54 @@ def test_an_aim_is_met_or_missed(bench: ModuleType) -> None:
     assert bench.verdict({"value": 1.4, "aim": None}) == bench.verdict({"aim": 1.0}) == ""
 
 
-def test_what_is_missing_is_told_before_anything_runs(bench: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_what_is_missing_is_told_before_anything_runs(
+    bench: ModuleType, tmp_path: Path, monkeypatch, capsys
+) -> None:
     assert bench.main(["--only", "moe", "--output", str(tmp_path / "none" / "x.json")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
     monkeypatch.setattr(bench, "BENCHES", ("nothing",))
-    monkeypatch.setattr(bench.argparse.ArgumentParser, "parse_args", lambda self, _: bench.argparse.Namespace(
-        only=["nothing"], quick=True, output=tmp_path / "x.json", folder=None))
+    monkeypatch.setattr(
+        bench.argparse.ArgumentParser,
+        "parse_args",
+        lambda self, _: bench.argparse.Namespace(
+            only=["nothing"], quick=True, output=tmp_path / "x.json", folder=None
+        ),
+    )
     assert bench.main([]) == 2 and "nothing.py is not in" in capsys.readouterr().err
 
 
 def test_rows_become_a_table_and_a_file(tmp_path: Path) -> None:
-    """Each bench runs in a process of its own: what one does to its process, the next does not see."""
+    """Each bench runs in a process of its own: what one does to its process, the next does not
+    see.
+    """
     shutil.copy(BENCH / "run.py", tmp_path)
-    row = '{"name": "a / b", "ratio": 1.25, "spread": 0.1, "aim": 1.35, "note": str("left" in vars(os))}'
+    row = (
+        '{"name": "a / b", "ratio": 1.25, "spread": 0.1, "aim": 1.35, "note": str("left" in '
+        "vars(os))}"
+    )
     for name in ("moe", "engram"):
-        (tmp_path / f"{name}.py").write_text(f"import os\ndef run(quick):\n    found = [{row}]\n    os.left = 1\n"
-                                             "    return found\n")
-    command = [sys.executable, tmp_path / "run.py", "--only", "moe", "engram", "--output", tmp_path / "b.json"]
+        (tmp_path / f"{name}.py").write_text(
+            f"import os\ndef run(quick):\n    found = [{row}]\n    os.left = 1\n    return found\n"
+        )
+    command = [
+        sys.executable,
+        tmp_path / "run.py",
+        "--only",
+        "moe",
+        "engram",
+        "--output",
+        tmp_path / "b.json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = json.loads((tmp_path / "b.json").read_text())
     rows = [said["benches"][name]["rows"][0] for name in ("moe", "engram")]
-    assert [row["ratio"] for row in rows] == [1.25, 1.25] and [row["note"] for row in rows] == ["False", "False"]
-    assert said["machine"]["torch"] and "a / b" in done.stdout and not list(tmp_path.glob(".*partial"))
+    assert [row["ratio"] for row in rows] == [1.25, 1.25] and [row["note"] for row in rows] == [
+        "False",
+        "False",
+    ]
+    assert (
+        said["machine"]["torch"] and "a / b" in done.stdout and not list(tmp_path.glob(".*partial"))
+    )
 
 
 def test_ratios_go_round_by_round(bench: ModuleType) -> None:

@@ -1,4 +1,6 @@
-"""The data check: every broken file of a folder is named, the good ones pass, the numbers are right."""
+"""The data check: every broken file of a folder is named, the good ones pass, the numbers are
+right.
+"""
 
 from __future__ import annotations
 
@@ -70,10 +72,16 @@ def test_reasons_and_warnings_say_what_is_wrong(checked):
         "no_sound_words.mp4": "no caption says a word",
     }
     for name, words in told.items():
-        assert any(words in warning for warning in clips[name].warnings), (name, clips[name].warnings)
+        assert any(words in warning for warning in clips[name].warnings), (
+            name,
+            clips[name].warnings,
+        )
     copies = [name for name, clip in clips.items() if any("copy" in w for w in clip.warnings)]
     assert copies == ["plain.mp4"] and not clips["variable_rate.mkv"].problems
-    assert clips["ntsc.mp4"].fps == pytest.approx(29.97, abs=0.01) and clips["surround.mp4"].channels == 6
+    assert (
+        clips["ntsc.mp4"].fps == pytest.approx(29.97, abs=0.01)
+        and clips["surround.mp4"].channels == 6
+    )
     assert not clips["plain.mp4"].variable_rate and clips["stereo.mp4"].channels == 2
 
 
@@ -91,8 +99,12 @@ def test_silence_can_be_allowed(checked):
     folder, good, _, _ = checked
     report = check_folder(folder, allow_silent=True)
     assert set(report.good) - good == {
-        "no_sound.mp4", "silent.mp4", "nearly_silent.mp4", "mostly_missing_sound.mp4", "too_short.mp4"
-    }  # fmt: skip
+        "no_sound.mp4",
+        "silent.mp4",
+        "nearly_silent.mp4",
+        "mostly_missing_sound.mp4",
+        "too_short.mp4",
+    }
     clips = checked_clips(folder, ClipOptions(buckets="64x64x25", allow_silent=True), report)
     items = {clips[i]["name"]: clips[i] for i in range(len(clips))}
     assert "audio" not in items["no_sound.mp4"] and "audio" not in items["silent.mp4"]
@@ -102,8 +114,14 @@ def test_the_report_is_json(checked, tmp_path):
     _, _, _, report = checked
     save_report(report, tmp_path / "report.json")
     told = json.loads((tmp_path / "report.json").read_text(encoding="utf8"))
-    assert told["exit_code"] == 1 and told["good"] == len(report.good) and len(told["clips"]) == len(report.clips)
-    assert {"fps", "silence", "loudness", "start_gap", "offset", "warnings"} <= set(told["clips"][0])
+    assert (
+        told["exit_code"] == 1
+        and told["good"] == len(report.good)
+        and len(told["clips"]) == len(report.clips)
+    )
+    assert {"fps", "silence", "loudness", "start_gap", "offset", "warnings"} <= set(
+        told["clips"][0]
+    )
 
 
 def test_exit_codes(tmp_path):
@@ -131,13 +149,17 @@ def test_silence_and_clipping_shares():
     assert silence_share(sound, RATE) == 0.0 and clipped_share(sound) == 0.0
     sound[:, : sound.shape[1] // 4] = 0
     assert silence_share(sound, RATE) == pytest.approx(0.25, abs=0.02)
-    assert clipped_share(np.clip(20 * sound, -1, 1)) > 0.3 and silence_share(sound[:, :0], RATE) == 1.0
+    assert (
+        clipped_share(np.clip(20 * sound, -1, 1)) > 0.3 and silence_share(sound[:, :0], RATE) == 1.0
+    )
 
 
 @pytest.mark.parametrize("shift", [-0.2, 0.0, 0.24])
 def test_the_offset_of_a_shifted_sound_is_found(shift):
     event = next(
-        e for e in (sample_event(np.random.default_rng(i), 4.0, "knock") for i in range(50)) if len(e.impacts) == 3
+        e
+        for e in (sample_event(np.random.default_rng(i), 4.0, "knock") for i in range(50))
+        if len(e.impacts) == 3
     )
     frames = np.stack([render_event(event, (i + 0.5) / 25, 64) for i in range(100)])
     sound = np.roll(event_audio(event, 4 * RATE, RATE), round(shift * RATE))[None]
@@ -147,11 +169,15 @@ def test_the_offset_of_a_shifted_sound_is_found(shift):
 
 def test_copies_are_found_after_encoding_again(tmp_path):
     frames, sound = pictures(2.0, seed=3), tone(2.0, seed=3)
-    noisy = np.clip(frames.astype(int) + np.random.default_rng(0).integers(-3, 4, frames.shape), 0, 255).astype(
-        np.uint8
-    )
-    codes = {"a": likeness_code(frames, sound), "b": likeness_code(pictures(2.0, seed=5), tone(2.0, seed=5)),
-             "c": likeness_code(noisy, sound * 0.8), "d": likeness_code(None, sound)}  # fmt: skip
+    noisy = np.clip(
+        frames.astype(int) + np.random.default_rng(0).integers(-3, 4, frames.shape), 0, 255
+    ).astype(np.uint8)
+    codes = {
+        "a": likeness_code(frames, sound),
+        "b": likeness_code(pictures(2.0, seed=5), tone(2.0, seed=5)),
+        "c": likeness_code(noisy, sound * 0.8),
+        "d": likeness_code(None, sound),
+    }
     assert find_copies(codes) == {"c": "a"}
 
 
@@ -180,4 +206,7 @@ def test_round_trip_names_the_way_out(checked):
 
     entry = next(e for e in find_clips(folder).entries if e.name == "plain.mp4")
     report, _ = check_clip(entry, vae=vae)
-    assert any("use a pipeline whose video VAE" in warning and "--codecs" in warning for warning in report.warnings)
+    assert any(
+        "use a pipeline whose video VAE" in warning and "--codecs" in warning
+        for warning in report.warnings
+    )

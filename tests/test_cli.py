@@ -1,4 +1,6 @@
-"""The command line, with a real tiny pipeline saved to a folder: files come out, errors are one line, exit code 2."""
+"""The command line, with a real tiny pipeline saved to a folder: files come out, errors are one
+line, exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,16 @@ def generate(model: str, *arguments: str) -> int:
 
 def test_help_is_quick_and_lists_the_commands() -> None:
     before = os.times()
-    found = subprocess.run([sys.executable, "-m", "avdiff", "--help"], capture_output=True, text=True, check=True)
-    after = os.times()  # CPU time: the clock on the wall also measures the other work of a busy machine
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+    found = subprocess.run(
+        [sys.executable, "-m", "avdiff", "--help"], capture_output=True, text=True, check=True
+    )
+    after = (
+        os.times()
+    )  # CPU time: the clock on the wall also measures the other work of a busy machine
+    assert (
+        after.children_user + after.children_system - before.children_user - before.children_system
+        < 1
+    )
     for command in ("generate", "info", "doctor", *cli.PASSED_ON):
         assert f"  {command} " in found.stdout
 
@@ -52,9 +61,13 @@ def test_commands_of_other_modules_exist() -> None:
         assert callable(import_module(module).main)
 
 
-def test_generate_writes_a_clip_that_says_how_it_was_made(model: str, tmp_path: Path, capsys) -> None:
+def test_generate_writes_a_clip_that_says_how_it_was_made(
+    model: str, tmp_path: Path, capsys
+) -> None:
     path = tmp_path / "x.mp4"
-    assert generate(model, "a green bird", "-o", path, "--seed", "7", "--fps", "29.97", "--json") == 0
+    assert (
+        generate(model, "a green bird", "-o", path, "--seed", "7", "--fps", "29.97", "--json") == 0
+    )
     said = json.loads(capsys.readouterr().out)
     info = probe(path)
     assert (said["output"], said["seed"], said["frames"]) == (str(path), 7, info.num_frames)
@@ -94,7 +107,19 @@ def test_given_parts(model: str, tmp_path: Path) -> None:
         ("--video", "mute.mp4", 0.44),
     ):
         length = ["--seconds", "0.2"] if option == "--image" else []
-        assert run("generate", "a bird", *size, *length, option, tmp_path / name, "-o", tmp_path / "y.mp4") == 0
+        assert (
+            run(
+                "generate",
+                "a bird",
+                *size,
+                *length,
+                option,
+                tmp_path / name,
+                "-o",
+                tmp_path / "y.mp4",
+            )
+            == 0
+        )
         clip = read_clip(tmp_path / "y.mp4")
         assert clip.frames is not None and clip.audio is not None
         assert len(clip.frames) / 25 == pytest.approx(seconds)
@@ -110,9 +135,24 @@ def test_given_parts(model: str, tmp_path: Path) -> None:
 
 
 def test_a_file_of_prompts(model: str, tmp_path: Path, capsys) -> None:
-    lines = [{"prompt": "a bird", "seed": 1}, {"prompt": "a bell", "output": "bell.wav", "seconds": 0.3}]
+    lines = [
+        {"prompt": "a bird", "seed": 1},
+        {"prompt": "a bell", "output": "bell.wav", "seconds": 0.3},
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert generate(model, "--prompts", tmp_path / "p.jsonl", "-o", tmp_path / "out", "--json", "--seed", "9") == 0
+    assert (
+        generate(
+            model,
+            "--prompts",
+            tmp_path / "p.jsonl",
+            "-o",
+            tmp_path / "out",
+            "--json",
+            "--seed",
+            "9",
+        )
+        == 0
+    )
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001.mp4", "bell.wav"]
     assert [s["seed"] for s in said] == [1, 9]
@@ -138,7 +178,10 @@ BAD = {
     "two given": (["a", "--audio", "words.txt", "--video", "words.txt"], "nothing is left"),
     "prompts missing": (["--prompts", "none.jsonl"], "no such file"),
     "prompts broken": (["--prompts", "words.txt"], "words.txt, line 1: is not JSON"),
-    "prompts key": (["--prompts", "key.jsonl"], "key.jsonl, line 2: needs an object with keys among"),
+    "prompts key": (
+        ["--prompts", "key.jsonl"],
+        "key.jsonl, line 2: needs an object with keys among",
+    ),
     "device": (["a", "--device", "abacus"], "device=abacus: is not usable"),
 }
 
@@ -214,7 +257,9 @@ def test_info_tells_what_is_in_the_package(capsys) -> None:
 
 
 def test_active_parameters_match_what_one_token_touches() -> None:
-    """Slow twin: run one token through an MoE layer and count the experts whose weights got a gradient."""
+    """Slow twin: run one token through an MoE layer and count the experts whose weights got a
+    gradient.
+    """
     import torch
 
     from avdiff.cli.info import count_parameters
@@ -222,13 +267,23 @@ def test_active_parameters_match_what_one_token_touches() -> None:
 
     layer = MoE(dim=16, hidden=16, num_experts=6, top_k=2)
     layer(torch.randn(1, 1, 16))[0].sum().backward()
-    touched = sum(int((p.grad.flatten(1).abs().sum(1) > 0).sum()) * p[0].numel() for p in layer.experts.parameters())
-    assert count_parameters(layer)["active"] == touched + sum(p.numel() for p in layer.router.parameters())
+    touched = sum(
+        int((p.grad.flatten(1).abs().sum(1) > 0).sum()) * p[0].numel()
+        for p in layer.experts.parameters()
+    )
+    assert count_parameters(layer)["active"] == touched + sum(
+        p.numel() for p in layer.router.parameters()
+    )
 
 
 def test_info_of_a_file(tmp_path: Path, capsys) -> None:
     write_clip(
-        tmp_path / "x.mp4", np.zeros((5, 64, 64, 3), np.uint8), "23.976", np.zeros((1, 5005)), 24000, {"seed": 1}
+        tmp_path / "x.mp4",
+        np.zeros((5, 64, 64, 3), np.uint8),
+        "23.976",
+        np.zeros((1, 5005)),
+        24000,
+        {"seed": 1},
     )
     assert run("info", str(tmp_path / "x.mp4")) == 0
     said = capsys.readouterr().out
@@ -271,31 +326,57 @@ def test_doctor_reports(capsys, tmp_path: Path) -> None:
     assert said["codecs"]["libx264"] and said["torch"]
     assert all("not installed: pip install" in v or v[0].isdigit() for v in said["extras"].values())
     (tmp_path / "a.safetensors").write_bytes(b"abc")
-    assert "ba7816bf8f01cfea" in weights(tmp_path)["a.safetensors"]  # SHA-256 of "abc" (FIPS 180-4, appendix)
+    assert (
+        "ba7816bf8f01cfea" in weights(tmp_path)["a.safetensors"]
+    )  # SHA-256 of "abc" (FIPS 180-4, appendix)
 
 
 def test_film_is_continued_and_changed(model: str, tmp_path: Path, capsys) -> None:
     rng = np.random.default_rng(0)
-    film, mask = rng.integers(0, 255, (11, 64, 128, 3), dtype=np.uint8), np.zeros((64, 128), np.uint8)
+    film, mask = (
+        rng.integers(0, 255, (11, 64, 128, 3), dtype=np.uint8),
+        np.zeros((64, 128), np.uint8),
+    )
     mask[:, :64] = 255
     write_clip(tmp_path / "film.mp4", film, 25, rng.uniform(-0.3, 0.3, (1, 10_560)), 24000)
     Image.fromarray(mask).save(tmp_path / "mask.png")
     Image.fromarray(film[0]).save(tmp_path / "last.png")
-    common = ["--model", model, "--steps", "1", "--height", "64", "--width", "128", "--video", tmp_path / "film.mp4",
-              "-o", tmp_path / "y.mp4"]
-    for options, frames in ((["--extend", "0.4"], 21), (["--retake", "0.1:0.2"], 11),
-                            (["--mask", tmp_path / "mask.png"], 11)):
+    common = [
+        "--model",
+        model,
+        "--steps",
+        "1",
+        "--height",
+        "64",
+        "--width",
+        "128",
+        "--video",
+        tmp_path / "film.mp4",
+        "-o",
+        tmp_path / "y.mp4",
+    ]
+    for options, frames in (
+        (["--extend", "0.4"], 21),
+        (["--retake", "0.1:0.2"], 11),
+        (["--mask", tmp_path / "mask.png"], 11),
+    ):
         assert run("generate", "a bird", *common, *options) == 0
         clip, info = read_clip(tmp_path / "y.mp4"), probe(tmp_path / "y.mp4")
-        assert clip.frames is not None and len(clip.frames) == frames and info.audio_seconds == info.video_seconds
+        assert (
+            clip.frames is not None
+            and len(clip.frames) == frames
+            and info.audio_seconds == info.video_seconds
+        )
         if "--mask" not in options:  # what was given is what it was, but for another round of mp4
             before = read_clip(tmp_path / "film.mp4").frames
             assert before is not None and np.abs(clip.frames[0].astype(int) - before[0]).mean() < 20
     image = ["--last-image", tmp_path / "last.png", "--height", "64", "--width", "128"]
     assert generate(model, "a bird", *image, "-o", tmp_path / "z.mp4") == 0
     capsys.readouterr()
-    for options, said in ((["--retake", "2"], "retake=2: needs START:END"),
-                          (["--extend", "1", "--mask", tmp_path / "mask.png"], "extend and mask are both given")):
+    for options, said in (
+        (["--retake", "2"], "retake=2: needs START:END"),
+        (["--extend", "1", "--mask", tmp_path / "mask.png"], "extend and mask are both given"),
+    ):
         assert run("generate", "a bird", *common, *options) == 2
         assert said in capsys.readouterr().err
     assert generate(model, "a bird", "--extend", "1", "-o", tmp_path / "z.mp4") == 2

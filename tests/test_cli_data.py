@@ -1,4 +1,6 @@
-"""`avdiff data cache` on a folder of good and bad files, and the builder of speech banks without its voice."""
+"""`avdiff data cache` on a folder of good and bad files, and the builder of speech banks without
+its voice.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,25 @@ from avdiff.data.cache import LatentCache
 from avdiff.g2p.networks import default_networks
 from avdiff.g2p.pronounce import read
 
-NAMES = ["af_heart", "af_kore", "am_eric", "am_liam", "ff_siwis", "ef_dora", "em_alex", "hf_beta", "hm_psi", "if_sara",
-         "im_nicola", "jf_alpha", "jm_kumo", "pf_dora", "pm_alex", "zf_xiaoni", "zm_yunxi"]  # fmt: skip
+NAMES = [
+    "af_heart",
+    "af_kore",
+    "am_eric",
+    "am_liam",
+    "ff_siwis",
+    "ef_dora",
+    "em_alex",
+    "hf_beta",
+    "hm_psi",
+    "if_sara",
+    "im_nicola",
+    "jf_alpha",
+    "jm_kumo",
+    "pf_dora",
+    "pm_alex",
+    "zf_xiaoni",
+    "zm_yunxi",
+]
 
 
 def run(*arguments: object) -> int:
@@ -35,7 +54,9 @@ def test_cache_takes_the_good_and_names_the_bad(tmp_path, capsys):
     options = ["--data", tmp_path / "data", "--codecs", tmp_path / "model", "--buckets", "64x64x25"]
     assert run("data", "cache", tmp_path / "cache", *options) == 0
     said = capsys.readouterr().out.splitlines()
-    assert {line.split(": refused: ")[0] for line in said if ": refused: " in line} == bad and len(bad) >= 20
+    assert {line.split(": refused: ")[0] for line in said if ": refused: " in line} == bad and len(
+        bad
+    ) >= 20
     items = LatentCache([tmp_path / "cache"])
     assert {items[i]["name"] for i in range(len(items))} == good
     assert all("audio" in items[i] for i in range(len(items)))
@@ -65,13 +86,18 @@ def test_cache_and_bank_errors_are_one_line(tmp_path, capsys):
 def test_labels_that_are_off_are_found_by_their_sound():
     spoken = list(SpeechBank(REPO_BANK, languages=["es"]))[:25]
     plain, share = best_shift((u.bank.audio(u), u.phones) for u in spoken)
-    late = [(u.bank.audio(u), [p._replace(start=p.start + 0.02, end=p.end + 0.02) for p in u.phones]) for u in spoken]
+    late = [
+        (u.bank.audio(u), [p._replace(start=p.start + 0.02, end=p.end + 0.02) for p in u.phones])
+        for u in spoken
+    ]
     assert abs(plain) < 0.012 and share > 0.3
     assert best_shift(late)[0] == pytest.approx(plain - 0.02, abs=0.006)
 
 
 def test_plans_keep_splits_apart():
-    """Texts of one split are in no other; test voices hold a partner that speaks nowhere else; genders fit."""
+    """Texts of one split are in no other; test voices hold a partner that speaks nowhere else;
+    genders fit.
+    """
     held = {name for names in bank_builder.HELD_OUT.values() for name in names}
     splits: dict[str, set[str]] = {}
     for language in LANGUAGES:
@@ -80,7 +106,9 @@ def test_plans_keep_splits_apart():
             plan = bank_builder.draw_plan(rng, language, NAMES)
             splits.setdefault(plan.split, set()).add(plan.text)
             assert (plan.split == "test_voices") == bool(held & {name for name, _ in plan.blend})
-            assert plan.blend[-1][0][1] == plan.gender[0] and sum(w for _, w in plan.blend) == pytest.approx(1)
+            assert plan.blend[-1][0][1] == plan.gender[0] and sum(
+                w for _, w in plan.blend
+            ) == pytest.approx(1)
     assert set(splits) == {"train", "val", "test", "test_voices"}
     assert not any(splits[a] & splits[b] for a in splits for b in splits if a < b)
 
@@ -94,7 +122,10 @@ def test_sentences_can_be_read_in_every_language():
             assert "{" not in text and "_" not in text
             phonemes = bank_builder.to_phonemes(text, language, networks)
             words = [word.phonemes for word in read(text, language).words]
-            assert "".join(words) == "".join(c for c in phonemes if c not in " ,.!?") or language == "hi"
+            assert (
+                "".join(words) == "".join(c for c in phonemes if c not in " ,.!?")
+                or language == "hi"
+            )
 
 
 def hum(phonemes: str, blend: dict[str, float], speed: float) -> Speech:
@@ -114,14 +145,22 @@ def test_shards_read_back(tmp_path):
     assert json.loads(json.dumps(SpeechBank.record(bank[0]))) == first
     for utterance in bank:
         sound = bank.audio(utterance)
-        assert len(sound) == round(utterance.duration * 24000) and utterance.tokens.starts[0] == pytest.approx(0.12)
-        assert np.abs(sound[: round(0.1 * 24000)]).max() < 0.02 < np.abs(sound[round(0.15 * 24000) :]).max()
+        assert len(sound) == round(utterance.duration * 24000) and utterance.tokens.starts[
+            0
+        ] == pytest.approx(0.12)
+        assert (
+            np.abs(sound[: round(0.1 * 24000)]).max()
+            < 0.02
+            < np.abs(sound[round(0.15 * 24000) :]).max()
+        )
 
 
 def test_a_voice_is_a_weighted_mean(tmp_path):
     (tmp_path / "voices").mkdir()
     for name, value in (("af_a", 1.0), ("af_b", 3.0)):
-        (tmp_path / "voices" / f"{name}.bin").write_bytes(np.full((510, 1, 256), value, "<f4").tobytes())
+        (tmp_path / "voices" / f"{name}.bin").write_bytes(
+            np.full((510, 1, 256), value, "<f4").tobytes()
+        )
     voices = Voices(tmp_path)
     assert voices.names() == ["af_a", "af_b"]
     assert np.allclose(voices.style({"af_a": 0.75, "af_b": 0.25}, 12), 1.5)

@@ -35,12 +35,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_folder_is_measured_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [item for kind in ("json", "csv", "html") for item in (f"--{kind}", tmp_path / f"r.{kind}")]
+def test_folder_is_measured_and_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [
+        item for kind in ("json", "csv", "html") for item in (f"--{kind}", tmp_path / f"r.{kind}")
+    ]
     assert run("lipsync", folder, "--faces", "reader", "--self-test", "--jobs", 2, *files) == 0
     said = capsys.readouterr()
     assert "5 clips: 1 error, 3 ok, 1 no_speech" in said.out and "broken.mp4: error: " in said.out
-    assert "self-test on 3 clips" in said.out and "AUC" in said.out and "only the reader of drawn" in said.err
+    assert (
+        "self-test on 3 clips" in said.out
+        and "AUC" in said.out
+        and "only the reader of drawn" in said.err
+    )
     report = json.loads((tmp_path / "r.json").read_text())
     rows = {Path(row["file"]).name: row for row in report["rows"]}
     assert set(rows) == {"good0.mp4", "good1.mp4", "late.mp4", "silent.mp4", "broken.mp4"}
@@ -57,22 +65,32 @@ def test_exit_codes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     good = [folder / "good0.mp4", "--faces", "reader", "--per-face"]
     assert run("lipsync", *good, "--fail-on-offset", 2) == 0
     assert run("lipsync", *good, folder / "late.mp4", "--fail-on-offset", 2) == 1
-    assert run("lipsync", folder / "silent.mp4", "--faces", "reader", "--fail-on-offset", 2) == 1  # nothing measured
+    assert (
+        run("lipsync", folder / "silent.mp4", "--faces", "reader", "--fail-on-offset", 2) == 1
+    )  # nothing measured
     assert run("lipsync", folder / "silent.mp4", "--faces", "reader") == 0
     (tmp_path / "empty").mkdir()
-    for arguments, words in (([folder / "nothing.mp4"], "no such file"), ([tmp_path / "empty"], "no clip there"),
-                             ([*good, "--backend", "ears"], "needs lip_network or syncnet"),
-                             ([*good, "--backend", "syncnet"], "needs --weights PATH"),
-                             ([*good[:1], "--faces", "mesh", "--landmarker", "x"], "no such file"),
-                             ([*good, "--judges", tmp_path], "no weights in"), ([], "Missing argument")):
+    for arguments, words in (
+        ([folder / "nothing.mp4"], "no such file"),
+        ([tmp_path / "empty"], "no clip there"),
+        ([*good, "--backend", "ears"], "needs lip_network or syncnet"),
+        ([*good, "--backend", "syncnet"], "needs --weights PATH"),
+        ([*good[:1], "--faces", "mesh", "--landmarker", "x"], "no such file"),
+        ([*good, "--judges", tmp_path], "no weights in"),
+        ([], "Missing argument"),
+    ):
         assert run("lipsync", *arguments) == 2
         said = capsys.readouterr().err
         assert words in said and "Traceback" not in said
 
 
-def test_other_commands_are_passed_on(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_are_passed_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one = [folder / "good0.mp4", "--faces", "reader", "--json"]
-    assert run("lipsync", *one, tmp_path / "a.json") == run("lipsync", *one, tmp_path / "b.json") == 0
+    assert (
+        run("lipsync", *one, tmp_path / "a.json") == run("lipsync", *one, tmp_path / "b.json") == 0
+    )
     capsys.readouterr()
     assert run("compare", tmp_path / "a.json", tmp_path / "b.json") == 0
     assert "offset_ms" in capsys.readouterr().out

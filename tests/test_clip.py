@@ -1,4 +1,6 @@
-"""The clock: all counts and positions of a clip agree, whatever its rate, length and sample rate."""
+"""The clock: all counts and positions of a clip agree, whatever its rate, length and sample
+rate.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,18 @@ from avdiff.clip import ClipSpec, Clock, as_fps
 
 RATES = st.sampled_from(["23.976", 24, 25, "29.97", 30])
 CLOCKS = st.builds(
-    lambda video, hop, mels, tick: Clock(video_stride=video, audio_stride=hop * mels, mel_hop=hop, tick_rate=tick),
+    lambda video, hop, mels, tick: Clock(
+        video_stride=video, audio_stride=hop * mels, mel_hop=hop, tick_rate=tick
+    ),
     st.integers(1, 8),
     st.sampled_from([160, 240, 256, 320]),
     st.integers(1, 8),
     st.fractions(5, 30, max_denominator=8),
 )
 CLIPS = st.builds(
-    lambda seconds, fps, rate, clock: ClipSpec.from_seconds(seconds, fps, sample_rate=rate, clock=clock),
+    lambda seconds, fps, rate, clock: ClipSpec.from_seconds(
+        seconds, fps, sample_rate=rate, clock=clock
+    ),
     st.floats(0.5, 20),
     RATES,
     st.sampled_from([16000, 22050, 24000, 44100, 48000]),
@@ -35,12 +41,20 @@ def test_all_streams_end_within_one_latent_step(clip: ClipSpec) -> None:
     audio_end, tick_end = clip.audio_tokens * step, clip.ticks / clip.clock.tick_rate
     assert 0 <= audio_end - clip.seconds < step
     assert 0 <= tick_end - clip.seconds < 1 / clip.clock.tick_rate
-    assert abs(Fraction(clip.num_samples, clip.sample_rate) - clip.seconds) <= Fraction(1, 2 * clip.sample_rate)
-    assert clip.mel_frames * clip.clock.mel_hop == clip.audio_tokens * clip.clock.audio_stride >= clip.num_samples - 1
+    assert abs(Fraction(clip.num_samples, clip.sample_rate) - clip.seconds) <= Fraction(
+        1, 2 * clip.sample_rate
+    )
+    assert (
+        clip.mel_frames * clip.clock.mel_hop
+        == clip.audio_tokens * clip.clock.audio_stride
+        >= clip.num_samples - 1
+    )
 
 
 @given(st.floats(0.5, 20), RATES, CLOCKS)
-def test_from_seconds_is_the_shortest_that_lasts(seconds: float, fps: str | int, clock: Clock) -> None:
+def test_from_seconds_is_the_shortest_that_lasts(
+    seconds: float, fps: str | int, clock: Clock
+) -> None:
     clip = ClipSpec.from_seconds(seconds, fps, clock=clock)
     wanted = Fraction(str(seconds))
     assert clip.seconds >= wanted
@@ -50,7 +64,9 @@ def test_from_seconds_is_the_shortest_that_lasts(seconds: float, fps: str | int,
 
 @given(CLIPS)
 def test_latent_bins_tile_the_clip(clip: ClipSpec) -> None:
-    """The bins of video latents, built frame by frame, have the given midpoints and cover each frame once."""
+    """The bins of video latents, built frame by frame, have the given midpoints and cover each
+    frame once.
+    """
     bins, frame = [], 0
     while frame < clip.num_frames:
         width = 1 if frame == 0 else clip.clock.video_stride
@@ -65,14 +81,20 @@ def test_latent_bins_tile_the_clip(clip: ClipSpec) -> None:
 @given(CLIPS)
 def test_positions_are_fp32_midpoints_rounded_once(clip: ClipSpec) -> None:
     pairs = [
-        (clip.video_positions()[:: clip.video_tokens // clip.latent_frames, 0], clip.video_seconds()),
+        (
+            clip.video_positions()[:: clip.video_tokens // clip.latent_frames, 0],
+            clip.video_seconds(),
+        ),
         (clip.audio_positions()[:, 0], clip.audio_seconds()),
         (clip.tick_positions()[:, 0], clip.tick_seconds()),
     ]
     for positions, exact in pairs:
         assert positions.dtype == torch.float32
         assert len(positions) == len(exact)
-        error = np.array([abs(Fraction(p) - t) for p, t in zip(positions.tolist(), exact, strict=True)], dtype=float)
+        error = np.array(
+            [abs(Fraction(p) - t) for p, t in zip(positions.tolist(), exact, strict=True)],
+            dtype=float,
+        )
         assert (error <= np.spacing(positions.numpy()) / 2 * (1 + 1e-6)).all()
         steps = np.diff(np.array(exact[1:], dtype=float))
         assert len(steps) == 0 or np.allclose(steps, steps[0])
@@ -90,7 +112,12 @@ def test_video_positions_run_frame_by_frame_row_by_row() -> None:
 def test_presenter_counts() -> None:
     clip = ClipSpec.from_seconds(4)
     assert (clip.num_frames, clip.latent_frames, clip.video_tokens) == (101, 51, 204)
-    assert (clip.audio_tokens, clip.mel_frames, clip.num_samples, clip.ticks) == (101, 404, 96960, 51)
+    assert (clip.audio_tokens, clip.mel_frames, clip.num_samples, clip.ticks) == (
+        101,
+        404,
+        96960,
+        51,
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +138,8 @@ def test_frame_rates_are_exact(given_rate: float | str, exact: Fraction) -> None
 
 
 @pytest.mark.parametrize(
-    "fps", [0, -25, float("nan"), float("inf"), "fast", "1/0", "1e999999999", 10**40, 1e300, None, ""]
+    "fps",
+    [0, -25, float("nan"), float("inf"), "fast", "1/0", "1e999999999", 10**40, 1e300, None, ""],
 )
 def test_bad_frame_rates_are_refused(fps: object) -> None:
     with pytest.raises(ValueError, match=r"^fps=.*needs"):
@@ -127,7 +155,10 @@ def test_bad_frame_rates_are_refused(fps: object) -> None:
         ({"num_frames": 5.0}, "num_frames=5.0: needs a whole number"),
         ({"num_frames": 10**9 + 1}, "at most 3600 s"),
         ({"num_frames": 10**400 + 1}, "at most 3600 s"),
-        ({"num_frames": 5, "height": 100}, "height=100: needs a multiple of 64; nearest are 64 and 128"),
+        (
+            {"num_frames": 5, "height": 100},
+            "height=100: needs a multiple of 64; nearest are 64 and 128",
+        ),
         ({"num_frames": 5, "width": 64 * 10**6}, "at most 16384 pixels"),
         ({"num_frames": 5, "sample_rate": 10}, "sample_rate=10: needs 1000"),
         ({"num_frames": 5, "fps": 0}, "fps=0: needs"),
@@ -144,7 +175,9 @@ def test_bad_durations_are_refused(seconds: float) -> None:
         ClipSpec.from_seconds(seconds)
 
 
-@pytest.mark.parametrize("change", [{"video_stride": 0}, {"patch": 1.5}, {"audio_stride": 961}, {"tick_rate": 0}])
+@pytest.mark.parametrize(
+    "change", [{"video_stride": 0}, {"patch": 1.5}, {"audio_stride": 961}, {"tick_rate": 0}]
+)
 def test_bad_clocks_are_refused(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         Clock(**change)

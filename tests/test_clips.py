@@ -30,7 +30,13 @@ OPTIONS = ClipOptions(buckets="64x64x25")
 
 def put(folder, name, frames=None, fps=25, sound=None, caption=CAPTION):
     path = folder / name
-    write_clip(path, frames if frames is not None or name.endswith(".wav") else pictures(), fps, sound, RATE)
+    write_clip(
+        path,
+        frames if frames is not None or name.endswith(".wav") else pictures(),
+        fps,
+        sound,
+        RATE,
+    )
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf8")
     return path
@@ -42,8 +48,16 @@ def test_items_look_like_those_of_the_corpus(tmp_path):
     item = clips[0]
     assert item["video"].shape == (25, 64, 64, 3) and item["video"].dtype == torch.uint8
     assert item["audio"].shape == (1, 24000) and item["audio"].dtype == torch.float32
-    assert item["captions"] == ["first caption", "second caption"] and item["caption"] == "first caption"
-    assert (item["fps"], item["sample_rate"], item["phones"], item["kind"]) == (Fraction(25), 24000, (), "clip")
+    assert (
+        item["captions"] == ["first caption", "second caption"]
+        and item["caption"] == "first caption"
+    )
+    assert (item["fps"], item["sample_rate"], item["phones"], item["kind"]) == (
+        Fraction(25),
+        24000,
+        (),
+        "clip",
+    )
     assert clips.clip(0) == ClipSpec(25, 25, 64, 64) and clips.modalities(0) == ("video", "audio")
 
 
@@ -94,7 +108,9 @@ def test_buckets_by_shape_and_length():
 
 
 def test_batches_of_one_bucket_stack(tmp_path):
-    for i, (size, seconds) in enumerate([((64, 64), 1.2), ((64, 128), 1.2), ((70, 66), 1.1), ((64, 130), 2.5)]):
+    for i, (size, seconds) in enumerate(
+        [((64, 64), 1.2), ((64, 128), 1.2), ((70, 66), 1.1), ((64, 130), 2.5)]
+    ):
         put(tmp_path, f"{i}.mp4", pictures(seconds, size=size, seed=i), sound=tone(seconds, seed=i))
     clips = RealClips(tmp_path, ClipOptions(buckets="64x64x25;128x64x25;128x64x51"))
     groups = clips.groups()
@@ -130,7 +146,9 @@ def test_stretching_keeps_the_pitch(tmp_path):
 
 def test_channels_are_mixed():
     sound = np.stack([np.full(4, v, np.float32) for v in (1, 0, 0, 9, 0, 0)])
-    assert mix_channels(sound, 1).tolist() == [[pytest.approx(0.28)] * 4]  # the bass channel is left out
+    assert mix_channels(sound, 1).tolist() == [
+        [pytest.approx(0.28)] * 4
+    ]  # the bass channel is left out
     assert mix_channels(np.ones((1, 3), np.float32), 2).shape == (2, 3)
     assert mix_channels(np.array([[1.0], [0.0]], np.float32), 1).tolist() == [[0.5]]
     assert mix_channels(sound, 2).shape == (2, 4)
@@ -153,12 +171,16 @@ def test_tables_with_masks_and_references(tmp_path):
     clips = RealClips(tmp_path, OPTIONS)
     item = clips[0]
     assert item["language"] == "fr" and item["captions"] == ["one", "two"]
-    assert item["video_mask"].shape == (25, 64, 64) and item["video_mask"].float().mean() == pytest.approx(
-        0.5, abs=0.05
-    )
+    assert item["video_mask"].shape == (25, 64, 64) and item[
+        "video_mask"
+    ].float().mean() == pytest.approx(0.5, abs=0.05)
     assert item["audio_mask"].float().mean() == pytest.approx(0.5, abs=0.01)
-    assert torch.equal(item["reference_video"], item["video"]) and torch.equal(item["reference_audio"], item["audio"])
-    assert "no JSON" in clips.refused["metadata.jsonl:2"] and "not there" in clips.refused["gone.mp4"]
+    assert torch.equal(item["reference_video"], item["video"]) and torch.equal(
+        item["reference_audio"], item["audio"]
+    )
+    assert (
+        "no JSON" in clips.refused["metadata.jsonl:2"] and "not there" in clips.refused["gone.mp4"]
+    )
 
 
 def test_csv_tables_and_unlisted_files(tmp_path):
@@ -169,7 +191,9 @@ def test_csv_tables_and_unlisted_files(tmp_path):
         'media_path,caption\na.mp4,"says ""hi"", twice"\nb.mp4,\n', encoding="utf-8-sig"
     )
     table = find_clips(tmp_path)
-    assert [e.name for e in table.entries] == ["a.mp4"] and table.entries[0].caption == 'says "hi", twice'
+    assert [e.name for e in table.entries] == ["a.mp4"] and table.entries[
+        0
+    ].caption == 'says "hi", twice'
     assert "no caption" in table.refused["b.mp4"] and "not listed" in table.refused["c.mp4"]
     (tmp_path / "metadata.csv").write_bytes("media_path,caption\na.mp4,\xfc\n".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8"):

@@ -1,4 +1,6 @@
-"""The presenter corpus: determinism, splits, truth, captions and prompts, augmentation, writing to files."""
+"""The presenter corpus: determinism, splits, truth, captions and prompts, augmentation, writing to
+files.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def digest(item: dict) -> str:
     state = hashlib.sha256()
     for key in sorted(item):
         value = item[key]
-        value = np.asarray(value).tobytes() if isinstance(value, torch.Tensor | np.ndarray) else repr(value).encode()
+        value = (
+            np.asarray(value).tobytes()
+            if isinstance(value, torch.Tensor | np.ndarray)
+            else repr(value).encode()
+        )
         state.update(key.encode() + value)
     return state.hexdigest()
 
@@ -51,16 +57,31 @@ def test_items_hold_what_the_contract_says(bank):
         item = corpus[index]
         kinds.add(item["kind"])
         frames = item["video"].shape[0]
-        assert item["video"].dtype == torch.uint8 and item["video"].shape[1:] == (32, 32, 3) and frames % 2 == 1
-        assert item["audio"].dtype == torch.float32 and item["audio"].shape == (1, round(frames * SAMPLE_RATE / 25))
+        assert (
+            item["video"].dtype == torch.uint8
+            and item["video"].shape[1:] == (32, 32, 3)
+            and frames % 2 == 1
+        )
+        assert item["audio"].dtype == torch.float32 and item["audio"].shape == (
+            1,
+            round(frames * SAMPLE_RATE / 25),
+        )
         assert item["fps"] == Fraction(25) and item["sample_rate"] == SAMPLE_RATE
-        assert 2.0 <= frames / 25 <= 6.1 and item["caption"] in item["captions"] and len(item["captions"]) >= 4
+        assert (
+            2.0 <= frames / 25 <= 6.1
+            and item["caption"] in item["captions"]
+            and len(item["captions"]) >= 4
+        )
         assert 0.02 < float(item["audio"].abs().max()) <= 1.0
         json.dumps(item["attributes"])
         if item["kind"] == "speech":
             assert item["mouth"].shape == (frames, 6) and item["lip_points"].shape[0] == frames
-            assert item["phones"][0].start == 0 and item["phones"][-1].end == pytest.approx(frames / 25)
-            assert any(normalised_text(item["text"]) in normalised_text(c) for c in item["captions"])
+            assert item["phones"][0].start == 0 and item["phones"][-1].end == pytest.approx(
+                frames / 25
+            )
+            assert any(
+                normalised_text(item["text"]) in normalised_text(c) for c in item["captions"]
+            )
         else:
             assert item["impacts"] and not item["phones"]
     assert kinds == {"speech", "event"}
@@ -72,26 +93,36 @@ def test_same_seed_same_bits_with_workers_and_in_another_process(bank):
 
     plain = [digest(make(3)[i]) for i in range(8)]
     loader = DataLoader(
-        make(3), batch_size=None, num_workers=2, multiprocessing_context="fork", collate_fn=lambda item: item
+        make(3),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context="fork",
+        collate_fn=lambda item: item,
     )
     assert [digest(item) for item in loader] == plain
     assert digest(make(4)[0]) != plain[0]
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from test_corpus import digest, PresenterCorpus, REPO_BANK\n"
-        "corpus = PresenterCorpus(REPO_BANK, size=32, length=8, seed=3, seconds=2.5, augment_share=0.5)\n"
+        "corpus = PresenterCorpus(REPO_BANK, size=32, length=8, seed=3, seconds=2.5, "
+        "augment_share=0.5)\n"
         "print(digest(corpus[5]), digest(corpus[2]))"
     )
     root = REPO_BANK.parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
     assert done.stdout.split() == [plain[5], plain[2]]
 
 
 def test_the_same_scene_at_other_sizes_and_rates(bank):
-    """At 75 fps every third frame falls on a frame of 25 fps: truth and pixels must be the same there."""
+    """At 75 fps every third frame falls on a frame of 25 fps: truth and pixels must be the same
+    there.
+    """
     options = {"length": 6, "seed": 1, "event_share": 0.3, "augment_share": 1.0}
     slow, fast, large = (
-        PresenterCorpus(bank, size=size, fps=fps, **options) for size, fps in ((32, 25), (32, 75), (64, 25))
+        PresenterCorpus(bank, size=size, fps=fps, **options)
+        for size, fps in ((32, 25), (32, 75), (64, 25))
     )
     for index in range(4):
         a, b, c = slow[index], fast[index], large[index]
@@ -113,7 +144,9 @@ def test_splits_share_no_sentence_no_presenter_and_test_voices_no_voice(bank):
             assert one == two or not texts[one] & texts[two]
     faces = {}
     for split in SPLITS:
-        corpus = PresenterCorpus(bank, split, video=False, audio=False, event_share=0, length=12, seconds=1.5)
+        corpus = PresenterCorpus(
+            bank, split, video=False, audio=False, event_share=0, length=12, seconds=1.5
+        )
         items = [corpus[i] for i in range(12)]
         told = ("gender", "skin", "hair_style", "hair_color", "beard", "glasses", "face_shape")
         faces[split] = {tuple(item["attributes"][name] for name in told) for item in items}
@@ -126,7 +159,9 @@ def test_splits_share_no_sentence_no_presenter_and_test_voices_no_voice(bank):
 
 
 def test_one_voice_with_pauses_and_matching_gender(bank):
-    corpus = PresenterCorpus(bank, video=False, event_share=0, augment_share=0, length=30, seconds=(3.0, 6.0))
+    corpus = PresenterCorpus(
+        bank, video=False, event_share=0, augment_share=0, length=30, seconds=(3.0, 6.0)
+    )
     joined = 0
     for index in range(30):
         item = corpus[index]
@@ -137,17 +172,25 @@ def test_one_voice_with_pauses_and_matching_gender(bank):
         for one, two in zip(item["phones"], item["phones"][1:], strict=False):
             assert one.end == pytest.approx(two.start)
     assert joined > 8
-    single = PresenterCorpus(bank, video=False, event_share=0, length=5, max_sentences=1, seconds=(1.0, 4.0))
+    single = PresenterCorpus(
+        bank, video=False, event_share=0, length=5, max_sentences=1, seconds=(1.0, 4.0)
+    )
     texts = {normalised_text(u.text) for u in bank}
     assert all(normalised_text(single[i]["text"]) in texts for i in range(5))
 
 
 def test_phones_sit_on_their_sound(bank):
-    """Cut out a sentence from a joined clip by its phone times: it is the bank's own sound, sample for sample."""
-    corpus = PresenterCorpus(bank, video=False, event_share=0, augment_share=0, max_sentences=1, length=6, seconds=3.0)
+    """Cut out a sentence from a joined clip by its phone times: it is the bank's own sound, sample
+    for sample.
+    """
+    corpus = PresenterCorpus(
+        bank, video=False, event_share=0, augment_share=0, max_sentences=1, length=6, seconds=3.0
+    )
     for index in range(6):
         item = corpus[index]
-        utterance = next(u for u in bank if u.text == item["text"] and u.voice == item["attributes"]["voice"])
+        utterance = next(
+            u for u in bank if u.text == item["text"] and u.voice == item["attributes"]["voice"]
+        )
         own = [p for p in utterance.phones if p.symbol != "sil"]
         laid = [p for p in item["phones"] if p.symbol != "sil"]
         assert [p.symbol for p in own] == [p.symbol for p in laid]
@@ -170,7 +213,10 @@ def test_mouth_in_the_pixels_follows_the_truth(bank):
         face = rng.spawn(5)[1]
         identity = sample_identity(face, item["attributes"]["gender"], "train")
         frames = item["video"].numpy()
-        opening = [mouth_opening_from_pixels(f, identity, p) for f, p in zip(frames, item["lip_points"], strict=True)]
+        opening = [
+            mouth_opening_from_pixels(f, identity, p)
+            for f, p in zip(frames, item["lip_points"], strict=True)
+        ]
         seen += opening
         truth += mouth_opening(identity, item["mouth"]).tolist()
         for phone in item["phones"]:
@@ -183,7 +229,9 @@ def test_mouth_in_the_pixels_follows_the_truth(bank):
 
 
 def test_augmentation_is_flagged_and_keeps_time(bank):
-    options = CorpusOptions(video=False, event_share=0, augment_share=1.0, keep_clean=True, seconds=2.5)
+    options = CorpusOptions(
+        video=False, event_share=0, augment_share=1.0, keep_clean=True, seconds=2.5
+    )
     corpus = PresenterCorpus(bank, length=40, options=options)
     kinds: set[str] = set()
     for index in range(14):
@@ -192,12 +240,17 @@ def test_augmentation_is_flagged_and_keeps_time(bank):
         kinds |= done
         assert done and item["audio_clean"].shape == item["audio"].shape
         assert torch.equal(item["audio"], item["audio_clean"]) == (done == {"pitch"})
-        if done <= {"room", "level"}:  # no delay: the correlation with the clean sound peaks at lag 0
+        if done <= {
+            "room",
+            "level",
+        }:  # no delay: the correlation with the clean sound peaks at lag 0
             clean, wet = (item[k][0].numpy().astype(np.float64) for k in ("audio_clean", "audio"))
             lags = [np.dot(clean[200:-200], np.roll(wet, d)[200:-200]) for d in range(-60, 61, 5)]
             assert abs(np.argmax(lags) - 12) <= 1
     assert kinds == set(augment.KINDS)
-    share = np.mean([bool(augment.draw_plan(np.random.default_rng(i), 0.2).kinds) for i in range(1000)])
+    share = np.mean(
+        [bool(augment.draw_plan(np.random.default_rng(i), 0.2).kinds) for i in range(1000)]
+    )
     assert 0.17 < share < 0.23
 
 
@@ -214,7 +267,10 @@ def test_pitch_moves_phones_with_the_sound(bank):
         power = np.abs(np.fft.rfft(piece.audio, 1 << 17)) ** 2
         smooth = np.convolve(power, np.ones(400) / 400, "same")
         curves.append(np.log(np.interp(grid, np.fft.rfftfreq(1 << 17, 1 / SAMPLE_RATE), smooth)))
-    fits = {d: np.corrcoef(curves[0][100:-100], curves[1][100 + d : 1100 + d])[0, 1] for d in range(-60, 61, 2)}
+    fits = {
+        d: np.corrcoef(curves[0][100:-100], curves[1][100 + d : 1100 + d])[0, 1]
+        for d in range(-60, 61, 2)
+    }
     step = np.log(grid[1] / grid[0])
     assert max(fits, key=lambda d: fits[d]) * step == pytest.approx(np.log(1.1), abs=0.02)
 
@@ -237,11 +293,19 @@ def test_captions_quote_the_speech_and_never_invent():
         attributes = sample_identity(np.random.default_rng(i)).attributes()
         language = LANGUAGES[i % 8]
         for caption in speech_captions(attributes, spoken[language], language, rng):
-            assert spoken[language] in caption and "{" not in caption and "|" not in caption and "  " not in caption
+            assert (
+                spoken[language] in caption
+                and "{" not in caption
+                and "|" not in caption
+                and "  " not in caption
+            )
             description, words = parse_prompt(caption)
             assert words == spoken[language] and words not in description
             if attributes["glasses"] == "none":
-                assert not any(w in description for w in ("glasses", "gafas", "lunettes", "眼鏡", "眼镜", "चश्मे"))
+                assert not any(
+                    w in description
+                    for w in ("glasses", "gafas", "lunettes", "眼鏡", "眼镜", "चश्मे")
+                )
             if attributes["beard"] == "none":
                 assert "beard" not in description and "mustache" not in description
             seen.add(caption)
@@ -260,18 +324,27 @@ def test_full_captions_tell_more_and_a_share_of_none_changes_nothing():
         (few, plain), (most, full) = told(0.0, language), told(1.0, language)
         assert most > 1.2 * few and len(plain) == len(full)
         look = sample_identity(np.random.default_rng(0)).attributes()
-        assert plain[: 4 if language == "en" else 6] == speech_captions(look, "x", language, np.random.default_rng(0))
+        assert plain[: 4 if language == "en" else 6] == speech_captions(
+            look, "x", language, np.random.default_rng(0)
+        )
         assert not any("{" in caption or "|" in caption or "  " in caption for caption in full)
 
 
 def test_gender_agrees_in_every_language():
-    words = {"en": ("woman", " man"), "es": ("mujer", "hombre"), "hi": ("वाली", "वाला"), "zh": ("女", "男")}
+    words = {
+        "en": ("woman", " man"),
+        "es": ("mujer", "hombre"),
+        "hi": ("वाली", "वाला"),
+        "zh": ("女", "男"),
+    }
     base = {"gender": "female", "hair_color": "red", "hair_style": "short"}
     for language, (female, male) in words.items():
         for gender, wrong in (("female", male), ("male", female)):
             captions = []
             for i in range(20):
-                captions += speech_captions({**base, "gender": gender}, "x", language, np.random.default_rng(i))[-2:]
+                captions += speech_captions(
+                    {**base, "gender": gender}, "x", language, np.random.default_rng(i)
+                )[-2:]
             assert not any(wrong in caption for caption in captions)
 
 
@@ -303,7 +376,12 @@ def test_parse_prompt(prompt, expected):
 def test_sentences_join_without_double_marks():
     for language in LANGUAGES:
         joined = join_sentences(["ab?", "cd", "ef"], language, np.random.default_rng(0))
-        assert joined.startswith("ab?") and joined.endswith("ef") and "?," not in joined and "?." not in joined
+        assert (
+            joined.startswith("ab?")
+            and joined.endswith("ef")
+            and "?," not in joined
+            and "?." not in joined
+        )
         assert phrases(language)["join"]
 
 
@@ -316,7 +394,10 @@ def test_writing_goes_on_after_a_break_and_refuses_another_corpus(bank, tmp_path
     stamp = (tmp_path / "000000.mp4").stat().st_mtime_ns
     assert write_corpus(corpus, tmp_path) == 3
     assert (tmp_path / "000000.mp4").stat().st_mtime_ns == stamp
-    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text(encoding="utf8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "metadata.jsonl").read_text(encoding="utf8").splitlines()
+    ]
     assert [line["index"] for line in lines] == [0, 1, 2]
     clip, item = read_clip(tmp_path / lines[1]["file_name"]), corpus[1]
     assert clip.frames.shape == tuple(item["video"].shape)
@@ -349,7 +430,11 @@ def test_a_still_is_one_picture_of_its_clip(bank):
     moments = set()
     for index in range(8):
         still, clip = stills[index], clips[index]
-        assert still["video"].shape == (1, 64, 64, 3) and "audio" not in still and still["phones"] == ()
+        assert (
+            still["video"].shape == (1, 64, 64, 3)
+            and "audio" not in still
+            and still["phones"] == ()
+        )
         assert still["captions"] == clip["captions"]
         same = (clip["video"] == still["video"]).flatten(1).all(1).nonzero()
         assert len(same)

@@ -1,4 +1,6 @@
-"""Arms with links cut, the suite on files, the marks, generation in batches and the command line: tiny real parts."""
+"""Arms with links cut, the suite on files, the marks, generation in batches and the command line:
+tiny real parts.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,15 @@ SAMPLES = Path(__file__).parents[1] / "samples"
 def judges() -> suite.Judges:
     torch.manual_seed(1)
     reader = FaceReader({"glasses": ("none", "round glasses")}).eval()
-    torch.nn.init.constant_(reader.is_face.bias, 5.0)  # this untrained reader sees a face everywhere
-    return suite.Judges(PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(), reader,
-                        LipNetwork(width=16, layers=1, embedding=8).eval(), ImpactReader((8, 8, 8), 16, 1).eval())
+    torch.nn.init.constant_(
+        reader.is_face.bias, 5.0
+    )  # this untrained reader sees a face everywhere
+    return suite.Judges(
+        PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(),
+        reader,
+        LipNetwork(width=16, layers=1, embedding=8).eval(),
+        ImpactReader((8, 8, 8), 16, 1).eval(),
+    )
 
 
 @cache
@@ -56,8 +64,22 @@ def wishes(bank: SpeechBank) -> list[Prompt]:
     found = []
     for number, one in enumerate([u for u in bank if u.duration < 2][:2]):
         look = load_prompts(kinds=["digits"])[number]
-        found.append(Prompt(f"en-sentence-{number:02d}", "sentence", "en", f'A woman says "{one.text}"', one.text,
-                            one.duration, ["a"], look.attributes, look.told, look.gender, [one.id], 5 + number))
+        found.append(
+            Prompt(
+                f"en-sentence-{number:02d}",
+                "sentence",
+                "en",
+                f'A woman says "{one.text}"',
+                one.text,
+                one.duration,
+                ["a"],
+                look.attributes,
+                look.told,
+                look.gender,
+                [one.id],
+                5 + number,
+            )
+        )
     return [*found, load_prompts(kinds=["event"])[1]]
 
 
@@ -66,16 +88,26 @@ def noise_clip(seed: int, frames: int = 41) -> Clip:
     sound = rng.normal(0, 0.05, (1, frames * 960)).astype(np.float32)
     from fractions import Fraction
 
-    return Clip(rng.integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8), sound, Fraction(25), 24000)
+    return Clip(
+        rng.integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8), sound, Fraction(25), 24000
+    )
 
 
 def test_swapped_clips_have_the_next_one_s_sound_at_their_own_length() -> None:
     one, two = noise_clip(0, 41), noise_clip(1, 31)
     first, second = coupling.swapped([one, two])
     assert first.frames is one.frames and second.frames is two.frames
-    assert first.audio is not None and second.audio is not None and one.audio is not None and two.audio is not None
+    assert (
+        first.audio is not None
+        and second.audio is not None
+        and one.audio is not None
+        and two.audio is not None
+    )
     assert first.audio.shape == one.audio.shape and second.audio.shape == two.audio.shape
-    assert np.array_equal(first.audio[:, : 31 * 960], two.audio) and not first.audio[:, 31 * 960 :].any()
+    assert (
+        np.array_equal(first.audio[:, : 31 * 960], two.audio)
+        and not first.audio[:, 31 * 960 :].any()
+    )
     assert np.array_equal(second.audio, one.audio[:, : 31 * 960])
     with pytest.raises(ValueError, match="at least two"):
         coupling.swapped([one])
@@ -98,14 +130,28 @@ def test_arms_are_paired_with_the_whole() -> None:
 
 
 def test_scale_0_cuts_the_links_of_a_real_pipeline() -> None:
-    """The isolated arm: another sound's noise leaves the picture as it is; with the links it does not."""
+    """The isolated arm: another sound's noise leaves the picture as it is; with the links it does
+    not.
+    """
     pipe = tiny_pipeline()
     prompt, frames = "A woman with red hair", 9
 
     def picture(guidance: Guidance, seed: int) -> torch.Tensor:
-        sound = torch.randn(1, 9, pipe.transformer.config.audio_channels, generator=torch.Generator().manual_seed(seed))
-        out = pipe(prompt, num_frames=frames, num_inference_steps=2, guidance=guidance, audio_latents=sound,
-                   generator=torch.Generator().manual_seed(0), output_type="latent")
+        sound = torch.randn(
+            1,
+            9,
+            pipe.transformer.config.audio_channels,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        out = pipe(
+            prompt,
+            num_frames=frames,
+            num_inference_steps=2,
+            guidance=guidance,
+            audio_latents=sound,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        )
         return out.frames
 
     cut = Guidance(cross=Joint(0.0, 0.0))
@@ -127,8 +173,12 @@ def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
 def test_prompts_become_files_once(tmp_path: Path) -> None:
     pipe, prompts = tiny_pipeline(), wishes(SpeechBank(REPO_BANK, languages=["en"]))
     ticks: list[int] = []
-    made = batch.generate_prompts(pipe, prompts, tmp_path, 2, 2, ticks.append, num_inference_steps=1)
-    assert sorted(path.name for path, _ in made) == sorted(f"{p.id}-s{s}.mp4" for p in prompts for s in (0, 1))
+    made = batch.generate_prompts(
+        pipe, prompts, tmp_path, 2, 2, ticks.append, num_inference_steps=1
+    )
+    assert sorted(path.name for path, _ in made) == sorted(
+        f"{p.id}-s{s}.mp4" for p in prompts for s in (0, 1)
+    )
     assert sum(ticks) == 6
     first = made[0][0]
     clip = read_clip(first)
@@ -156,7 +206,11 @@ def test_ceiling_clips_are_the_corpus_and_survive_the_codecs() -> None:
     assert len(scene.impacts) == event.impacts and scene.kind == event.attributes["event"]
     assert ceiling.truth_clip(load_prompts(kinds=["digits"])[0], bank) is None
     coded = batch.round_trip(tiny_pipeline(), clip)
-    assert coded.frames is not None and coded.frames.shape == clip.frames.shape and coded.frames.dtype == np.uint8
+    assert (
+        coded.frames is not None
+        and coded.frames.shape == clip.frames.shape
+        and coded.frames.dtype == np.uint8
+    )
     assert coded.audio is not None and coded.audio.shape == clip.audio.shape
 
 
@@ -167,11 +221,19 @@ def test_every_clip_gets_a_row_and_a_status(tmp_path: Path) -> None:
     assert clip is not None and scene is not None
     row = suite.measure_clip(clip, speaking, judges())
     assert row["status"] == "ok" or row["status"] == "no_speech"
-    assert {"phones", "phone_errors", "attributes_told", "peak", "background_difference"} <= set(row)
+    assert {"phones", "phone_errors", "attributes_told", "peak", "background_difference"} <= set(
+        row
+    )
     heard = suite.measure_clip(scene, event, judges())
     assert {"event_onsets", "event_hits", "count_heard_right"} <= set(heard)
-    assert suite.measure_clip(Clip(None, clip.audio, None, 24000), speaking, judges())["status"] == "no_picture"
-    assert suite.measure_clip(Clip(clip.frames, None, clip.fps, None), speaking, judges())["status"] == "no_sound"
+    assert (
+        suite.measure_clip(Clip(None, clip.audio, None, 24000), speaking, judges())["status"]
+        == "no_picture"
+    )
+    assert (
+        suite.measure_clip(Clip(clip.frames, None, clip.fps, None), speaking, judges())["status"]
+        == "no_sound"
+    )
     assert suite.measure_clip(Clip(None, None, None, None), None, judges())["status"] == "error"
     (tmp_path / "bad.mp4").write_bytes(b"no film")
     broken = suite.measure_file(tmp_path / "bad.mp4", None, judges())
@@ -181,10 +243,30 @@ def test_every_clip_gets_a_row_and_a_status(tmp_path: Path) -> None:
 
 
 def test_marks_stand_side_by_side() -> None:
-    corpus = [{"id": f"en-a-{i}-s0", "kind": "sentence", "language": "en", "status": "ok", "mouth_r": 0.8, "phones": 10,
-               "phone_errors": 1, "offset_frames": 0.2, "looks_hat": True} for i in range(6)]
-    model = [{**row, "mouth_r": 0.4, "phone_errors": 5, "offset_frames": float("nan"), "looks_hat": i < 3}
-             for i, row in enumerate(corpus)]
+    corpus = [
+        {
+            "id": f"en-a-{i}-s0",
+            "kind": "sentence",
+            "language": "en",
+            "status": "ok",
+            "mouth_r": 0.8,
+            "phones": 10,
+            "phone_errors": 1,
+            "offset_frames": 0.2,
+            "looks_hat": True,
+        }
+        for i in range(6)
+    ]
+    model = [
+        {
+            **row,
+            "mouth_r": 0.4,
+            "phone_errors": 5,
+            "offset_frames": float("nan"),
+            "looks_hat": i < 3,
+        }
+        for i, row in enumerate(corpus)
+    ]
     table = marks.mark_table({"model": model, "corpus": corpus})
     assert table.marks["  as a share of the corpus's"]["model"].mean == pytest.approx(0.5)
     assert table.marks["phone errors, en"]["model"].mean == 0.5
@@ -205,12 +287,21 @@ def test_commands_measure_files(tmp_path: Path) -> None:
         write_clip(folder / f"{i}.mp4", clip.frames, 25, clip.audio, 24000)
     (folder / "cut short.mp4").write_bytes((folder / "0.mp4").read_bytes()[:500])
     report, own = tmp_path / "a.json", ["--judges", str(judge_folder())]
-    cli_eval_all.main(["all", str(folder), "--json", str(report), "--html", str(tmp_path / "a.html"), *own])
+    cli_eval_all.main(
+        ["all", str(folder), "--json", str(report), "--html", str(tmp_path / "a.html"), *own]
+    )
     rows = read_report(report)
     assert len(rows) == 4 and [row["status"] for row in rows].count("error") == 1
-    assert cli_eval_all.main(["compare", str(report), str(report), "--json", str(tmp_path / "d.json")]) == 0
-    assert all(one["difference"]["mean"] == 0 for one in json.loads((tmp_path / "d.json").read_text()))
-    assert cli_eval_all.main(["fidelity", str(folder), str(folder), *own]) == 1  # too few clips: says so, measures none
+    assert (
+        cli_eval_all.main(["compare", str(report), str(report), "--json", str(tmp_path / "d.json")])
+        == 0
+    )
+    assert all(
+        one["difference"]["mean"] == 0 for one in json.loads((tmp_path / "d.json").read_text())
+    )
+    assert (
+        cli_eval_all.main(["fidelity", str(folder), str(folder), *own]) == 1
+    )  # too few clips: says so, measures none
     with pytest.raises(ValueError, match="needs one of all, compare"):
         cli_eval_all.main(["none"])
     with pytest.raises(ValueError, match="no such file"):
@@ -219,7 +310,9 @@ def test_commands_measure_files(tmp_path: Path) -> None:
         cli_eval_all.main(["coupling", "whole", *own])
 
 
-def test_evaluation_script_ends_with_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_script_ends_with_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(SAMPLES))
     import evaluate
 
@@ -230,8 +323,20 @@ def test_evaluation_script_ends_with_a_table(tmp_path: Path, monkeypatch: pytest
 
     chosen = wishes(bank)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(asdict(p)) + "\n" for p in chosen))
-    words = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "run"), "--steps", "1", "--bank",
-             str(REPO_BANK), "--judges", str(judge_folder()), "--prompts", str(tmp_path / "prompts.jsonl")]
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--folder",
+        str(tmp_path / "run"),
+        "--steps",
+        "1",
+        "--bank",
+        str(REPO_BANK),
+        "--judges",
+        str(judge_folder()),
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+    ]
     table = evaluate.main(words)
     assert set(table["peak"]) == {"model", "codec", "corpus"}
     assert table["peak"]["corpus"]["n"] == 3

@@ -41,9 +41,13 @@ def model_inputs() -> dict:
     g = torch.Generator().manual_seed(0)
     return dict(
         hidden_states=torch.randn(2, CLIP.video_tokens, 64, generator=g),
-        audio_hidden_states=torch.randn(2, CLIP.audio_tokens, 48, generator=g), timestep=torch.tensor([0.9, 0.3]),
-        audio_timestep=torch.tensor([0.5, 0.7]), text=torch.randn(2, 5, 32, generator=g),
-        text_mask=torch.ones(2, 5, dtype=torch.bool), positions=Positions.of(CLIP))
+        audio_hidden_states=torch.randn(2, CLIP.audio_tokens, 48, generator=g),
+        timestep=torch.tensor([0.9, 0.3]),
+        audio_timestep=torch.tensor([0.5, 0.7]),
+        text=torch.randn(2, 5, 32, generator=g),
+        text_mask=torch.ones(2, 5, dtype=torch.bool),
+        positions=Positions.of(CLIP),
+    )
 
 
 @torch.no_grad()
@@ -63,23 +67,33 @@ def make_pipe(components: dict, **changes) -> AVDiffPipeline:
 
 
 def pipe_inputs(**changes) -> dict:
-    options = dict(prompt="A woman with red hair", num_inference_steps=2, seconds=0.4, output_type="pt",
-                   generator=torch.Generator().manual_seed(0), guidance_scale=2.0)
+    options = dict(
+        prompt="A woman with red hair",
+        num_inference_steps=2,
+        seconds=0.4,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+        guidance_scale=2.0,
+    )
     return {**options, **changes}
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------
 
 
 def test_variants_and_shards(tmp_path) -> None:
     model = make_model().eval()
     model.save_pretrained(tmp_path / "variant", variant="fp16")
-    torch.testing.assert_close(video(AVTransformer.from_pretrained(tmp_path / "variant", variant="fp16")), video(model))
+    torch.testing.assert_close(
+        video(AVTransformer.from_pretrained(tmp_path / "variant", variant="fp16")), video(model)
+    )
     with pytest.raises(OSError, match="no file named"):
         AVTransformer.from_pretrained(tmp_path / "variant")
     model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
     assert (tmp_path / "shards" / SAFE_WEIGHTS_INDEX_NAME).is_file()
-    torch.testing.assert_close(video(AVTransformer.from_pretrained(tmp_path / "shards")), video(model))
+    torch.testing.assert_close(
+        video(AVTransformer.from_pretrained(tmp_path / "shards")), video(model)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -98,7 +112,9 @@ def test_two_calls_are_equal_and_a_tuple_holds_what_the_record_holds() -> None:
     assert torch.equal(video(model), video(model))
     with torch.no_grad():
         record, pair = model(**model_inputs()), model(**model_inputs(), return_dict=False)
-    assert torch.equal(record.video, pair[0]) and torch.equal(record.audio, pair[1]) and len(pair) == 2
+    assert (
+        torch.equal(record.video, pair[0]) and torch.equal(record.audio, pair[1]) and len(pair) == 2
+    )
 
 
 def test_attributes_and_casts_warn_where_they_should(caplog) -> None:
@@ -143,13 +159,17 @@ def test_training_with_an_average() -> None:
     assert not model.is_gradient_checkpointing
     model.enable_gradient_checkpointing()
     assert model.is_gradient_checkpointing
-    flagged = {type(m).__name__ for m in model.modules() if getattr(m, "gradient_checkpointing", False)}
+    flagged = {
+        type(m).__name__ for m in model.modules() if getattr(m, "gradient_checkpointing", False)
+    }
     assert flagged == {"AVTransformer"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_audio_codec_in_half_precision_takes_what_it_gives(components, dtype: torch.dtype) -> None:
-    """Its moments are fp32, and its decoder takes them; with fp8 storage the layers work in the compute dtype."""
+    """Its moments are fp32, and its decoder takes them; with fp8 storage the layers work in the
+    compute dtype.
+    """
     mel = torch.randn(1, 1, 16, 100)
     vae = copy.deepcopy(components["audio_vae"])
     with torch.no_grad():
@@ -188,21 +208,36 @@ def test_mel_front_end_moves_an_offloaded_codec(components) -> None:
         def pre_forward(self, module, *args, **kwargs):
             calls.append(type(module).__name__)
             return args, kwargs
+
     vae = copy.deepcopy(components["audio_vae"])
     add_hook_to_module(vae, Hook())
     vae.mel(torch.zeros(1, 1, 1920))
     assert calls == ["AVAudioVAE"]
 
 
-# -- pipelines --------------------------------------------------------------------------------------------------------
+# -- pipelines --------------------------------------------------------------------------------
 
 
 def test_signature() -> None:
     parameters = inspect.signature(AVDiffPipeline.__call__).parameters
-    wanted = ["prompt", "negative_prompt", "height", "width", "guidance_scale", "prompt_embeds",
-              "negative_prompt_embeds", "num_inference_steps", "num_videos_per_prompt", "generator", "latents",
-              "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-              "attention_kwargs"]
+    wanted = [
+        "prompt",
+        "negative_prompt",
+        "height",
+        "width",
+        "guidance_scale",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "num_inference_steps",
+        "num_videos_per_prompt",
+        "generator",
+        "latents",
+        "output_type",
+        "return_dict",
+        "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+        "attention_kwargs",
+    ]
     for name in wanted:
         assert parameters[name].default is not inspect.Parameter.empty, name
 
@@ -214,7 +249,9 @@ def test_components_and_variants(components, tmp_path) -> None:
     index = json.loads((tmp_path / "model_index.json").read_text())
     for name, part in components.items():
         if isinstance(part, torch.nn.Module):
-            assert name in index and any(".fp16." in f.name for f in (tmp_path / name).iterdir()), name
+            assert name in index and any(".fp16." in f.name for f in (tmp_path / name).iterdir()), (
+                name
+            )
     again = AVDiffPipeline.from_pretrained(tmp_path, variant="fp16")
     for a, b in zip(pipe.vae.parameters(), again.vae.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -236,48 +273,74 @@ def test_optional_components_stay_away(components, tmp_path) -> None:
     torch.testing.assert_close(after.frames, before.frames, atol=1e-4, rtol=0)
 
 
-def test_prompts_are_encoded_by_a_pipeline_with_a_text_encoder_alone(components, monkeypatch) -> None:
-    monkeypatch.setattr(diffusers.pipelines, "AVDiffPipeline", AVDiffPipeline, raising=False)  # where it looks
-    alone = AVDiffPipeline(**{n: c if n in ("text_encoder", "tokenizer") else None for n, c in components.items()})
+def test_prompts_are_encoded_by_a_pipeline_with_a_text_encoder_alone(
+    components, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        diffusers.pipelines, "AVDiffPipeline", AVDiffPipeline, raising=False
+    )  # where it looks
+    alone = AVDiffPipeline(
+        **{n: c if n in ("text_encoder", "tokenizer") else None for n, c in components.items()}
+    )
     visitor = ReturnNameVisitor()
     visitor.visit(visitor.get_ast_tree(cls=AVDiffPipeline))
     with torch.no_grad():
-        encoded = dict(zip(visitor.return_names, alone.encode_prompt("A woman with red hair"), strict=True))
+        encoded = dict(
+            zip(visitor.return_names, alone.encode_prompt("A woman with red hair"), strict=True)
+        )
     parameters = inspect.signature(AVDiffPipeline.__call__).parameters
     assert all(name in parameters for name in encoded)
     without = make_pipe(components, text_encoder=None, tokenizer=None)
     out = without(**{**pipe_inputs(prompt=None), **encoded})
-    torch.testing.assert_close(out.frames, make_pipe(components)(**pipe_inputs()).frames, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        out.frames, make_pipe(components)(**pipe_inputs()).frames, atol=1e-4, rtol=0
+    )
 
 
 def test_dtypes(components, tmp_path) -> None:
-    parts = {n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()}
+    parts = {
+        n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()
+    }
     pipe = make_pipe(parts)
     pipe.save_pretrained(tmp_path)
     pipe.to(dtype=torch.float16)
-    assert all(m.dtype == torch.float16 for m in pipe.components.values() if isinstance(m, torch.nn.Module))
-    loaded = AVDiffPipeline.from_pretrained(tmp_path, dtype={"vae": torch.bfloat16, "default": torch.float16})
+    assert all(
+        m.dtype == torch.float16 for m in pipe.components.values() if isinstance(m, torch.nn.Module)
+    )
+    loaded = AVDiffPipeline.from_pretrained(
+        tmp_path, dtype={"vae": torch.bfloat16, "default": torch.float16}
+    )
     found = {n: m.dtype for n, m in loaded.components.items() if isinstance(m, torch.nn.Module)}
     assert found.pop("vae") == torch.bfloat16 and set(found.values()) == {torch.float16}
     mel = torch.randn(1, 1, 8, 100)
-    torch.testing.assert_close(loaded.vocoder.read_pitch(mel[0]).hertz, components["vocoder"].read_pitch(mel[0]).hertz)
+    torch.testing.assert_close(
+        loaded.vocoder.read_pitch(mel[0]).hertz, components["vocoder"].read_pitch(mel[0]).hertz
+    )
     assert loaded.vocoder(mel).dtype == torch.float32 and torch.isfinite(loaded.vocoder(mel)).all()
 
 
 def test_half_precision_by_a_cast(components) -> None:
-    parts = {n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()}
+    parts = {
+        n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()
+    }
     out = make_pipe(parts).to(torch.bfloat16)(**pipe_inputs())
     assert torch.isfinite(out.frames).all() and torch.isfinite(out.audio).all()
 
 
 def test_weights_of_every_part_may_rest_elsewhere(components) -> None:
-    """Sequential offload: each weight is on the meta device unless the layer that owns it is running."""
-    parts = {n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()}
+    """Sequential offload: each weight is on the meta device unless the layer that owns it is
+    running.
+    """
+    parts = {
+        n: copy.deepcopy(c) if isinstance(c, torch.nn.Module) else c for n, c in components.items()
+    }
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             cpu_offload(part, execution_device=torch.device("cpu"))
     sound = torch.randn(1, 1, 9600) * 0.1
-    wanted, out = (make_pipe(p)(**pipe_inputs(audio=sound, seconds=0.56)) for p in (components, parts))
+    wanted, out = (
+        make_pipe(p)(**pipe_inputs(audio=sound, seconds=0.56)) for p in (components, parts)
+    )
     assert torch.equal(out.frames, wanted.frames) and torch.equal(out.audio, wanted.audio)
 
 
@@ -290,7 +353,13 @@ def test_callbacks_see_what_is_listed(components) -> None:
             tensors["latents"] = torch.zeros_like(tensors["latents"])
         pipeline._guidance_scale += 1.0
         return tensors
-    out = pipe(**pipe_inputs(output_type="latent", callback_on_step_end=all_of_them,
-                             callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs))
+
+    out = pipe(
+        **pipe_inputs(
+            output_type="latent",
+            callback_on_step_end=all_of_them,
+            callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs,
+        )
+    )
     assert not out.frames.any() and out.audio.any()
     assert pipe.guidance_scale == 2.0 + pipe.num_timesteps

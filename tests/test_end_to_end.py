@@ -1,6 +1,8 @@
-"""The whole road at tiny size: corpus, cache, training, a kill, resume, validation with sound, export, generation.
+"""The whole road at tiny size: corpus, cache, training, a kill, resume, validation with sound,
+export, generation.
 
-The curve is compared with tests/golden/end_to_end.json; `python -m tests.test_end_to_end` writes it anew.
+The curve is compared with tests/golden/end_to_end.json; `python -m tests.test_end_to_end` writes it
+anew.
 """
 
 import json
@@ -37,11 +39,11 @@ def make(root: Path) -> list[str]:
     recipe.write_text(f"""
 [model]
 preset = "tiny"
-codecs = "{root / 'codecs'}"
+codecs = "{root / "codecs"}"
 vocab_size = 300
 [data]
-train_data = ["{root / 'train'}"]
-validation_data = ["{root / 'val'}"]
+train_data = ["{root / "train"}"]
+validation_data = ["{root / "val"}"]
 [objective]
 tasks = {{ joint = 2.0, t2a = 1.0, a2v = 1.0 }}
 [samples]
@@ -96,6 +98,7 @@ def test_a_killed_run_goes_on_bit_for_bit(road):
             done.append(phase)
             if len(done) == KILLED_AFTER:
                 os.kill(os.getpid(), signal.SIGKILL)
+
         finetune.FinetuneTask.after_step = after_step
         finetune.main([*words, str(root / "cut")])
 
@@ -112,7 +115,9 @@ def test_a_killed_run_goes_on_bit_for_bit(road):
     assert curve(root / "cut") == curve(root / "whole")
     for path in (root / "whole" / f"checkpoint-{STEPS}").glob("*.safetensors"):
         theirs = load_file(root / "cut" / path.parent.name / path.name)
-        assert [k for k, v in load_file(path).items() if not torch.equal(v, theirs[k])] == [], path.name
+        assert [k for k, v in load_file(path).items() if not torch.equal(v, theirs[k])] == [], (
+            path.name
+        )
 
 
 def test_validation_leaves_clips_to_hear_and_see(road):
@@ -127,7 +132,9 @@ def test_validation_leaves_clips_to_hear_and_see(road):
     assert f"step-{STEPS:06d}/report.html" in curves
     assert "loss/audio" in curves
     told = json.loads((folder / "report.json").read_text())["rows"][0]
-    last = [line for line in read_log(root / "whole" / "log.jsonl") if "validation/audio" in line][-1]
+    last = [line for line in read_log(root / "whole" / "log.jsonl") if "validation/audio" in line][
+        -1
+    ]
     for name in ("speech", "lip_sync", "mouth"):
         if f"validation/judge/{name}" in last:
             assert last[f"validation/judge/{name}"] == pytest.approx(told.get(name, 0.0))
@@ -137,8 +144,20 @@ def test_the_export_generates(road, tmp_path):
     root, _ = road
     assert (root / "whole" / "best" / "model_index.json").is_file()
     with pytest.raises(SystemExit) as ended:
-        avdiff_main(["generate", 'a woman says "hello"', "--model", str(root / "whole" / "final"), "--steps", "2",
-                     "--seed", "1", "-o", str(tmp_path / "out.mp4")])
+        avdiff_main(
+            [
+                "generate",
+                'a woman says "hello"',
+                "--model",
+                str(root / "whole" / "final"),
+                "--steps",
+                "2",
+                "--seed",
+                "1",
+                "-o",
+                str(tmp_path / "out.mp4"),
+            ]
+        )
     assert not ended.value.code
     clip = read_clip(tmp_path / "out.mp4")
     assert clip.frames.shape[1:] == (128, 128, 3)

@@ -1,4 +1,6 @@
-"""Engram: hash, tables and gate against slow twins, and training by gathered rows against a dense table."""
+"""Engram: hash, tables and gate against slow twins, and training by gathered rows against a dense
+table.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from avdiff.train.loop.sparse_optim import (
 SMALL = NgramHash(vocab_size=50, table_size=101, max_order=4, heads=3, layer=1, layers=(0, 1))
 
 
-def slow_rows(hashing: NgramHash, ids: list[int], segments: list[int] | None = None) -> list[list[int]]:
+def slow_rows(
+    hashing: NgramHash, ids: list[int], segments: list[int] | None = None
+) -> list[list[int]]:
     """Python integers and loops: one n-gram at a time, look-back by look-back."""
     out = []
     for t in range(len(ids)):
@@ -52,7 +56,9 @@ def slow_rows(hashing: NgramHash, ids: list[int], segments: list[int] | None = N
 
 
 def test_published_table_sizes() -> None:
-    layers = [NgramHash(100_000, 16_000_000, 4, 8, layer=layer, layers=(1, 14)) for layer in (1, 14)]
+    layers = [
+        NgramHash(100_000, 16_000_000, 4, 8, layer=layer, layers=(1, 14)) for layer in (1, 14)
+    ]
     assert [h.num_rows for h in layers] == [384_006_168, 384_016_682]
     primes = np.concatenate([h.primes.reshape(-1) for h in layers])
     assert primes.min() == 16_000_057 and len(set(primes.tolist())) == 48
@@ -72,13 +78,17 @@ def test_hash_equals_loops_in_numpy_and_torch(vocab_size: int) -> None:
             torch_rows = hashing(torch.tensor(ids), None if seg is None else torch.tensor(seg))
             assert hashing(ids, seg).tolist() == expected == torch_rows.tolist()
             assert torch_rows.dtype == torch.int64
-    assert (hashing.multipliers % 2 == 1).all() and int(hashing.multipliers.max()) * (vocab_size - 1) < 2**63
+    assert (hashing.multipliers % 2 == 1).all() and int(hashing.multipliers.max()) * (
+        vocab_size - 1
+    ) < 2**63
 
 
 def test_boundaries_order_and_batch() -> None:
     ids = torch.tensor([[5, 6, 7, 0, 8, 9], [8, 9, 5, 6, 7, 0]])
     rows = SMALL(ids)
-    assert torch.equal(rows[0, :3], SMALL(ids[:, 2:5])[1])  # what was before a start does not matter, nor padding after
+    assert torch.equal(
+        rows[0, :3], SMALL(ids[:, 2:5])[1]
+    )  # what was before a start does not matter, nor padding after
     assert torch.equal(rows[0, 4:], rows[1, :2])  # a pad forgets
     joined = SMALL(torch.tensor([[8, 9, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1]]))
     assert torch.equal(joined[0, 2:], rows[0, :3]) and not torch.equal(rows[1, 2:5], rows[0, :3])
@@ -91,13 +101,37 @@ def test_boundaries_order_and_batch() -> None:
 def test_other_layers_and_vocabularies_are_other_hashes() -> None:
     ids = torch.randint(1, 50, (1, 64), generator=torch.Generator().manual_seed(0))
     for change in ({"layer": 0}, {"vocab_size": 51}, {"seed": 1}):
-        other = NgramHash(**({"vocab_size": 50, "table_size": 101, "max_order": 4, "heads": 3, "layer": 1,
-                              "layers": (0, 1)} | change))
+        other = NgramHash(
+            **(
+                {
+                    "vocab_size": 50,
+                    "table_size": 101,
+                    "max_order": 4,
+                    "heads": 3,
+                    "layer": 1,
+                    "layers": (0, 1),
+                }
+                | change
+            )
+        )
         assert not torch.equal(SMALL(ids), other(ids))
 
 
 def test_compressed_vocabulary() -> None:
-    words = ["<pad>", "Café", "cafe", " cafe", "CAFÉ", " ", "\t \n", "", "\ufffd", "\ufffd", "ﬁ", "fi"]
+    words = [
+        "<pad>",
+        "Café",
+        "cafe",
+        " cafe",
+        "CAFÉ",
+        " ",
+        "\t \n",
+        "",
+        "\ufffd",
+        "\ufffd",
+        "ﬁ",
+        "fi",
+    ]
 
     class Tokens:
         def __len__(self) -> int:
@@ -123,8 +157,11 @@ def test_mapped_equals_ram_warm_and_cold(tmp_path: Path, dtype: torch.dtype) -> 
     rows = torch.randint(0, 3001, (2, 100, 3))
     rows[0, 0, 0], rows[0, 0, 1] = 0, 3000
     bits = torch.int32 if dtype == torch.float32 else torch.int16
-    for read in (mapped(rows), torch.from_numpy(mapped.mapped._read_cold(rows.numpy())).view(dtype),
-                 copy.deepcopy(mapped)(rows)):
+    for read in (
+        mapped(rows),
+        torch.from_numpy(mapped.mapped._read_cold(rows.numpy())).view(dtype),
+        copy.deepcopy(mapped)(rows),
+    ):
         assert read.dtype == dtype and torch.equal(read.view(bits), table(rows).view(bits))
     assert mapped(rows[:0]).shape == (0, 100, 3, 12)
     mapped.mapped.release()
@@ -150,8 +187,14 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     good = tmp_path / "good.safetensors"
     MemoryTable(100, 8).save(good)
     data = good.read_bytes()
-    bad = {"empty": b"", "text": b"hello world, this is no table", "cut": data[:-9], "length": b"\xff" * 8 + data[8:],
-           "shape": data.replace(b"[100,8]", b"[900,8]"), "list": (2).to_bytes(8, "little") + b"[]"}
+    bad = {
+        "empty": b"",
+        "text": b"hello world, this is no table",
+        "cut": data[:-9],
+        "length": b"\xff" * 8 + data[8:],
+        "shape": data.replace(b"[100,8]", b"[900,8]"),
+        "list": (2).to_bytes(8, "little") + b"[]",
+    }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="not a safetensors file"):
@@ -178,16 +221,28 @@ def test_fresh_memory_is_the_identity_and_gate_follows_the_formula() -> None:
     update = memory(h, read)
     assert memory.table.rows is not None
     for b, t in ((0, 0), (1, 6), (0, 4), (0, 3)):
-        e = torch.cat([memory.table.rows[row] for row in slow_rows(SMALL, ids[b].tolist())[t]]).double()
-        key, value = memory.to_k.weight.detach().double() @ e, memory.to_v.weight.detach().double() @ e
+        e = torch.cat(
+            [memory.table.rows[row] for row in slow_rows(SMALL, ids[b].tolist())[t]]
+        ).double()
+        key, value = (
+            memory.to_k.weight.detach().double() @ e,
+            memory.to_v.weight.detach().double() @ e,
+        )
         query, key = (x / (x.pow(2).mean() + 1e-6).sqrt() for x in (h[b, t].double(), key))
         s = float((query * memory.norm_q.weight.detach() * key).sum()) / 4
         alpha = 1 / (1 + math.exp(-math.copysign(math.sqrt(max(abs(s), 1e-6)), s)))
         assert torch.allclose(update[b, t].double(), alpha * value * (ids[b, t] != 0), atol=1e-5)
     index = torch.tensor([[0, 0, 6, 2], [1, 2, 2, 3]])
     ticks = torch.randn(2, 4, 16)
-    expected = torch.stack([memory(ticks[b:b + 1], MemoryRead(read.keys[b:b + 1, index[b]],
-                                                              read.values[b:b + 1, index[b]]))[0] for b in range(2)])
+    expected = torch.stack(
+        [
+            memory(
+                ticks[b : b + 1],
+                MemoryRead(read.keys[b : b + 1, index[b]], read.values[b : b + 1, index[b]]),
+            )[0]
+            for b in range(2)
+        ]
+    )
     assert torch.equal(memory(ticks, read, index), expected)
     assert torch.equal(memory(ticks, read.at(index)), expected)
     assert not memory(h, read.silenced()).any()
@@ -197,8 +252,10 @@ def test_batch_of_two_equals_two_singles_and_constant_gate() -> None:
     memory, h, ids = engram(), torch.randn(2, 9, 16), torch.randint(1, 50, (2, 9))
     torch.nn.init.normal_(memory.to_v.weight)
     both = memory(h, memory.lookup(ids))
-    singles = [memory.lookup(ids[i:i + 1]) for i in range(2)]
-    assert torch.allclose(both, torch.cat([memory(h[i:i + 1], singles[i]) for i in range(2)]), atol=1e-6)
+    singles = [memory.lookup(ids[i : i + 1]) for i in range(2)]
+    assert torch.allclose(
+        both, torch.cat([memory(h[i : i + 1], singles[i]) for i in range(2)]), atol=1e-6
+    )
     assert torch.allclose(both, memory(h, MemoryRead.cat(singles)), atol=1e-6)
     memory.constant_gate = 0.25
     assert torch.equal(memory(h, memory.lookup(ids)), 0.25 * memory.lookup(ids).values)
@@ -239,10 +296,14 @@ def test_memory_is_saved_with_its_model(tmp_path: Path) -> None:
     pairs = zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     half = Remembers.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).memory
-    assert half.lookup(torch.tensor([[1, 2]])).values.dtype == torch.bfloat16 == half.table.rows.dtype
+    assert (
+        half.lookup(torch.tensor([[1, 2]])).values.dtype == torch.bfloat16 == half.table.rows.dtype
+    )
     # One table inside the checkpoint can be mapped where it lies.
     file = tmp_path / "diffusion_pytorch_model.safetensors"
-    assert torch.equal(MappedRows(file, "memory.table.rows").read(torch.tensor([7])), model.memory.table.rows[7:8])
+    assert torch.equal(
+        MappedRows(file, "memory.table.rows").read(torch.tensor([7])), model.memory.table.rows[7:8]
+    )
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 50', '"vocab_size": 49'))
     with pytest.raises(ValueError, match="vocab_size=49"):
@@ -267,7 +328,10 @@ class DenseTwin(torch.nn.Module):
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     g = torch.Generator().manual_seed(5)
-    return [(torch.randn(2, 6, 16, generator=g), torch.randint(0, 12, (2, 6), generator=g)) for _ in range(count)]
+    return [
+        (torch.randn(2, 6, 16, generator=g), torch.randint(0, 12, (2, 6), generator=g))
+        for _ in range(count)
+    ]
 
 
 def test_row_adagrad_equals_dense_and_touches_nothing_else() -> None:
@@ -278,7 +342,7 @@ def test_row_adagrad_equals_dense_and_touches_nothing_else() -> None:
     total = torch.zeros(len(twin.weight))
     steps = batches(8)
     for i in range(0, 8, 2):  # two micro-batches a step
-        for h, ids in steps[i:i + 2]:
+        for h, ids in steps[i : i + 2]:
             (h + memory(h, memory.lookup(ids)) - 1).square().mean().backward()
             twin.loss(h, ids).backward()
         norm = clip_with_rows(memory.parameters(), rows, 0.05)
@@ -332,7 +396,8 @@ def test_resume_is_exact_and_bf16_keeps_small_updates(kind: type[RowOptimizer]) 
     train(table, optimizer, range(6, 12))
     train(resumed, again, range(6, 12))
     assert torch.equal(table.rows, resumed.rows)  # type: ignore[arg-type]
-    # Each update is below half a bf16 step at 1.0 and would be rounded away; on average it must arrive.
+    # Each update is below half a bf16 step at 1.0 and would be rounded away; on average it must
+    # arrive.
     exact = MemoryTable(40, 32).train()
     exact.rows.fill_(1.0)  # type: ignore[union-attr]
     train(exact, kind([exact], lr=1e-3), range(12))  # type: ignore[call-arg]
@@ -359,7 +424,9 @@ def test_only_a_training_step_collects() -> None:
 
 def test_ranks_agree_on_row_gradients(tmp_path: Path) -> None:
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = pool.map(_gather, [(rank, str(tmp_path / "meet")) for rank in range(2)], chunksize=1)
+        results = pool.map(
+            _gather, [(rank, str(tmp_path / "meet")) for rank in range(2)], chunksize=1
+        )
     assert results[0] == results[1] == ([1, 3, 7], [[0.5, 0.5], [1.5, 1.5], [1.0, 1.0]])
 
 
@@ -367,7 +434,10 @@ def _gather(job: tuple[int, str]) -> tuple[list[int], list[list[float]]]:
     rank, meet = job
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
-    mine = [(torch.tensor([1, 3]), torch.ones(2, 2)), (torch.tensor([3, 7]), torch.full((2, 2), 2.0))][rank]
+    mine = [
+        (torch.tensor([1, 3]), torch.ones(2, 2)),
+        (torch.tensor([3, 7]), torch.full((2, 2), 2.0)),
+    ][rank]
     merged = gather_rows(mine, 2, None)
     empty = gather_rows(None, 2, None)
     distributed.destroy_process_group()

@@ -24,7 +24,9 @@ RATE = 24000
 @cache
 def scenes() -> tuple[Event, ...]:
     """Two of each kind."""
-    return tuple(sample_event(np.random.default_rng([3, i]), 2.5, KINDS[i % len(KINDS)]) for i in range(12))
+    return tuple(
+        sample_event(np.random.default_rng([3, i]), 2.5, KINDS[i % len(KINDS)]) for i in range(12)
+    )
 
 
 @cache
@@ -78,7 +80,9 @@ def test_onsets_are_placed_to_the_millisecond() -> None:
 @pytest.mark.parametrize("late", [-0.12, 0.12])
 def test_a_late_sound_is_a_positive_lag_and_misses(late: float) -> None:
     for index in (4, 5):
-        moved = np.roll(np.pad(sound(index), (RATE, RATE)), round(late * RATE))[RATE:-RATE].astype(np.float32)
+        moved = np.roll(np.pad(sound(index), (RATE, RATE)), round(late * RATE))[RATE:-RATE].astype(
+            np.float32
+        )
         good = Clip(pictures(index), sound(index)[None], Fraction(25), RATE)
         bad = Clip(pictures(index), moved[None], Fraction(25), RATE)
         truth, found = (ev.events(clip, len(scenes()[index].impacts)) for clip in (good, bad))
@@ -92,14 +96,21 @@ def test_a_late_sound_is_a_positive_lag_and_misses(late: float) -> None:
 
 def test_matching_uses_each_once_and_the_nearest_first() -> None:
     assert ev.match(np.array([1.0, 1.04]), np.array([1.03]), 0.05) == [(1, 0)]
-    assert sorted(ev.match(np.array([1.0, 2.0]), np.array([2.01, 1.02, 9.0]), 0.05)) == [(0, 1), (1, 0)]
+    assert sorted(ev.match(np.array([1.0, 2.0]), np.array([2.01, 1.02, 9.0]), 0.05)) == [
+        (0, 1),
+        (1, 0),
+    ]
     assert ev.match(np.zeros(0), np.array([1.0]), 1.0) == []
 
 
 def test_still_pictures_have_no_impact_and_missing_parts_are_named() -> None:
     still = np.repeat(pictures(0)[:1], 40, axis=0)
     found = ev.events(Clip(still, sound(0)[None], Fraction(25), RATE), 3)
-    assert found["event_impacts"] == 0 and found["event_hits"] == 0 and math.isnan(found["impact_lag_ms"])
+    assert (
+        found["event_impacts"] == 0
+        and found["event_hits"] == 0
+        and math.isnan(found["impact_lag_ms"])
+    )
     with pytest.raises(ValueError, match="needs both"):
         ev.events(Clip(None, sound(0)[None], None, RATE))
     assert ev.score(Clip(still, None, Fraction(25), None)) == 0.0

@@ -1,4 +1,6 @@
-"""Events on the clock: what a caption tells, when it is struck, and what the pipeline makes of it."""
+"""Events on the clock: what a caption tells, when it is struck, and what the pipeline makes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,18 @@ def test_every_caption_of_the_corpus_tells_its_number_and_whether_it_is_a_ball()
     assert told > 1000
 
 
-@pytest.mark.parametrize(("text", "count"), [
-    ("a bell rings twice", 2), ("3 times a stick beats a drum", 3), ("दो हाथ पांच बार ताली बजाते हैं", 5), ("敲了4次", 4),
-    ("a spoon taps a glass", None), ("a woman with one earring", None), ("somebody claps thrice", 3),
-])
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("a bell rings twice", 2),
+        ("3 times a stick beats a drum", 3),
+        ("दो हाथ पांच बार ताली बजाते हैं", 5),
+        ("敲了4次", 4),
+        ("a spoon taps a glass", None),
+        ("a woman with one earring", None),
+        ("somebody claps thrice", 3),
+    ],
+)
 def test_numbers_are_read(text, count):
     assert strokes_told(text) == count
 
@@ -55,9 +65,15 @@ def test_strokes_fill_the_clip_as_told():
         assert len(phones) == count and all(p.symbol == IMPACT for p in phones)
         assert starts[0] > 0 and starts[-1] < 3.5 - 0.2
         if count > 2:
-            assert np.all(np.diff(starts, 2) < 0)  # each flight of a ball is shorter than the one before
-    assert event_script("a drum is struck twice", 3.0, 1) == event_script("a drum is struck twice", 3.0, 1)
-    assert event_script("a drum is struck twice", 3.0, 1) != event_script("a drum is struck twice", 3.0, 2)
+            assert np.all(
+                np.diff(starts, 2) < 0
+            )  # each flight of a ball is shorter than the one before
+    assert event_script("a drum is struck twice", 3.0, 1) == event_script(
+        "a drum is struck twice", 3.0, 1
+    )
+    assert event_script("a drum is struck twice", 3.0, 1) != event_script(
+        "a drum is struck twice", 3.0, 2
+    )
     drawn = {len(event_script("a bell rings", 3.0, seed)) for seed in range(40)}
     assert len(drawn) > 3
     for count, words in ((9, "at most 6 strokes"), (6, "longer clip")):
@@ -79,18 +95,28 @@ def test_a_prompt_without_words_gets_strokes_where_the_model_knows_them():
     texts = ["a drum is struck three times", 'a man says "no"', "a man"]
     plain = understand(texts, frame, 3.0)
     struck = understand(texts, frame, 3.0, event_seeds=[1, 2, 3])
-    assert [len(p) for p in plain.phones][::2] == [0, 0] and plain.script.present.tolist() == [False, True, False]
+    assert [len(p) for p in plain.phones][::2] == [0, 0] and plain.script.present.tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert struck.script.present.tolist() == [True, True, False]
-    assert (struck.script.phonemes[0] == STROKE_ID).sum() == 3 and not (struck.script.phonemes[1] == STROKE_ID).any()
+    assert (struck.script.phonemes[0] == STROKE_ID).sum() == 3 and not (
+        struck.script.phonemes[1] == STROKE_ID
+    ).any()
     assert struck.phones[1] == plain.phones[1]
-    heard = understand(texts, frame, 3.0, given=True, event_seeds=[1, 2, 3])  # what is given tells when
+    heard = understand(
+        texts, frame, 3.0, given=True, event_seeds=[1, 2, 3]
+    )  # what is given tells when
     assert heard.script.present.tolist() == [False, True, False]
 
 
 def test_the_pipeline_strikes_by_seed():
     parts = tiny_components()
     config = {**dict(parts["transformer"].config), "num_phonemes": 128, "event_script": True}
-    parts["transformer"] = AVTransformer(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    parts["transformer"] = AVTransformer(
+        **{k: v for k, v in config.items() if not k.startswith("_")}
+    ).eval()
     pipe = AVDiffPipeline(**parts)
     one = torch.Generator().manual_seed(5)
     assert pipe._event_seeds([one, torch.Generator().manual_seed(6)], 2) == [5, 6]
@@ -113,7 +139,9 @@ def test_the_picture_reads_strokes_but_not_words():
     told = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP, [warp] * 3)
     straight = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP, to_video=True)
     (_, warped), (_, exact) = encoder(told, positions), encoder(straight, positions)
-    assert not torch.equal(warped[0], exact[0])  # words may be warped for the picture, strokes never are
+    assert not torch.equal(
+        warped[0], exact[0]
+    )  # words may be warped for the picture, strokes never are
     torch.testing.assert_close(warped[1], exact[1])
     torch.testing.assert_close(video[1], exact[1])
     plain = ScriptEncoder(128, 8, 16, 4, 24, 32)
@@ -124,4 +152,6 @@ def test_strokes_have_no_viseme():
     script = script_from_phones([(Phone("a", 0.1, 0.3),), stroke_phones((0.1, 0.3))], CLIP)
     labels = viseme_labels(script, Positions.of(CLIP))
     assert (labels[0] != IGNORED).all()
-    assert (labels[1] == IGNORED).any() and (labels[1] != IGNORED).any()  # silence between strokes is a closed mouth
+    assert (labels[1] == IGNORED).any() and (
+        labels[1] != IGNORED
+    ).any()  # silence between strokes is a closed mouth

@@ -31,7 +31,9 @@ def test_impacts_lie_in_the_clip_in_order():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_starts_at_the_impact(kind):
-    """The first sample above 2 % of the peak, and the loudest 1 ms step up of energy, within 5 ms of the truth."""
+    """The first sample above 2 % of the peak, and the loudest 1 ms step up of energy, within 5 ms
+    of the truth.
+    """
     for event in events(12, kind=kind):
         single = replace(event, impacts=event.impacts[:1], speeds=(1.0,))
         sound = event_audio(single, round(2.5 * RATE), RATE)
@@ -73,16 +75,24 @@ def test_onsets_are_where_the_truth_says_even_over_ringing():
 
 def test_a_new_strike_damps_the_ringing_and_nothing_before_it():
     event = next(e for e in events(20, kind="bell") if len(e.impacts) >= 2)
-    one = event_audio(replace(event, impacts=event.impacts[:1], speeds=event.speeds[:1]), 60000).astype(np.float64)
-    two = event_audio(replace(event, impacts=event.impacts[:2], speeds=event.speeds[:2]), 60000).astype(np.float64)
+    one = event_audio(
+        replace(event, impacts=event.impacts[:1], speeds=event.speeds[:1]), 60000
+    ).astype(np.float64)
+    two = event_audio(
+        replace(event, impacts=event.impacts[:2], speeds=event.speeds[:2]), 60000
+    ).astype(np.float64)
     split = round(event.impacts[1] * RATE)
     gain = np.dot(one[:split], two[:split]) / np.dot(one[:split], one[:split])
     assert np.abs(two[:split] - gain * one[:split]).max() < 1e-5
     tail = slice(split + 1000, split + 9000)
-    alone = event_audio(replace(event, impacts=event.impacts[1:2], speeds=event.speeds[1:2]), 60000).astype(np.float64)
+    alone = event_audio(
+        replace(event, impacts=event.impacts[1:2], speeds=event.speeds[1:2]), 60000
+    ).astype(np.float64)
     parts = np.stack([one[tail], alone[tail]], 1)
     shares, *_ = np.linalg.lstsq(parts, two[tail], rcond=None)
-    assert np.abs(parts @ shares - two[tail]).max() < 1e-4 and shares[0] == pytest.approx(0.25 * gain, rel=0.02)
+    assert np.abs(parts @ shares - two[tail]).max() < 1e-4 and shares[0] == pytest.approx(
+        0.25 * gain, rel=0.02
+    )
 
 
 def test_bodies_ring_at_their_modes():
@@ -105,7 +115,9 @@ def test_strikers_touch_exactly_at_each_impact():
         assert (away >= -1e-9).all() and (away <= 1.11).all()
         assert np.abs(np.diff(away)).max() < 0.05  # no jumps
         for time in event.impacts:
-            touch = ball_height(event, time) if event.kind == "ball" else strike_distance(event, time)
+            touch = (
+                ball_height(event, time) if event.kind == "ball" else strike_distance(event, time)
+            )
             assert touch == pytest.approx(0, abs=1e-6)
         for one, two in zip(event.impacts, event.impacts[1:], strict=False):
             inside = (grid > one + 0.03) & (grid < two - 0.03)
@@ -124,17 +136,23 @@ def test_a_bouncing_ball_obeys_gravity():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ball"])
 def test_the_frame_at_an_impact_is_the_one_that_touches(kind):
-    """The frame that holds an impact is nearer to contact than its neighbours, in the motion and in the picture."""
+    """The frame that holds an impact is nearer to contact than its neighbours, in the motion and in
+    the picture.
+    """
     fps = 25
     for event in events(3, kind=kind):
         for time in event.impacts:
             held = int(time * fps)
             away = {i: strike_distance(event, (i + 0.5) / fps) for i in range(held - 2, held + 3)}
             assert min(away, key=away.__getitem__) == held
-            # the picture without the rays and ripples that follow a contact: the time since is the same in all of them
+            # the picture without the rays and ripples that follow a contact: the time since is the
+            # same in all of them
             still = replace(event, impacts=(time,), speeds=(1.0,))
             contact = render_event(still, time - 1e-6, 64).astype(np.float32)
-            before = [np.abs(render_event(still, time - d, 64) - contact).mean() for d in (0.005, 0.02, 0.045)]
+            before = [
+                np.abs(render_event(still, time - d, 64) - contact).mean()
+                for d in (0.005, 0.02, 0.045)
+            ]
             assert before[0] < 0.8 * min(before[1:]) and before[-1] > 0.3
 
 
@@ -149,7 +167,9 @@ def test_the_ball_is_lowest_in_pixels_at_its_impacts():
         low = [ball_height(event, t) for t in times]
         for time in event.impacts[:-1]:
             near = [i for i in range(len(times)) if abs(times[i] - time) < 0.05]
-            assert abs(times[near[int(np.argmin([low[i] for i in near]))]] - time) <= 0.5 / fps + 1e-9
+            assert (
+                abs(times[near[int(np.argmin([low[i] for i in near]))]] - time) <= 0.5 / fps + 1e-9
+            )
         top = render_event(event, event.impacts[0] - 0.6, 64)
         floor = render_event(event, event.impacts[0], 64)
         moved = np.abs(top.astype(int) - floor).sum(-1) > 60
@@ -176,7 +196,9 @@ def test_captions_tell_the_number_of_impacts():
             told = [phrases("en")["times"][len(event.impacts) - 1]] * 4
             told += [phrases(language)["times"][len(event.impacts) - 1]] * 2
             for caption, times in zip(captions, told, strict=False):
-                assert times.lower() in caption.lower() and "{" not in caption and "  " not in caption
+                assert (
+                    times.lower() in caption.lower() and "{" not in caption and "  " not in caption
+                )
 
 
 def test_errors():

@@ -33,7 +33,12 @@ def test_the_truth_about_faces_fits_the_drawing() -> None:
         x, y, side = row["square"]
         inside = np.abs(row["points"] - (x, y)).max() / side
         left, top, right, bottom = row["box"]
-        assert inside < 0.5 and left < x < right and top < y < bottom and row["picture"].shape == (128, 128, 3)
+        assert (
+            inside < 0.5
+            and left < x < right
+            and top < y < bottom
+            and row["picture"].shape == (128, 128, 3)
+        )
     assert [VISEMES[nearest_viseme(np.array(TARGETS[name]))] for name in VISEMES] == list(VISEMES)
     assert all(set(values) for values in ATTRIBUTES.values())
 
@@ -41,7 +46,9 @@ def test_the_truth_about_faces_fits_the_drawing() -> None:
 def test_crops_and_expectations_are_what_they_say() -> None:
     picture = torch.rand(1, 3, 128, 128)
     square = torch.tensor([[(40 + 24) / 128, (60 + 24) / 128, 48 / 128]])
-    torch.testing.assert_close(crop_squares(picture, square)[0], picture[0, :, 60:108, 40:88], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        crop_squares(picture, square)[0], picture[0, :, 60:108, 40:88], atol=1e-5, rtol=1e-5
+    )
     maps = torch.full((1, 1, 8, 8), -50.0)
     maps[0, 0, 2, 5] = 50.0
     torch.testing.assert_close(expectation(maps)[0, 0], torch.tensor([5.5 / 8, 2.5 / 8]))
@@ -50,7 +57,12 @@ def test_crops_and_expectations_are_what_they_say() -> None:
 def test_augmentation_moves_truth_with_the_picture() -> None:
     place = torch.tensor([0.4, 0.7])
     picture = torch.full((1, 3, 128, 128), -1.0)
-    picture[:, :, round(0.7 * 128) - 3 : round(0.7 * 128) + 3, round(0.4 * 128) - 3 : round(0.4 * 128) + 3] = 1.0
+    picture[
+        :,
+        :,
+        round(0.7 * 128) - 3 : round(0.7 * 128) + 3,
+        round(0.4 * 128) - 3 : round(0.4 * 128) + 3,
+    ] = 1.0
     box = torch.cat([place, place])[None]
     square = torch.tensor([[0.4, 0.7, 0.3]])
     batch = {"picture": picture, "points": place.expand(1, 20, 2), "box": box, "square": square}
@@ -59,12 +71,20 @@ def test_augmentation_moves_truth_with_the_picture() -> None:
         return expectation((x[:, :1] + 1).clamp_min(1e-9).log())[0, 0]
 
     start = centroid(picture)
-    for changed in (moved(batch, torch.tensor([0.8]), torch.tensor([[0.06, -0.04]])),
-                    mirrored(batch, torch.tensor([True]))):
+    for changed in (
+        moved(batch, torch.tensor([0.8]), torch.tensor([[0.06, -0.04]])),
+        mirrored(batch, torch.tensor([True])),
+    ):
         shift = changed["points"][0, 0] - place
-        scale = torch.tensor([-1.0, 1.0]) if changed["points"][0, 0, 0] == 1 - place[0] else torch.tensor([0.8, 0.8])
+        scale = (
+            torch.tensor([-1.0, 1.0])
+            if changed["points"][0, 0, 0] == 1 - place[0]
+            else torch.tensor([0.8, 0.8])
+        )
         expected = centroid(changed["picture"])
-        torch.testing.assert_close(expected, place + shift + (start - place) * scale, atol=4e-3, rtol=0)
+        torch.testing.assert_close(
+            expected, place + shift + (start - place) * scale, atol=4e-3, rtol=0
+        )
         torch.testing.assert_close(changed["box"][0, :2], changed["points"][0, 0])
         torch.testing.assert_close(changed["square"][0, :2], changed["points"][0, 0])
     back = mirrored(mirrored(batch, torch.tensor([True])), torch.tensor([True]))
@@ -76,7 +96,9 @@ def test_mirrored_lips_keep_their_names() -> None:
     identity, pose = sample_identity(rng), pose_track(rng, np.zeros(1))[0]
     points = lip_points(identity, np.array(TARGETS["aa"]), pose._replace(yaw=0.0, tilt=0.0, dx=0.0))
     turned = points[MIRROR.numpy()] * (-1, 1) + (1, 0)
-    np.testing.assert_allclose(turned, points, atol=1e-5)  # a symmetric mouth is its own mirror image
+    np.testing.assert_allclose(
+        turned, points, atol=1e-5
+    )  # a symmetric mouth is its own mirror image
 
 
 def test_face_reader_learns_and_is_read(tmp_path: Path) -> None:
@@ -97,7 +119,11 @@ def test_face_reader_learns_and_is_read(tmp_path: Path) -> None:
     report = task.validate()
     assert {"clean_jaw_r", "degraded_attributes", "clean_box_iou"} <= set(report)
     reading = judges.read_faces(np.array(store.pictures[:6]), reader)
-    assert reading.points.shape == (6, 20, 2) and reading.mouth.shape == (6, 3) and len(reading.viseme) == 6
+    assert (
+        reading.points.shape == (6, 20, 2)
+        and reading.mouth.shape == (6, 3)
+        and len(reading.viseme) == 6
+    )
     seen = reading.face > 0.5
     assert np.isfinite(reading.points[seen]).all() and np.isnan(reading.points[~seen]).all()
     wide = judges.read_faces(np.zeros((2, 90, 160, 3), np.uint8), reader)
@@ -127,17 +153,27 @@ def test_reader_marks_of_a_rendered_clip_need_no_truth() -> None:
         place, mouth = reader(to_pictures(torch.from_numpy(frames)))
     assert place.box.shape == (3, 4) and mouth.viseme.shape == (3, len(VISEMES))
     reading = judges.read_faces(frames, reader, batch=2)
-    assert set(reading.attributes) == set(ATTRIBUTES) and all(0 < c <= 1 for c in reading.certainty.values())
+    assert set(reading.attributes) == set(ATTRIBUTES) and all(
+        0 < c <= 1 for c in reading.certainty.values()
+    )
     np.testing.assert_allclose(reading.box, place.box.numpy(), atol=1e-5)
 
 
 def test_answers_keep_their_names_through_a_file(tmp_path: Path) -> None:
     """A config file sorts its keys: the order in which attributes were named must not matter."""
-    model = FaceReader({"zeal": ("a", "b"), "age": ("old", "young", "new"), "mood": ("good", "bad")}).eval()
+    model = FaceReader(
+        {"zeal": ("a", "b"), "age": ("old", "young", "new"), "mood": ("good", "bad")}
+    ).eval()
     model.save_pretrained(tmp_path)
     pictures = torch.rand(2, 3, 128, 128) * 2 - 1
     with torch.no_grad():
         before = model.find(pictures).attributes
         after = FaceReader.from_pretrained(tmp_path).eval().find(pictures).attributes
-    assert {name: len(logits[0]) for name, logits in before.items()} == {"zeal": 2, "age": 3, "mood": 2}
-    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert {name: len(logits[0]) for name, logits in before.items()} == {
+        "zeal": 2,
+        "age": 3,
+        "mood": 2,
+    }
+    assert set(after) == set(before) and all(
+        torch.equal(after[name], before[name]) for name in before
+    )

@@ -37,20 +37,30 @@ def talk(seed: int) -> tuple[Phone, ...]:
     return (*phones, Phone("sil", now, now + 0.3))
 
 
-def clip(seed: int, size: int = 128) -> tuple[Identity, np.ndarray, np.ndarray, list[Pose], np.ndarray]:
+def clip(
+    seed: int, size: int = 128
+) -> tuple[Identity, np.ndarray, np.ndarray, list[Pose], np.ndarray]:
     """(identity, times, mouth, poses, frames) of one talking presenter at 25 fps."""
     rng = np.random.default_rng(seed)
     identity, phones = sample_identity(rng), talk(seed)
     times = (np.arange(int(phones[-1].end * 25)) + 0.5) / 25
     mouth, poses = viseme_track(phones, times), pose_track(rng, times, phones)
-    frames = np.stack([render_face(identity, m, p, size) for m, p in zip(mouth, poses, strict=True)])
+    frames = np.stack(
+        [render_face(identity, m, p, size) for m, p in zip(mouth, poses, strict=True)]
+    )
     return identity, times, mouth, poses, frames
 
 
-def seen(identity: Identity, mouth: np.ndarray, poses: list[Pose], frames: np.ndarray) -> np.ndarray:
+def seen(
+    identity: Identity, mouth: np.ndarray, poses: list[Pose], frames: np.ndarray
+) -> np.ndarray:
     """Openings measured in the pixels."""
-    return np.array([mouth_opening_from_pixels(f, identity, lip_points(identity, m, p))
-                     for f, m, p in zip(frames, mouth, poses, strict=True)])
+    return np.array(
+        [
+            mouth_opening_from_pixels(f, identity, lip_points(identity, m, p))
+            for f, m, p in zip(frames, mouth, poses, strict=True)
+        ]
+    )
 
 
 def test_pixels_follow_the_truth_without_lag_and_bilabials_close():
@@ -58,12 +68,16 @@ def test_pixels_follow_the_truth_without_lag_and_bilabials_close():
     for seed in range(12):
         identity, times, mouth, poses, frames = clip(seed)
         pixels, truth = seen(identity, mouth, poses, frames), mouth_opening(identity, mouth)
-        by_lag = [np.corrcoef(pixels[3:-3], np.roll(truth, lag)[3:-3])[0, 1] for lag in range(-3, 4)]
+        by_lag = [
+            np.corrcoef(pixels[3:-3], np.roll(truth, lag)[3:-3])[0, 1] for lag in range(-3, 4)
+        ]
         assert int(np.argmax(by_lag)) == 3
         scores.append(np.corrcoef(pixels, truth)[0, 1])
         for phone in talk(seed):
             if phone.symbol in "pbm":
-                close.append(pixels[np.abs(times - (phone.start + phone.end) / 2).argmin()] < 1.5 / 128)
+                close.append(
+                    pixels[np.abs(times - (phone.start + phone.end) / 2).argmin()] < 1.5 / 128
+                )
     assert np.mean(scores) >= 0.985
     assert min(scores) >= 0.96
     assert np.mean(close) >= 0.98
@@ -99,22 +113,34 @@ def test_motion_is_a_function_of_time():
 
 
 def test_a_frame_is_the_same_in_another_process():
-    code = ("import hashlib, numpy as np\n"
-            "from avdiff.corpus.face.presenter import *\n"
-            "rng = np.random.default_rng(11); i = sample_identity(rng, 'female')\n"
-            "p = pose_track(rng, np.array([1.3]))[0]\n"
-            "f = render_face(i, np.linspace(0.2, 0.8, 6), p, 128)\n"
-            "print(identity_key(i), hashlib.sha256(f.tobytes()).hexdigest())\n")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        "import hashlib, numpy as np\n"
+        "from avdiff.corpus.face.presenter import *\n"
+        "rng = np.random.default_rng(11); i = sample_identity(rng, 'female')\n"
+        "p = pose_track(rng, np.array([1.3]))[0]\n"
+        "f = render_face(i, np.linspace(0.2, 0.8, 6), p, 128)\n"
+        "print(identity_key(i), hashlib.sha256(f.tobytes()).hexdigest())\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     rng = np.random.default_rng(11)
     identity = sample_identity(rng, "female")
-    frame = render_face(identity, np.linspace(0.2, 0.8, 6), pose_track(rng, np.array([1.3]))[0], 128)
+    frame = render_face(
+        identity, np.linspace(0.2, 0.8, 6), pose_track(rng, np.array([1.3]))[0], 128
+    )
     assert out == [identity_key(identity), hashlib.sha256(frame.tobytes()).hexdigest()]
 
 
 def test_lip_points_lie_on_the_drawn_lips():
-    identity = dataclasses.replace(sample_identity(np.random.default_rng(4), "female"), lip_rgb=(0, 0, 255))
-    for name, pose in (("aa", Pose()), ("ou", Pose(yaw=-0.8, dy=2.0)), ("E", Pose(tilt=8.0, dx=-3.0))):
+    identity = dataclasses.replace(
+        sample_identity(np.random.default_rng(4), "female"), lip_rgb=(0, 0, 255)
+    )
+    for name, pose in (
+        ("aa", Pose()),
+        ("ou", Pose(yaw=-0.8, dy=2.0)),
+        ("E", Pose(tilt=8.0, dx=-3.0)),
+    ):
         mouth = np.array(TARGETS[name])
         frame = render_face(identity, mouth, pose, 512).astype(int)
         points = lip_points(identity, mouth, pose)
@@ -141,15 +167,34 @@ def test_lip_points_move_with_the_head():
     assert rest[3, 1] < rest[9, 1]  # the upper lip is above the lower
 
 
-@pytest.mark.parametrize(("field", "values"), [
-    ("hair_style", sorted({*who.HAIR_STYLES["female"], *who.HAIR_STYLES["male"]})), ("beard", who.BEARDS),
-    ("glasses", who.GLASSES), ("hat", who.HATS), ("earrings", who.EARRINGS), ("clothes", who.CLOTHES),
-    ("background", who.BACKGROUNDS), ("face_shape", who.FACE_SHAPES), ("nose", who.NOSES)])
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("hair_style", sorted({*who.HAIR_STYLES["female"], *who.HAIR_STYLES["male"]})),
+        ("beard", who.BEARDS),
+        ("glasses", who.GLASSES),
+        ("hat", who.HATS),
+        ("earrings", who.EARRINGS),
+        ("clothes", who.CLOTHES),
+        ("background", who.BACKGROUNDS),
+        ("face_shape", who.FACE_SHAPES),
+        ("nose", who.NOSES),
+    ],
+)
 def test_every_attribute_shows(field, values):
-    base = dataclasses.replace(sample_identity(np.random.default_rng(6), "male"), hat="none", hair_style="short",
-                               beard="none", glasses="none", earrings="none", nose_size=1.1)
-    frames = {value: render_face(dataclasses.replace(base, **{field: value}), np.zeros(6), Pose())
-              for value in values}
+    base = dataclasses.replace(
+        sample_identity(np.random.default_rng(6), "male"),
+        hat="none",
+        hair_style="short",
+        beard="none",
+        glasses="none",
+        earrings="none",
+        nose_size=1.1,
+    )
+    frames = {
+        value: render_face(dataclasses.replace(base, **{field: value}), np.zeros(6), Pose())
+        for value in values
+    }
     for one in values:
         for two in values:
             if one < two:
@@ -159,11 +204,14 @@ def test_every_attribute_shows(field, values):
 
 def test_visemes_look_different():
     identity = sample_identity(np.random.default_rng(9), "female")
-    shots = {name: render_face(identity, np.array(target), Pose())[70:110, 40:88].astype(float)
-             for name, target in TARGETS.items() if name != "PP"}  # p and silence are both closed lips
+    shots = {
+        name: render_face(identity, np.array(target), Pose())[70:110, 40:88].astype(float)
+        for name, target in TARGETS.items()
+        if name != "PP"
+    }  # p and silence are both closed lips
     names = list(shots)
     for index, one in enumerate(names):
-        for two in names[index + 1:]:
+        for two in names[index + 1 :]:
             assert np.abs(shots[one] - shots[two]).mean() > 0.8, (one, two)
 
 
@@ -176,8 +224,18 @@ def test_identities_agree_with_gender_and_split():
         assert person.gender == "male" or person.beard == "none"
         assert person.gender == "female" or person.lipstick == "none"
         told = person.attributes()
-        assert set(told) >= {"gender", "hair_color", "hair_style", "skin", "beard", "glasses", "hat", "clothes",
-                             "clothes_color", "background"}
+        assert set(told) >= {
+            "gender",
+            "hair_color",
+            "hair_style",
+            "skin",
+            "beard",
+            "glasses",
+            "hat",
+            "clothes",
+            "clothes_color",
+            "background",
+        }
     shares = {split: np.mean([identity_split(p) == split for p in people]) for split in who.SPLITS}
     assert 0.84 < shares["train"] < 0.95
     assert min(shares["val"], shares["test"]) > 0.02
@@ -185,11 +243,17 @@ def test_identities_agree_with_gender_and_split():
     assert {(p.gender, identity_split(p)) for p in held} == {("male", "test")}
 
 
-@pytest.mark.parametrize(("call", "text"), [
-    (lambda: sample_identity(np.random.default_rng(0), "robot"), "gender='robot'"),
-    (lambda: sample_identity(np.random.default_rng(0), split="dev"), "split='dev'"),
-    (lambda: render_face(sample_identity(np.random.default_rng(0)), np.zeros(6), Pose(), 4), "size=4"),
-])
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: sample_identity(np.random.default_rng(0), "robot"), "gender='robot'"),
+        (lambda: sample_identity(np.random.default_rng(0), split="dev"), "split='dev'"),
+        (
+            lambda: render_face(sample_identity(np.random.default_rng(0)), np.zeros(6), Pose(), 4),
+            "size=4",
+        ),
+    ],
+)
 def test_bad_input_is_named(call, text):
     with pytest.raises(ValueError, match=text):
         call()

@@ -37,7 +37,9 @@ def test_frechet_is_that_of_the_matrix_root() -> None:
     one, two = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(150, 5)) + 0.3
     a, b = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
     gap = one.mean(0) - two.mean(0)
-    assert fid.frechet(one, two) == pytest.approx(gap @ gap + np.trace(a + b - 2 * sqrtm(a @ b).real))
+    assert fid.frechet(one, two) == pytest.approx(
+        gap @ gap + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    )
 
 
 def test_kernel_distance_is_the_unbiased_estimate() -> None:
@@ -52,12 +54,16 @@ def test_kernel_distance_is_the_unbiased_estimate() -> None:
     cross = np.mean([k(a, b) for a in x for b in y])
     assert fid.kernel(x, y) == pytest.approx(own + other - 2 * cross)
     halves = [fid.kernel(*np.split(rng.normal(size=(40, 4)), 2)) for _ in range(300)]
-    assert abs(np.mean(halves)) < 3 * np.std(halves) / np.sqrt(300)  # no bias on sets of the same source
+    assert abs(np.mean(halves)) < 3 * np.std(halves) / np.sqrt(
+        300
+    )  # no bias on sets of the same source
 
 
 def test_interval_covers_what_the_next_sample_gives() -> None:
     rng = np.random.default_rng(3)
-    truth = np.mean([fid.kernel(rng.normal(size=(80, 8)), rng.normal(size=(80, 8)) + 0.3) for _ in range(200)])
+    truth = np.mean(
+        [fid.kernel(rng.normal(size=(80, 8)), rng.normal(size=(80, 8)) + 0.3) for _ in range(200)]
+    )
     covered = 0
     for _ in range(60):
         found = fid.measured("kernel", rng.normal(size=(80, 8)), rng.normal(size=(80, 8)) + 0.3)
@@ -67,7 +73,11 @@ def test_interval_covers_what_the_next_sample_gives() -> None:
 
 def test_real_beside_made_and_too_few_are_refused() -> None:
     rng = np.random.default_rng(4)
-    real, like, far = rng.normal(size=(200, 50)), rng.normal(size=(100, 50)), rng.normal(size=(100, 50)) + 1.0
+    real, like, far = (
+        rng.normal(size=(200, 50)),
+        rng.normal(size=(100, 50)),
+        rng.normal(size=(100, 50)) + 1.0,
+    )
     same, other = (fid.fidelity({"mel": real}, {"mel": made}) for made in (like, far))
     for near, away in zip(same, other, strict=True):
         assert near.made is not None and away.made is not None and near.real is not None
@@ -83,14 +93,28 @@ def test_real_beside_made_and_too_few_are_refused() -> None:
 
 def test_features_of_real_clips_by_real_judges() -> None:
     torch.manual_seed(0)
-    by = Judges(PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(), FaceReader().eval(),
-                LipNetwork(width=16, layers=1, embedding=8).eval(), ImpactReader((8, 8, 8), 16, 1).eval())
-    torch.nn.init.constant_(by.face_reader.is_face.bias, 5.0)  # this untrained reader sees a face everywhere
-    corpus = PresenterCorpus(SpeechBank(REPO_BANK, languages=["en"]), length=3, seed=1, event_share=0, size=64)
-    clips = [Clip(i["video"].numpy(), i["audio"].numpy(), i["fps"], i["sample_rate"]) for i in corpus]
+    by = Judges(
+        PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(),
+        FaceReader().eval(),
+        LipNetwork(width=16, layers=1, embedding=8).eval(),
+        ImpactReader((8, 8, 8), 16, 1).eval(),
+    )
+    torch.nn.init.constant_(
+        by.face_reader.is_face.bias, 5.0
+    )  # this untrained reader sees a face everywhere
+    corpus = PresenterCorpus(
+        SpeechBank(REPO_BANK, languages=["en"]), length=3, seed=1, event_share=0, size=64
+    )
+    clips = [
+        Clip(i["video"].numpy(), i["audio"].numpy(), i["fps"], i["sample_rate"]) for i in corpus
+    ]
     found = fid.features([*clips, Clip(None, clips[0].audio, None, 24000)], by)
     assert {name: rows.shape for name, rows in found.items()} == {
-        "looks": (3, 96), "motion": (3, 16), "speech": (4, 64), "mel": (4, 200)}
+        "looks": (3, 96),
+        "motion": (3, 16),
+        "speech": (4, 64),
+        "mel": (4, 200),
+    }
     assert all(np.isfinite(rows).all() and rows.std(0).max() > 0 for rows in found.values())
     assert len(by.recogniser.fine_out._forward_hooks) == 0  # the judge is left as it was
 

@@ -1,4 +1,6 @@
-"""Training the transformer: the objective, what is given, whose weights move, resume, adapters, export."""
+"""Training the transformer: the objective, what is given, whose weights move, resume, adapters,
+export.
+"""
 
 import json
 import os
@@ -31,7 +33,9 @@ CLIP = ClipSpec(13, Fraction(25), 128, 128)
 
 
 def write_clips(folder, count, seed=0, clips=(CLIP,), sound=True):
-    """A latent cache in its real format, of latents that follow from the phones: there is something to learn."""
+    """A latent cache in its real format, of latents that follow from the phones: there is something
+    to learn.
+    """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     symbols = inventory()[0][1:7]
@@ -46,16 +50,32 @@ def write_clips(folder, count, seed=0, clips=(CLIP,), sound=True):
         at = lambda s, ids=ids, length=length: ids[min(2, int(float(s) / length))]  # noqa: E731
         audio = torch.stack([voices[at(s)] for s in clip.audio_seconds()])
         cell = clip.video_grid[1] * clip.video_grid[2]
-        video = torch.stack([looks * (0.2 + 0.3 * at(s)) for s in clip.video_seconds() for _ in range(cell)])
+        video = torch.stack(
+            [looks * (0.2 + 0.3 * at(s)) for s in clip.video_seconds() for _ in range(cell)]
+        )
         tensors |= {f"{i}/video": video.half()} | ({f"{i}/audio": audio.half()} if sound else {})
         captions = ['a woman says "hello"', "a talking face"]
-        records.append({"index": i, "caption": captions[0], "captions": captions, "phones": phones, "kind": "speech",
-                        "split": "train", "sample_rate": 24000, "fps": str(clip.fps), "num_frames": clip.num_frames,
-                        "height": clip.height, "width": clip.width})
+        records.append(
+            {
+                "index": i,
+                "caption": captions[0],
+                "captions": captions,
+                "phones": phones,
+                "kind": "speech",
+                "split": "train",
+                "sample_rate": 24000,
+                "fps": str(clip.fps),
+                "num_frames": clip.num_frames,
+                "height": clip.height,
+                "width": clip.width,
+            }
+        )
     assert count <= SHARD
     save_file(tensors, folder / "shard-00000.safetensors")
     (folder / "shard-00000.json").write_text(json.dumps(records))
-    (folder / "cache.json").write_text(json.dumps({"format": FORMAT, "count": count, "vae": "v", "audio_vae": "a"}))
+    (folder / "cache.json").write_text(
+        json.dumps({"format": FORMAT, "count": count, "vae": "v", "audio_vae": "a"})
+    )
     return str(folder)
 
 
@@ -66,9 +86,19 @@ def data(tmp_path_factory):
 
 
 def recipe(data, folder, **changes):
-    values = {"train_data": data[0], "validation_data": data[1], "output_dir": str(folder), "preset": "tiny",
-              "vocab_size": "300", "max_train_steps": "6", "train_batch_size": "4", "learning_rate": "2e-3",
-              "checkpointing_steps": "2", "log_every": "2", **changes}
+    values = {
+        "train_data": data[0],
+        "validation_data": data[1],
+        "output_dir": str(folder),
+        "preset": "tiny",
+        "vocab_size": "300",
+        "max_train_steps": "6",
+        "train_batch_size": "4",
+        "learning_rate": "2e-3",
+        "checkpointing_steps": "2",
+        "log_every": "2",
+        **changes,
+    }
     return load_options(Recipe, None, [f"--{k}={v}" for k, v in values.items()])
 
 
@@ -80,7 +110,8 @@ def run(data, folder, **changes):
 
 def weights(task):
     return {n: p.detach().clone() for n, p in task._named()} | {
-        n: t.rows.clone() for n, t in memory_tables(task.transformer)}
+        n: t.rows.clone() for n, t in memory_tables(task.transformer)
+    }
 
 
 def moved(before, task):
@@ -89,8 +120,10 @@ def moved(before, task):
 
 def random_tokens(generator):
     positions = Positions.of(CLIP)
-    return Joint(torch.randn(3, CLIP.video_tokens, 64, generator=generator),
-                 torch.randn(3, CLIP.audio_tokens, 48, generator=generator)), positions
+    return Joint(
+        torch.randn(3, CLIP.video_tokens, 64, generator=generator),
+        torch.randn(3, CLIP.audio_tokens, 48, generator=generator),
+    ), positions
 
 
 def test_loss_equals_its_formula_token_by_token():
@@ -98,7 +131,9 @@ def test_loss_equals_its_formula_token_by_token():
     clean, positions = random_tokens(generator)
     answer, _ = random_tokens(generator)
     objective = Objective(ObjectiveOptions(tasks={"retake": 1.0}, loss_floor=0.3))
-    n = objective.noised(clean, positions, [torch.Generator().manual_seed(k) for k in range(3)], {"retake": 1.0})
+    n = objective.noised(
+        clean, positions, [torch.Generator().manual_seed(k) for k in range(3)], {"retake": 1.0}
+    )
     losses = objective.row_losses(answer, clean, n)
     for m, x in clean.items():
         z, t, out = getattr(n.noisy, m), getattr(n.levels, m), getattr(answer, m)
@@ -109,20 +144,28 @@ def test_loss_equals_its_formula_token_by_token():
                 level = float(t[row]) if wanted[row, k] else 0.0
                 torch.testing.assert_close(z[row, k], (1 - level) * x[row, k] + level * eps[row, k])
                 if wanted[row, k]:
-                    costs.append(float(((out[row, k] - x[row, k]) ** 2).mean()) / max(level, 0.3) ** 2)
-            assert float(getattr(losses, m)[row]) == pytest.approx(sum(costs) / max(1, len(costs)), rel=1e-4)
+                    costs.append(
+                        float(((out[row, k] - x[row, k]) ** 2).mean()) / max(level, 0.3) ** 2
+                    )
+            assert float(getattr(losses, m)[row]) == pytest.approx(
+                sum(costs) / max(1, len(costs)), rel=1e-4
+            )
 
 
 def test_both_predictions_cost_the_same():
     """x_hat = z - t v_hat: the same answer said in two ways has one price, above the floor."""
     clean, positions = random_tokens(torch.Generator().manual_seed(0))
     velocity, _ = random_tokens(torch.Generator().manual_seed(1))
-    as_x0, as_v = (Objective(ObjectiveOptions(prediction_type=p, loss_floor=1e-3)) for p in ("x0", "velocity"))
+    as_x0, as_v = (
+        Objective(ObjectiveOptions(prediction_type=p, loss_floor=1e-3)) for p in ("x0", "velocity")
+    )
     rows = [torch.Generator().manual_seed(k) for k in range(3)]
     n = as_x0.noised(clean, positions, rows)
     x0 = as_x0.scheduler.x0_from_velocity(velocity, n.noisy, n.sigmas)
     for m, loss in as_v.row_losses(velocity, clean, n).items():
-        torch.testing.assert_close(loss, getattr(as_x0.row_losses(x0, clean, n), m), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            loss, getattr(as_x0.row_losses(x0, clean, n), m), rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("task", TOGETHER)
@@ -157,8 +200,12 @@ def test_what_a_task_gives(task):
 def test_rows_do_not_depend_on_the_split():
     clean, positions = random_tokens(torch.Generator().manual_seed(0))
     objective, tasks = Objective(ObjectiveOptions()), dict.fromkeys(TOGETHER, 1.0)
-    whole = objective.noised(clean, positions, [torch.Generator().manual_seed(k) for k in range(3)], tasks)
-    last = objective.noised(clean.map(lambda x: x[2:]), positions, [torch.Generator().manual_seed(2)], tasks)
+    whole = objective.noised(
+        clean, positions, [torch.Generator().manual_seed(k) for k in range(3)], tasks
+    )
+    last = objective.noised(
+        clean.map(lambda x: x[2:]), positions, [torch.Generator().manual_seed(2)], tasks
+    )
     assert torch.equal(whole.noisy.video[2:], last.noisy.video)
     assert torch.equal(whole.levels.audio[2:], last.levels.audio)
 
@@ -176,12 +223,24 @@ def test_balances():
         optimizer.zero_grad()
         learned(losses).backward()
         optimizer.step()
-    torch.testing.assert_close(learned.log_variance.exp(), torch.tensor([8.0, 2.0]), rtol=0.02, atol=0)
+    torch.testing.assert_close(
+        learned.log_variance.exp(), torch.tensor([8.0, 2.0]), rtol=0.02, atol=0
+    )
 
 
 def test_both_losses_fall(data, tmp_path):
-    made = recipe(data, tmp_path, max_train_steps="20", train_batch_size="8", learning_rate="6e-3", ema_decay="0.8",
-                  checkpointing_steps="0", validation_steps="20", log_every="20", branch_learning_rate="audio=5e-3")
+    made = recipe(
+        data,
+        tmp_path,
+        max_train_steps="20",
+        train_batch_size="8",
+        learning_rate="6e-3",
+        ema_decay="0.8",
+        checkpointing_steps="0",
+        validation_steps="20",
+        log_every="20",
+        branch_learning_rate="audio=5e-3",
+    )
     task = finetune.setup(made)
     with torch.no_grad():
         before = task.validate()
@@ -192,7 +251,9 @@ def test_both_losses_fall(data, tmp_path):
     assert trained["supervised/audio"] == trained["supervised/video"] == 1
     assert {f"grad_norm/{b}" for b in (*BRANCHES, "memory_table")} <= trained.keys()
     assert summary.metrics == task.last_metrics
-    loaded = AVTransformer.from_pretrained(tmp_path / "final" / "transformer")  # the averaged weights
+    loaded = AVTransformer.from_pretrained(
+        tmp_path / "final" / "transformer"
+    )  # the averaged weights
     own = dict(task.transformer.named_parameters())
     assert any(not torch.equal(p, own[n]) for n, p in loaded.named_parameters())
     card = (tmp_path / "final" / "README.md").read_text()
@@ -210,16 +271,28 @@ def test_validation_repeats(data, tmp_path):
     assert set(first) == {m + level for m in ("video", "audio") for level in levels}
 
 
-@pytest.mark.parametrize(("changes", "still"), [
-    ({"modalities": "video", "tasks": "joint=1,a2v=1"}, lambda n: owner_of(n) != "video"),
-    ({"modalities": "audio"}, lambda n: owner_of(n) != "audio"),
-    ({"tasks": "t2a=1"}, lambda n: owner_of(n) == "video"),
-    ({"tasks": "t2v=1"}, lambda n: owner_of(n) == "audio" and "script" not in n),
-    ({"branch_learning_rate": "text=0,memory=0", "memory_table_learning_rate": "0"},
-     lambda n: branch_of(n) in ("text", "memory") or ".memory." in n),
-])
+@pytest.mark.parametrize(
+    ("changes", "still"),
+    [
+        ({"modalities": "video", "tasks": "joint=1,a2v=1"}, lambda n: owner_of(n) != "video"),
+        ({"modalities": "audio"}, lambda n: owner_of(n) != "audio"),
+        ({"tasks": "t2a=1"}, lambda n: owner_of(n) == "video"),
+        ({"tasks": "t2v=1"}, lambda n: owner_of(n) == "audio" and "script" not in n),
+        (
+            {"branch_learning_rate": "text=0,memory=0", "memory_table_learning_rate": "0"},
+            lambda n: branch_of(n) in ("text", "memory") or ".memory." in n,
+        ),
+    ],
+)
 def test_what_is_left_alone_stays_bit_identical(data, tmp_path, changes, still):
-    made = recipe(data, tmp_path, max_train_steps="2", checkpointing_steps="0", adam_weight_decay="0.1", **changes)
+    made = recipe(
+        data,
+        tmp_path,
+        max_train_steps="2",
+        checkpointing_steps="0",
+        adam_weight_decay="0.1",
+        **changes,
+    )
     task = finetune.setup(made)
     before = weights(task)
     fit(task, made.training)
@@ -229,9 +302,16 @@ def test_what_is_left_alone_stays_bit_identical(data, tmp_path, changes, still):
 
 
 def test_resume_is_bitwise_with_everything_on(data, tmp_path):
-    options = {"tasks": ",".join(f"{t}=1" for t in TASKS), "loss_balance": "ema", "ema_decay": "0.9",
-               "gradient_accumulation_steps": "2", "max_train_steps": "4", "train_batch_size": "3",
-               "mixed_precision": "bf16", "noise_coupling": "independent"}
+    options = {
+        "tasks": ",".join(f"{t}=1" for t in TASKS),
+        "loss_balance": "ema",
+        "ema_decay": "0.9",
+        "gradient_accumulation_steps": "2",
+        "max_train_steps": "4",
+        "train_batch_size": "3",
+        "mixed_precision": "bf16",
+        "noise_coupling": "independent",
+    }
     run(data, tmp_path / "whole", **options)
     _, cut = run(data, tmp_path / "cut", **options, max_seconds="1e-6")
     assert (cut.reason, cut.step) == ("time", 1)
@@ -239,20 +319,38 @@ def test_resume_is_bitwise_with_everything_on(data, tmp_path):
     whole, again = (tmp_path / name / "checkpoint-4" for name in ("whole", "cut"))
     for path in whole.glob("*.safetensors"):
         theirs = load_file(again / path.name)
-        assert [k for k, v in load_file(path).items() if not torch.equal(v, theirs[k])] == [], path.name
-    assert len(list(whole.glob("*.safetensors"))) == 5  # transformer, text_encoder, balance, ema, extra
+        assert [k for k, v in load_file(path).items() if not torch.equal(v, theirs[k])] == [], (
+            path.name
+        )
+    assert (
+        len(list(whole.glob("*.safetensors"))) == 5
+    )  # transformer, text_encoder, balance, ema, extra
     with pytest.raises(ValueError, match=r"objective.loss_floor: 0.05 -> 0.1"):
         run(data, tmp_path / "cut", **options, resume_from_checkpoint="latest", loss_floor="0.1")
 
 
 def test_two_processes_learn_what_one_learns(data, tmp_path):
-    """Dense weights and memory tables alike: the same loss curve as one process with the same global batch."""
-    options = {"max_train_steps": "4", "log_every": "1", "checkpointing_steps": "0",
-               "tasks": "joint=2,a2v=1,t2a=1,isolated=1", "learning_rate": "1e-3"}
+    """Dense weights and memory tables alike: the same loss curve as one process with the same
+    global batch.
+    """
+    options = {
+        "max_train_steps": "4",
+        "log_every": "1",
+        "checkpointing_steps": "0",
+        "tasks": "joint=2,a2v=1,t2a=1,isolated=1",
+        "learning_rate": "1e-3",
+    }
 
     def work(rank, port):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+        )
         AcceleratorState._reset_state(reset_partial_state=True)
         run(data, tmp_path / "two", train_batch_size="2", **options)
         torch.distributed.destroy_process_group()
@@ -294,8 +392,15 @@ def base(data, tmp_path_factory):
 
 
 def test_lora_trains_its_branches_and_loads_elsewhere(data, tmp_path, base):
-    options = {"pretrained_model_name_or_path": base, "rank": "4", "lora_targets": "audio,cross",
-               "branch_rank": "cross=2", "max_train_steps": "3", "learning_rate": "1e-2", "checkpointing_steps": "0"}
+    options = {
+        "pretrained_model_name_or_path": base,
+        "rank": "4",
+        "lora_targets": "audio,cross",
+        "branch_rank": "cross=2",
+        "max_train_steps": "3",
+        "learning_rate": "1e-2",
+        "checkpointing_steps": "0",
+    }
     made = recipe(data, tmp_path, **options)
     task = finetune.setup(made)
     before = weights(task)
@@ -305,7 +410,8 @@ def test_lora_trains_its_branches_and_loads_elsewhere(data, tmp_path, base):
     assert all(".lora_" in n for n in changed)
     assert {len(p) for n, p in task._named() if "lora_A" in n and branch_of(n) == "cross"} == {2}
     assert set(load_file(tmp_path / "checkpoint-3" / "transformer.safetensors")) == {
-        n.removeprefix("transformer.") for n, _ in task._named() if ".lora_" in n}
+        n.removeprefix("transformer.") for n, _ in task._named() if ".lora_" in n
+    }
     norms = {k: v for k, v in task.report().items() if k.startswith("adapter_norm")}
     assert norms.keys() == {"adapter_norm/audio", "adapter_norm/cross"}
     assert min(norms.values()) > 0
@@ -318,7 +424,9 @@ def test_lora_trains_its_branches_and_loads_elsewhere(data, tmp_path, base):
 
     loaded = AVTransformer.from_pretrained(base, subfolder="transformer")
     plain = held_out_loss(loaded)
-    loaded.load_lora_adapter(tmp_path / "final", prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    loaded.load_lora_adapter(
+        tmp_path / "final", prefix=None, weight_name="pytorch_lora_weights.safetensors"
+    )
     adapted = held_out_loss(loaded)
     assert adapted == pytest.approx(held_out_loss(task.transformer), rel=1e-5)
     assert adapted != pytest.approx(plain, rel=1e-5)
@@ -340,23 +448,38 @@ def test_every_weight_has_a_branch():
     assert found["proj_in_audio.weight"] == ("audio", "audio")
 
 
-@pytest.mark.parametrize(("wrong", "answer"), [
-    ({"learning_rat": "1"}, "option --learning_rat: unknown; did you mean learning_rate?"),
-    ({"train_data": "nowhere"}, "train_data: nowhere holds no cache.json; make it with `avdiff data cache`"),
-    ({"train_data": ""}, r"train_data=\[\]: needs folders of cached latents"),
-    ({"tasks": "joint=1,a2w=1"}, "tasks: 'a2w' is unknown; needs joint, a2v"),
-    ({"tasks": "joint=0"}, "needs at least one share above 0"),
-    ({"tasks": "t2a=1", "modalities": "video"}, r"tasks contain t2a, but modalities=\['video'\] learns nothing"),
-    ({"modalities": "smell"}, r"modalities=\['smell'\]: needs a list"),
-    ({"rank": "4"}, "rank=4: LoRA needs a trained model; set pretrained_model_name_or_path"),
-    ({"lora_targets": "ears"}, "lora_targets: 'ears' matches nothing"),
-    ({"train_batch_size": "100"}, "train_batch_size=100: a step needs 100 items that fit, the dataset has 32"),
-    ({"report_to": "pigeon"}, "report_to='pigeon': needs one of"),
-    ({"preset": "hugh"}, "preset='hugh': needs one of tiny, presenter"),
-    ({"caption_dropout": "1.5"}, "caption_dropout=1.5: needs a share from 0 to 1"),
-    ({"noise_coupling": "pared"}, "needs one of shared, paired, independent; did you mean paired"),
-    ({"prediction_type": "eps"}, "prediction_type='eps': needs one of x0, velocity"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        ({"learning_rat": "1"}, "option --learning_rat: unknown; did you mean learning_rate?"),
+        (
+            {"train_data": "nowhere"},
+            "train_data: nowhere holds no cache.json; make it with `avdiff data cache`",
+        ),
+        ({"train_data": ""}, r"train_data=\[\]: needs folders of cached latents"),
+        ({"tasks": "joint=1,a2w=1"}, "tasks: 'a2w' is unknown; needs joint, a2v"),
+        ({"tasks": "joint=0"}, "needs at least one share above 0"),
+        (
+            {"tasks": "t2a=1", "modalities": "video"},
+            r"tasks contain t2a, but modalities=\['video'\] learns nothing",
+        ),
+        ({"modalities": "smell"}, r"modalities=\['smell'\]: needs a list"),
+        ({"rank": "4"}, "rank=4: LoRA needs a trained model; set pretrained_model_name_or_path"),
+        ({"lora_targets": "ears"}, "lora_targets: 'ears' matches nothing"),
+        (
+            {"train_batch_size": "100"},
+            "train_batch_size=100: a step needs 100 items that fit, the dataset has 32",
+        ),
+        ({"report_to": "pigeon"}, "report_to='pigeon': needs one of"),
+        ({"preset": "hugh"}, "preset='hugh': needs one of tiny, presenter"),
+        ({"caption_dropout": "1.5"}, "caption_dropout=1.5: needs a share from 0 to 1"),
+        (
+            {"noise_coupling": "pared"},
+            "needs one of shared, paired, independent; did you mean paired",
+        ),
+        ({"prediction_type": "eps"}, "prediction_type='eps': needs one of x0, velocity"),
+    ],
+)
 def test_wrong_recipes_are_refused_in_one_sentence(data, tmp_path, wrong, answer):
     with pytest.raises(ValueError, match=answer) as caught:
         run(data, tmp_path, **wrong)
@@ -378,7 +501,10 @@ def test_dry_run_says_what_would_happen(data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "max_train_steps = 16" in said
     assert "8 steps of 4 clips in an epoch, 16 steps = 2.0 epochs" in said
-    assert "bucket 13 frames, 128x128, 0.52 s, video + audio: 28 video and 13 audio tokens, 32 clips" in said
+    assert (
+        "bucket 13 frames, 128x128, 0.52 s, video + audio: 28 video and 13 audio tokens, 32 clips"
+        in said
+    )
     assert not (tmp_path / "out").exists()
 
 

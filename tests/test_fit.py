@@ -1,4 +1,6 @@
-"""The training loop: equal to a plain loop, exact resume from any death, one clear error for every refusal."""
+"""The training loop: equal to a plain loop, exact resume from any death, one clear error for every
+refusal.
+"""
 
 import os
 import random
@@ -26,7 +28,9 @@ STEPS, ITEMS = 12, 40
 
 
 class Items(torch.utils.data.Dataset):
-    """Item i is a fixed vector plus random jitter; `at` maps a fetch number to something that happens then."""
+    """Item i is a fixed vector plus random jitter; `at` maps a fetch number to something that
+    happens then.
+    """
 
     def __init__(self, jitter=0.1, at=None):
         self.jitter, self.at, self.fetched = jitter, at or {}, 0
@@ -47,14 +51,18 @@ class Denoise(Task):
 
     def __init__(self, at=None, jitter=0.1, dropout=0.2, when_saving=None):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 6))
+        net = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 6)
+        )
         self.modules = {"net": net, "idle": nn.Linear(2, 2)}
         self.table = torch.zeros(ITEMS, 6)
         self.dataset, self.when_saving = Items(jitter, at), when_saving or (lambda: None)
 
     def loss(self, batch, phase, generator):
         x = batch["x"]
-        noise = torch.stack([torch.randn(6, generator=g) for g in row_generators(generator, len(x))])
+        noise = torch.stack(
+            [torch.randn(6, generator=g) for g in row_generators(generator, len(x))]
+        )
         self.rows = batch["i"]
         error = (self.modules["net"](x + 0.3 * noise) - x - self.table[batch["i"]]).square().mean(1)
         return Loss(error.mean(), {"error": error})
@@ -74,19 +82,38 @@ class Denoise(Task):
 
 
 def options(folder, **changes):
-    return FitOptions(**{"output_dir": str(folder), "max_train_steps": STEPS, "train_batch_size": 4,
-                         "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "lr_warmup_steps": 3,
-                         "ema_decay": 0.9, "checkpointing_steps": 3, "validation_steps": 4, "log_every": 2, "seed": 5,
-                         **changes})
+    return FitOptions(
+        **{
+            "output_dir": str(folder),
+            "max_train_steps": STEPS,
+            "train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_warmup_steps": 3,
+            "ema_decay": 0.9,
+            "checkpointing_steps": 3,
+            "validation_steps": 4,
+            "log_every": 2,
+            "seed": 5,
+            **changes,
+        }
+    )
 
 
 def result(folder):
-    """All that a run leaves: tensors of its last checkpoint and exports, and the log without timings."""
+    """All that a run leaves: tensors of its last checkpoint and exports, and the log without
+    timings.
+    """
     last = folder / f"checkpoint-{STEPS}"
-    tensors = {f"{path.parent.name}/{path.name}/{k}": v for path in (*last.glob("*.safetensors"),
-               *(folder / "final").glob("*.safetensors")) for k, v in read_tensors(path).items()}
-    log = [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")}
-           for line in read_log(folder / "log.jsonl")]
+    tensors = {
+        f"{path.parent.name}/{path.name}/{k}": v
+        for path in (*last.glob("*.safetensors"), *(folder / "final").glob("*.safetensors"))
+        for k, v in read_tensors(path).items()
+    }
+    log = [
+        {k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")}
+        for line in read_log(folder / "log.jsonl")
+    ]
     return tensors, log, read_tree(last / "training.pt")["optimizers"]["main"]["state"]
 
 
@@ -99,7 +126,9 @@ def assert_same(folder, reference):
 
 
 def in_child(work):
-    """Run `work` in a forked process with its output thrown away; returns its exit code (77: it raised)."""
+    """Run `work` in a forked process with its output thrown away; returns its exit code (77: it
+    raised).
+    """
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -136,18 +165,24 @@ class Plain(Denoise):
 
 
 def test_equals_a_plain_loop(tmp_path):
-    """Twenty lines of ordinary torch give the same weights: order, noise, AdamW, warm-up, cosine, clipping, EMA."""
+    """Twenty lines of ordinary torch give the same weights: order, noise, AdamW, warm-up, cosine,
+    clipping, EMA.
+    """
     task, twin = Plain(), Plain()
     fit(task, options(tmp_path, ema_decay=0.5, max_grad_norm=0.5))
     named = dict(twin.modules["net"].named_parameters())
     average = {n: p.detach().clone() for n, p in named.items()}
-    groups = [{"params": [p for p in named.values() if p.ndim > 1], "weight_decay": 0.01},
-              {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=False)
     feed = Feed(twin.dataset, None, 4, 2, seed=5)
     for step in range(STEPS):
         for group in adam.param_groups:
-            group["lr"] = 1e-2 * (step / 3 if step < 3 else 0.5 * (1 + np.cos(np.pi * (step - 3) / (STEPS - 3))))
+            group["lr"] = 1e-2 * (
+                step / 3 if step < 3 else 0.5 * (1 + np.cos(np.pi * (step - 3) / (STEPS - 3)))
+            )
         adam.zero_grad()
         for micro, batch in enumerate(feed.next_step()):
             generator = torch.Generator().manual_seed(mix(5, step, 0) + 4 * micro)
@@ -165,25 +200,44 @@ def test_equals_a_plain_loop(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_after_death_is_bitwise(tmp_path, reference, workers):
     """Killed in the middle of steps and of saves: the run goes on as if nothing had happened."""
-    points = [("fetch", n) for n in random.Random(workers).sample(range(30, STEPS * 8), 16 if not workers else 1)]
+    points = [
+        ("fetch", n)
+        for n in random.Random(workers).sample(range(30, STEPS * 8), 16 if not workers else 1)
+    ]
     points += [("save", n) for n in ((1, 2, 3, 4) if not workers else (2,))]
     for kind, number in points:
         folder = tmp_path / f"{kind}-{number}"
         saves = iter(range(1, 100))
-        dies = Denoise(at={number: kill}) if kind == "fetch" else Denoise(
-            when_saving=lambda saves=saves, number=number: kill() if next(saves) == number else None)
-        if workers and kind == "fetch":  # the workers fetch, so the parent is killed from its own hook
+        dies = (
+            Denoise(at={number: kill})
+            if kind == "fetch"
+            else Denoise(
+                when_saving=lambda saves=saves, number=number: (
+                    kill() if next(saves) == number else None
+                )
+            )
+        )
+        if (
+            workers and kind == "fetch"
+        ):  # the workers fetch, so the parent is killed from its own hook
             dies = Denoise()
             dies.validate = kill
         assert in_child(partial(fit, dies, options(folder, dataloader_num_workers=workers))) == 9
-        fit(Denoise(), options(folder, dataloader_num_workers=workers, resume_from_checkpoint="latest"))
+        fit(
+            Denoise(),
+            options(folder, dataloader_num_workers=workers, resume_from_checkpoint="latest"),
+        )
         assert_same(folder, reference)
 
 
 def test_full_disk_keeps_what_was_there(tmp_path, reference):
     def fills_up():
         limit = 8000  # bytes a file may have: less than training.pt, more than the log
-        at = {8 * 5: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))}
+        at = {
+            8 * 5: lambda: resource.setrlimit(
+                resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)
+            )
+        }
         try:
             fit(Denoise(at=at), options(tmp_path))
         except CheckpointError as error:
@@ -215,7 +269,11 @@ def test_time_limit_saves_and_leaves(tmp_path, reference):
 
 def test_broken_checkpoints_are_skipped_and_old_ones_deleted(tmp_path, reference, capsys):
     fit(Denoise(), options(tmp_path, checkpoints_total_limit=3))
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "checkpoint-6",
+        "checkpoint-9",
+        "checkpoint-12",
+    ]
     damaged = tmp_path / "checkpoint-12" / "net.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
     (tmp_path / "checkpoint-9" / "training.pt").unlink()
@@ -240,12 +298,18 @@ def test_changed_options_are_listed(tmp_path):
         fit(Denoise(), options(tmp_path))
 
 
-@pytest.mark.parametrize(("wrong", "words"), [
-    ({"learning_rate": -1.0}, "learning_rate=-1.0: needs at least 0"), ({"ema_decay": 1.0}, "ema_decay=1.0"),
-    ({"mixed_precision": "fp16"}, "needs no or bf16 or auto"), ({"train_batch_size": 99}, "a step needs 198 items"),
-    ({"report_to": "carrier_pigeon"}, "report_to='carrier_pigeon': needs one of"),
-    ({"resume_from_checkpoint": "nowhere"}, "no such directory"), ({"lr_scheduler": "wild"}, "cosine or constant"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: needs at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"mixed_precision": "fp16"}, "needs no or bf16 or auto"),
+        ({"train_batch_size": 99}, "a step needs 198 items"),
+        ({"report_to": "carrier_pigeon"}, "report_to='carrier_pigeon': needs one of"),
+        ({"resume_from_checkpoint": "nowhere"}, "no such directory"),
+        ({"lr_scheduler": "wild"}, "cosine or constant"),
+    ],
+)
 def test_wrong_options_are_refused(tmp_path, wrong, words):
     with pytest.raises(ValueError, match=words):
         fit(Denoise(), options(tmp_path, **wrong))
@@ -268,7 +332,9 @@ def test_nan_names_step_and_part(tmp_path):
             hurt = loss.parts["error"] * (float("inf") if self.calls == 9 else 1)
             return Loss(hurt.mean(), {"fine": torch.ones(4), "error": hurt})
 
-    with pytest.raises(NonFiniteError, match=r"step 4, phase main: the loss is inf; first seen in error; .*-3"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 4, phase main: the loss is inf; first seen in error; .*-3"
+    ):
         fit(Breaks(), options(tmp_path))
 
 
@@ -284,7 +350,10 @@ class Pair(Task):
 
     def parameters(self, phase):
         owner = self.modules[phase[0]]
-        return [*owner.parameters(), *(self.modules["other"].parameters() if phase == "generator" else ())]
+        return [
+            *owner.parameters(),
+            *(self.modules["other"].parameters() if phase == "generator" else ()),
+        ]
 
     def phases_at(self, step):
         return self.phases if step >= 2 else ("generator",)
@@ -298,14 +367,26 @@ class Pair(Task):
 
 def test_phases_train_only_their_own(tmp_path):
     task = Pair()
-    before = {k: v.clone() for m in task.modules for k, v in ((m, task.modules[m].weight.detach()),)}
+    before = {
+        k: v.clone() for m in task.modules for k, v in ((m, task.modules[m].weight.detach()),)
+    }
     fit(task, options(tmp_path, max_train_steps=2, ema_decay=0))
     assert torch.equal(task.modules["d"].weight, before["d"])
     assert not torch.equal(task.modules["g"].weight, before["g"])
-    fit(task, options(tmp_path, max_train_steps=4, ema_decay=0, resume_from_checkpoint="latest",
-                      allow_changed_options=True))
+    fit(
+        task,
+        options(
+            tmp_path,
+            max_train_steps=4,
+            ema_decay=0,
+            resume_from_checkpoint="latest",
+            allow_changed_options=True,
+        ),
+    )
     assert not torch.equal(task.modules["d"].weight, before["d"])
-    assert torch.equal(task.modules["other"].weight, before["other"])  # no gradient, no decay, bit for bit
+    assert torch.equal(
+        task.modules["other"].weight, before["other"]
+    )  # no gradient, no decay, bit for bit
     assert set(task.seen) == {("generator", True, False), ("discriminator", False, True)}
     logged = read_log(tmp_path / "log.jsonl")[-1]
     assert {"generator/loss", "discriminator/loss", "generator/grad_norm/g"} <= logged.keys()
@@ -316,11 +397,22 @@ def losses(folder):
 
 
 def test_two_processes_see_what_one_sees(tmp_path):
-    """Two gloo processes of 4 rows, one of 8, and one of 4 with accumulation: the same loss curve."""
+    """Two gloo processes of 4 rows, one of 8, and one of 4 with accumulation: the same loss
+    curve.
+    """
+
     def work(rank, port):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+        )
         from accelerate.state import AcceleratorState
+
         AcceleratorState._reset_state(reset_partial_state=True)
         fit(Plain(), options(tmp_path / "two", gradient_accumulation_steps=1))
         torch.distributed.destroy_process_group()
@@ -365,7 +457,9 @@ def test_feed_visits_everything_and_keeps_groups_apart():
 
 def test_tied_weights_and_views_are_saved(tmp_path):
     weight = torch.arange(6.0).reshape(2, 3)
-    write_tensors(tmp_path / "t.safetensors", {"a": weight, "b": weight, "row": weight[1], "t": weight.T})
+    write_tensors(
+        tmp_path / "t.safetensors", {"a": weight, "b": weight, "row": weight[1], "t": weight.T}
+    )
     read = read_tensors(tmp_path / "t.safetensors")
     assert torch.equal(read["b"], weight)
     assert torch.equal(read["row"], weight[1])
@@ -384,7 +478,9 @@ def test_best_weights_are_kept(tmp_path):
 
     task = Judged()
     fit(task, options(tmp_path, best_metric="score"))
-    assert torch.equal(read_tensors(tmp_path / "best" / "net.safetensors")["0.weight"], task.at_best)
+    assert torch.equal(
+        read_tensors(tmp_path / "best" / "net.safetensors")["0.weight"], task.at_best
+    )
     Judged.scores = iter([1.0])
     with pytest.raises(ValueError, match="best_metric='wrong': validation gives score"):
         fit(Judged(), options(tmp_path / "b", best_metric="wrong"))

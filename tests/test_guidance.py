@@ -11,8 +11,10 @@ def estimates(*names, dtype=torch.float32, spread=1.0):
     out = {}
     for seed, name in enumerate(names):
         g = torch.Generator().manual_seed(seed)
-        out[name] = Joint((torch.randn(2, 6, 4, generator=g) * spread).to(dtype),
-                          torch.randn(2, 5, 3, generator=g).to(dtype))
+        out[name] = Joint(
+            (torch.randn(2, 6, 4, generator=g) * spread).to(dtype),
+            torch.randn(2, 5, 3, generator=g).to(dtype),
+        )
     return out
 
 
@@ -23,8 +25,12 @@ def test_each_modality_follows_the_formula_with_its_own_scales():
     e = estimates(*ALL)
     c, u, i = (e[name] for name in ALL)
     out = Guidance(text=Joint(3.0, 5.0), cross=Joint(2.0, 0.5)).combine(e)
-    torch.testing.assert_close(out.video, c.video + 2 * (c.video - u.video) + 1 * (c.video - i.video))
-    torch.testing.assert_close(out.audio, c.audio + 4 * (c.audio - u.audio) - 0.5 * (c.audio - i.audio))
+    torch.testing.assert_close(
+        out.video, c.video + 2 * (c.video - u.video) + 1 * (c.video - i.video)
+    )
+    torch.testing.assert_close(
+        out.audio, c.audio + 4 * (c.audio - u.audio) - 0.5 * (c.audio - i.audio)
+    )
 
 
 def test_no_guidance_is_the_conditional_estimate():
@@ -44,12 +50,15 @@ def test_zero_is_a_value():
     torch.testing.assert_close(out.audio, e["no_text"].audio)
 
 
-@pytest.mark.parametrize(("guidance", "names"), [
-    (Guidance(text=Joint(3.0, 1.0)), ("cond", "no_text")),
-    (Guidance(cross=Joint(1.0, 2.0)), ("cond", "isolated")),
-    (Guidance(text=Joint(audio=2.0), cross=CrossModalGuidance(video=2.0)), ALL),
-    (Guidance(text=TextGuidance(1.0, 1.0), rescale=0.7), ("cond",)),
-])
+@pytest.mark.parametrize(
+    ("guidance", "names"),
+    [
+        (Guidance(text=Joint(3.0, 1.0)), ("cond", "no_text")),
+        (Guidance(cross=Joint(1.0, 2.0)), ("cond", "isolated")),
+        (Guidance(text=Joint(audio=2.0), cross=CrossModalGuidance(video=2.0)), ALL),
+        (Guidance(text=TextGuidance(1.0, 1.0), rescale=0.7), ("cond",)),
+    ],
+)
 def test_only_needed_passes_are_asked_for(guidance, names):
     assert guidance.passes(0.5) == names
 
@@ -78,7 +87,10 @@ def test_rescale_restores_the_spread_of_each_sample_and_modality():
 
 
 def test_rescale_leaves_a_constant_estimate_alone():
-    flat = {name: Joint(video=torch.full((1, 3, 2), value)) for name, value in (("cond", 2.0), ("no_text", 1.0))}
+    flat = {
+        name: Joint(video=torch.full((1, 3, 2), value))
+        for name, value in (("cond", 2.0), ("no_text", 1.0))
+    }
     out = Guidance(text=Joint(2.0, 2.0), rescale=1.0).combine(flat)
     torch.testing.assert_close(out.video, torch.full((1, 3, 2), 3.0))
 
@@ -86,7 +98,9 @@ def test_rescale_leaves_a_constant_estimate_alone():
 def test_half_precision_estimates_are_combined_in_fp32():
     e = estimates("cond", "no_text", dtype=torch.bfloat16)
     out = Guidance(text=Joint(7.0, 7.0)).combine(e)
-    wide = Guidance(text=Joint(7.0, 7.0)).combine({name: x.map(torch.Tensor.float) for name, x in e.items()})
+    wide = Guidance(text=Joint(7.0, 7.0)).combine(
+        {name: x.map(torch.Tensor.float) for name, x in e.items()}
+    )
     assert out.video.dtype == torch.float32
     assert torch.equal(out.video, wide.video)
 
@@ -112,12 +126,18 @@ def test_records_are_frozen_and_compare_by_value():
         guidance.text = TextGuidance()
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda: Guidance(rescale=1.5), "rescale=1.5"),
-    (lambda: Guidance(interval=(0.8, 0.2)), r"interval=\(0.8, 0.2\)"),
-    (lambda: Guidance().combine({"no_text": Joint()}), "needs 'cond'"),
-    (lambda: Guidance().combine({"cond": Joint(), "uncond": Joint()}), "needs 'cond', and else only"),
-])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Guidance(rescale=1.5), "rescale=1.5"),
+        (lambda: Guidance(interval=(0.8, 0.2)), r"interval=\(0.8, 0.2\)"),
+        (lambda: Guidance().combine({"no_text": Joint()}), "needs 'cond'"),
+        (
+            lambda: Guidance().combine({"cond": Joint(), "uncond": Joint()}),
+            "needs 'cond', and else only",
+        ),
+    ],
+)
 def test_refuses_what_does_not_fit(make, text):
     with pytest.raises(ValueError, match=text):
         make()

@@ -1,4 +1,5 @@
-"""Hostile inputs to pipeline, command line and loaders: one clear sentence each, and nothing left behind.
+"""Hostile inputs to pipeline, command line and loaders: one clear sentence each, and nothing left
+behind.
 
 The tables are in `hostile_cases.py`; what breaks a model's folder or a memory table is here.
 """
@@ -80,13 +81,29 @@ def names(folder: Path) -> list[str]:
 
 
 def test_there_are_enough() -> None:
-    assert len(CALLS) + len(RECORDS) + len(COMMANDS) + len(LINES) + len(DAMAGE) + len(FILES) + len(WRITES) >= 250
+    assert (
+        len(CALLS)
+        + len(RECORDS)
+        + len(COMMANDS)
+        + len(LINES)
+        + len(DAMAGE)
+        + len(FILES)
+        + len(WRITES)
+        >= 250
+    )
 
 
 @pytest.mark.parametrize("case", CALLS)
 def test_calls(pipe: AVDiffPipeline, case: str) -> None:
     changes, said = CALLS[case]
-    options = dict(prompt="a green bird", num_inference_steps=1, seconds=0.2, height=64, width=64, output_type="latent")
+    options = dict(
+        prompt="a green bird",
+        num_inference_steps=1,
+        seconds=0.2,
+        height=64,
+        width=64,
+        output_type="latent",
+    )
     with pytest.raises(ValueError, match=said) as caught:
         pipe(**{**options, **changes})
     one_sentence(str(caught.value))
@@ -109,7 +126,9 @@ def test_commands(model: str, shelf: Path, loaded_once, monkeypatch, capsys, cas
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_prompts_files(model: str, tmp_path: Path, loaded_once, monkeypatch, capsys, case: str) -> None:
+def test_prompts_files(
+    model: str, tmp_path: Path, loaded_once, monkeypatch, capsys, case: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     lines, said = LINES[case]
     Path("p.jsonl").write_text(lines)
@@ -155,7 +174,9 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "index binary": lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe\0"),
     "index folder": lambda f: ((f / "model_index.json").unlink(), (f / "model_index.json").mkdir()),
     "other pipeline": lambda f: edit_json(f / "model_index.json", _class_name="NoSuchPipeline"),
-    "other class": lambda f: edit_json(f / "model_index.json", transformer=["avdiff", "AVTransmogrifier"]),
+    "other class": lambda f: edit_json(
+        f / "model_index.json", transformer=["avdiff", "AVTransmogrifier"]
+    ),
     "other library": lambda f: edit_json(f / "model_index.json", transformer=["os", "system"]),
     "class as text": lambda f: edit_json(f / "model_index.json", transformer="AVTransformer"),
     "missing part": lambda f: shutil.rmtree(f / "vocoder"),
@@ -168,11 +189,14 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "weights empty": lambda f: weights(f).write_bytes(b""),
     "weights folder": lambda f: (weights(f).unlink(), weights(f).mkdir()),
     "weights loop": lambda f: (weights(f).unlink(), weights(f).symlink_to(weights(f).name)),
-    "tensor missing": lambda f: change(weights(f), lambda t: {k: v for k, v in t.items() if k != first(t)}),
+    "tensor missing": lambda f: change(
+        weights(f), lambda t: {k: v for k, v in t.items() if k != first(t)}
+    ),
     "tensor shape": lambda f: change(weights(f), lambda t: t | {first(t): torch.zeros(3)}),
     "tensor unknown": lambda f: change(weights(f), lambda t: t | {"extra.weight": torch.zeros(3)}),
-    "tensors NaN": lambda f: change(weights(f), lambda t: {k: v * NAN if v.is_floating_point() else v
-                                                           for k, v in t.items()}),
+    "tensors NaN": lambda f: change(
+        weights(f), lambda t: {k: v * NAN if v.is_floating_point() else v for k, v in t.items()}
+    ),
     "config cut": lambda f: (f / "transformer" / "config.json").write_text("{"),
     "config missing": lambda f: (f / "transformer" / "config.json").unlink(),
     "option unknown": lambda f: edit_json(f / "transformer" / "config.json", warp_drive=True),
@@ -185,7 +209,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "stride zero": lambda f: edit_json(f / "audio_vae" / "config.json", mel_hop_length=0),
     "scheduler option": lambda f: edit_json(f / "scheduler" / "scheduler_config.json", warp=1),
     "tokenizer": lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -198,7 +222,9 @@ def test_broken_models(model: str, tmp_path: Path, capsys, case: str) -> None:
     assert names(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["words.txt", "none", "loop", "empty", "folder.mp4", "a/b/c/d", "", "x" * 5000])
+@pytest.mark.parametrize(
+    "name", ["words.txt", "none", "loop", "empty", "folder.mp4", "a/b/c/d", "", "x" * 5000]
+)
 def test_models_that_are_none(shelf: Path, monkeypatch, capsys, name: str) -> None:
     monkeypatch.chdir(shelf)
     fails(["generate", "a", "--model", name, "-o", "x.mp4"], "model=", capsys)
@@ -214,9 +240,21 @@ def test_python_refuses_pickled_weights_too(model: str, tmp_path: Path) -> None:
 
 
 # Files of `make_files` that nothing can be read from: reader -> names.
-FILES = [(read, name)
-         for read in (probe, read_clip, MappedRows)
-         for name in ("words.txt", "empty", "folder.mp4", "loop", "none", "noise.mp4", "head.mp4", "list.m3u8", "x\0y")]
+FILES = [
+    (read, name)
+    for read in (probe, read_clip, MappedRows)
+    for name in (
+        "words.txt",
+        "empty",
+        "folder.mp4",
+        "loop",
+        "none",
+        "noise.mp4",
+        "head.mp4",
+        "list.m3u8",
+        "x\0y",
+    )
+]
 
 
 @pytest.mark.parametrize(("read", "name"), FILES)
@@ -269,7 +307,16 @@ def test_writing(shelf: Path, monkeypatch, case: str) -> None:
     before = names(shelf)
     changes, said = WRITES[case]
     with pytest.raises(ValueError, match=said) as caught:
-        write_clip(**{"path": "x.mp4", "frames": FRAMES, "fps": 25, "audio": SOUND, "sample_rate": 24000, **changes})
+        write_clip(
+            **{
+                "path": "x.mp4",
+                "frames": FRAMES,
+                "fps": 25,
+                "audio": SOUND,
+                "sample_rate": 24000,
+                **changes,
+            }
+        )
     one_sentence(str(caught.value))
     assert names(shelf) == before
 
@@ -280,8 +327,16 @@ def test_full_disk(tmp_path: Path, model: str, loaded_once, capsys) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
     try:
-        fails(["generate", "a bird", "--model", model, *FAST, "-o", tmp_path / "x.mp4"], "cannot be written", capsys)
-        fails(["generate", "a bird", "--model", model, *FAST, "-o", tmp_path / "x.wav"], "cannot be written", capsys)
+        fails(
+            ["generate", "a bird", "--model", model, *FAST, "-o", tmp_path / "x.mp4"],
+            "cannot be written",
+            capsys,
+        )
+        fails(
+            ["generate", "a bird", "--model", model, *FAST, "-o", tmp_path / "x.wav"],
+            "cannot be written",
+            capsys,
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
@@ -290,7 +345,11 @@ def test_full_disk(tmp_path: Path, model: str, loaded_once, capsys) -> None:
 
 def test_exit_code_of_the_program(tmp_path: Path) -> None:
     """The real program, from a shell."""
-    done = subprocess.run([sys.executable, "-m", "avdiff", "generate", "a", "-o", tmp_path / "x.gif"],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "avdiff", "generate", "a", "-o", tmp_path / "x.gif"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and not done.stdout and not names(tmp_path)
     one_sentence(done.stderr)

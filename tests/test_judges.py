@@ -1,4 +1,6 @@
-"""The phone recogniser and what all judges share: error rates, alignment, loading, the entry for training."""
+"""The phone recogniser and what all judges share: error rates, alignment, loading, the entry for
+training.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,21 @@ def slow_edit_distance(one: list[int], two: list[int]) -> int:
             if not i or not j:
                 table[i][j] = i + j
             else:
-                table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1,
-                                  table[i - 1][j - 1] + (one[i - 1] != two[j - 1]))
+                table[i][j] = min(
+                    table[i - 1][j] + 1,
+                    table[i][j - 1] + 1,
+                    table[i - 1][j - 1] + (one[i - 1] != two[j - 1]),
+                )
     return table[-1][-1]
 
 
 @given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
 def test_edit_distance_is_the_table_s(one: list[int], two: list[int]) -> None:
-    assert judges.edit_distance(one, two) == slow_edit_distance(one, two) == judges.edit_distance(two, one)
+    assert (
+        judges.edit_distance(one, two)
+        == slow_edit_distance(one, two)
+        == judges.edit_distance(two, one)
+    )
 
 
 def test_phone_error_rate_counts_edits_over_reference_phones() -> None:
@@ -63,7 +72,9 @@ def test_phone_error_rate_counts_edits_over_reference_phones() -> None:
 
 
 def slow_alignment(found: np.ndarray, phones: list[int]) -> float:
-    """Best log probability over CTC paths, by recursion on (frame, state); states alternate blank and phone."""
+    """Best log probability over CTC paths, by recursion on (frame, state); states alternate blank
+    and phone.
+    """
     states = [0] + [x for phone in phones for x in (phone, 0)]
 
     @cache
@@ -83,13 +94,19 @@ def slow_alignment(found: np.ndarray, phones: list[int]) -> float:
 
 @pytest.mark.parametrize("phones", [[1], [2, 2, 1], [1, 2, 3, 1], [3, 3, 3], [1, 2, 1, 2, 3, 3]])
 def test_alignment_is_the_best_ctc_path(phones: list[int]) -> None:
-    found = torch.randn(14, 4, generator=torch.Generator().manual_seed(len(phones))).mul(2).log_softmax(-1)
+    found = (
+        torch.randn(14, 4, generator=torch.Generator().manual_seed(len(phones)))
+        .mul(2)
+        .log_softmax(-1)
+    )
     spans = judges.align(found, phones)
     path = np.zeros(14, int)
     for phone, (first, last) in zip(phones, spans, strict=True):
         path[first:last] = phone
     assert sequence(path.tolist()) == phones
-    assert found.numpy()[np.arange(14), path].sum() == pytest.approx(slow_alignment(found.numpy(), phones), abs=1e-4)
+    assert found.numpy()[np.arange(14), path].sum() == pytest.approx(
+        slow_alignment(found.numpy(), phones), abs=1e-4
+    )
 
 
 def test_alignment_refuses_what_does_not_fit() -> None:
@@ -103,7 +120,9 @@ def test_frame_labels_spell_the_utterance() -> None:
         wanted = [i for i in encode_phones(utterance.phones)[0].tolist() if i]
         for factor in (1.0, 1.1):
             labels = frame_labels(utterance, round(utterance.duration / factor * 50), factor)
-            assert judges.edit_distance(wanted, sequence(labels.tolist())) <= 0.04 * len(wanted)  # 20 ms may hide one
+            assert judges.edit_distance(wanted, sequence(labels.tolist())) <= 0.04 * len(
+                wanted
+            )  # 20 ms may hide one
 
 
 def test_segments_hold_what_their_labels_say() -> None:
@@ -129,7 +148,9 @@ def test_recogniser_shapes_errors_and_copy(tmp_path: Path) -> None:
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 50))
     assert model.listen(wave[0, :1000]).shape[0] == 3
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(judges.load("recogniser", tmp_path).listen(wave[0]), model.listen(wave[0]))
+    torch.testing.assert_close(
+        judges.load("recogniser", tmp_path).listen(wave[0]), model.listen(wave[0])
+    )
     assert judges.weight_hash("recogniser", tmp_path) == judges.weight_hash("recogniser", tmp_path)
     with pytest.raises(ValueError, match="a multiple of 4 frames"):
         model(torch.zeros(1, 6, 100))
@@ -144,7 +165,9 @@ def test_recogniser_shapes_errors_and_copy(tmp_path: Path) -> None:
 def test_other_rates_become_the_judge_s() -> None:
     times = np.arange(48000) / 48000
     wave = judges.as_waveform(np.stack([np.sin(2 * np.pi * 440 * times)] * 2), 48000, RATE)
-    np.testing.assert_allclose(wave[500:-500], np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)[500:-500], atol=5e-3)
+    np.testing.assert_allclose(
+        wave[500:-500], np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)[500:-500], atol=5e-3
+    )
     with pytest.raises(ValueError, match="a sample rate in Hz"):
         judges.as_waveform(np.zeros(10), 0, RATE)
 
@@ -182,19 +205,32 @@ def test_recogniser_learns_a_sentence_and_its_times() -> None:
     true = np.array([p.start for p in utterance.phones if p.symbol != SILENCE])
     assert len(starts) == len(true) and np.median(np.abs(starts - true)) < 0.03
     assert judges.recognise(np.stack([audio, audio]), RATE, task.recogniser) == judges.recognise(
-        audio, RATE, task.recogniser)
+        audio, RATE, task.recogniser
+    )
     with pytest.raises(ValueError, match="not in the recogniser's inventory"):
         judges.phone_times(audio, RATE, ["@"], task.recogniser)
 
 
-def test_entry_trains_exports_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_entry_trains_exports_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "bank"
     folder.mkdir()
     (folder / "it-000.tar").symlink_to(REPO_BANK / "it-000.tar")
     monkeypatch.setenv("HOME", str(tmp_path))  # the decoded bank is cached there
-    words = ["--judge", "lip_network", "--bank", str(folder), "--output_dir", str(tmp_path / "run"), "--held_out", "2"]
-    summary = training.main([*words, "--max_train_steps", "2", "--train_batch_size", "2", "--log_every", "1"])
+    words = [
+        "--judge",
+        "lip_network",
+        "--bank",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--held_out",
+        "2",
+    ]
+    summary = training.main(
+        [*words, "--max_train_steps", "2", "--train_batch_size", "2", "--log_every", "1"]
+    )
     assert summary is not None and summary.step == 2 and np.isfinite(summary.losses["loss"])
     exported = next(tmp_path.rglob("lip_network/config.json")).parent
     assert judges.load("lip_network", exported).config.embedding == 64

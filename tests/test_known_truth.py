@@ -1,4 +1,6 @@
-"""Lips against the mouth that a sound asks for: corpus clips, with truth in place of the judges where it is enough."""
+"""Lips against the mouth that a sound asks for: corpus clips, with truth in place of the judges
+where it is enough.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from avdiff.train.evaluators.faces import NEARNESS, nearest_viseme
 
 @cache
 def items() -> list[dict[str, Any]]:
-    corpus = PresenterCorpus(SpeechBank(REPO_BANK), length=4, seed=3, event_share=0, augment_share=0, size=64)
+    corpus = PresenterCorpus(
+        SpeechBank(REPO_BANK), length=4, seed=3, event_share=0, augment_share=0, size=64
+    )
     return list(corpus)
 
 
@@ -33,8 +37,15 @@ def true_reading(item: dict[str, Any], shift: int = 0) -> FaceReading:
     mouth = np.roll(item["mouth"], shift, axis=0)
     count = len(mouth)
     box = np.tile(np.array([0.3, 0.2, 0.7, 0.7]), (count, 1))
-    return FaceReading(np.ones(count), box, item["lip_points"], mouth[:, :3].copy(), tuple(kt.nearest_visemes(mouth)),
-                       {}, {})
+    return FaceReading(
+        np.ones(count),
+        box,
+        item["lip_points"],
+        mouth[:, :3].copy(),
+        tuple(kt.nearest_visemes(mouth)),
+        {},
+        {},
+    )
 
 
 def clip_of(item: dict[str, Any]) -> Clip:
@@ -50,7 +61,10 @@ def test_corpus_lips_fit_their_phones() -> None:
         assert found["visemes_right"] == found["viseme_frames"] > 10
         assert found["face_share"] == 1
         assert len(found["mouth_curve"]) == len(found["expected_curve"]) == len(item["mouth"])
-    assert sum(kt.known_truth(clip_of(i), true_reading(i), i["phones"])["bilabials"] for i in items()) > 2
+    assert (
+        sum(kt.known_truth(clip_of(i), true_reading(i), i["phones"])["bilabials"] for i in items())
+        > 2
+    )
 
 
 @pytest.mark.parametrize("shift", [-3, 2, 5])
@@ -70,7 +84,9 @@ def test_a_wrong_sound_and_a_shut_mouth_are_found_out() -> None:
     shut.mouth[:, 0] = 0
     found = kt.known_truth(clip_of(one), shut, one["phones"])
     assert math.isnan(found["mouth_r"]) and found["bilabials"] == found["bilabials_closed"]
-    assert found["open_vowels"] > 0 and found["open_vowels_open"] == 0  # it closes every bilabial, but fails here
+    assert (
+        found["open_vowels"] > 0 and found["open_vowels_open"] == 0
+    )  # it closes every bilabial, but fails here
     open_mouth = true_reading(one)
     open_mouth.mouth[:, 0] = 0.8
     assert kt.known_truth(clip_of(one), open_mouth, one["phones"])["bilabials_closed"] == 0
@@ -96,19 +112,25 @@ def test_background_of_the_corpus_stands_still_and_a_flickering_one_does_not() -
     item = items()[1]
     frames = item["video"].numpy()
     middle = item["lip_points"].mean(axis=1)  # a face reaches about so far around its mouth
-    boxes = np.concatenate([middle - np.array([0.22, 0.44]), middle + np.array([0.22, 0.15])], axis=1)
+    boxes = np.concatenate(
+        [middle - np.array([0.22, 0.44]), middle + np.array([0.22, 0.15])], axis=1
+    )
     still = kt.background_difference(frames, boxes)
     assert still < 0.5
     steps = 6 * (np.arange(len(frames)) % 2)[:, None, None, None]
     flicker = np.clip(frames.astype(int) + steps, 0, 255).astype(np.uint8)
     assert kt.background_difference(flicker, boxes) == pytest.approx(6, abs=1)
-    assert math.isnan(kt.background_difference(frames, np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (len(frames), 1))))
+    assert math.isnan(
+        kt.background_difference(frames, np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (len(frames), 1)))
+    )
     assert not kt.background_mask(np.full((3, 4), np.nan), 8, 8).any()
 
 
 def test_real_judges_run_and_reward_is_a_number() -> None:
     reader = FaceReader().eval()
-    recogniser = PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1, dropout=0.0).eval()
+    recogniser = PhoneRecogniser(
+        inventory()[0], width=32, expansion=2, kernel=5, layers=1, dropout=0.0
+    ).eval()
     clip = clip_of(items()[0])
     found = kt.known_truth(clip, reader=reader, recogniser=recogniser)
     assert {"mouth_r", "mouth_lag_ms", "bilabials", "viseme_frames"} <= set(found)
@@ -135,15 +157,27 @@ def test_lagged_correlation_is_the_shifted_track_s() -> None:
 
 
 def test_adherence_asks_only_what_was_told() -> None:
-    reading = FaceReading(np.ones(1), np.zeros((1, 4)), np.zeros((1, 20, 2)), np.zeros((1, 3)), ("sil",),
-                          {"hair_color": "red", "glasses": "square glasses", "hat": "none"}, {})
+    reading = FaceReading(
+        np.ones(1),
+        np.zeros((1, 4)),
+        np.zeros((1, 20, 2)),
+        np.zeros((1, 3)),
+        ("sil",),
+        {"hair_color": "red", "glasses": "square glasses", "hat": "none"},
+        {},
+    )
     wanted = {"hair_color": "red", "glasses": "round glasses", "hat": "cap", "skin": "fair"}
     told = {"hair_color": "value", "glasses": "presence", "hat": "presence", "skin": "value"}
     found = looks.adherence(reading, wanted, told)
-    assert (found["attributes_told"], found["attributes_right"]) == (3, 2)  # the reader here knows no skin
+    assert (found["attributes_told"], found["attributes_right"]) == (
+        3,
+        2,
+    )  # the reader here knows no skin
     assert found["looks_glasses"] and not found["looks_hat"]
     assert found["wrong"] == "hat: none for any"
     assert not looks.adherence(reading, wanted, {"glasses": "value"})["looks_glasses"]
-    faceless = FaceReading(np.zeros(1), np.zeros((1, 4)), np.zeros((1, 20, 2)), np.zeros((1, 3)), ("",), {}, {})
+    faceless = FaceReading(
+        np.zeros(1), np.zeros((1, 4)), np.zeros((1, 20, 2)), np.zeros((1, 3)), ("",), {}, {}
+    )
     assert looks.adherence(faceless, wanted, told)["attributes_right"] == 0
     assert looks.adherence(reading, wanted)["attributes_told"] == 3

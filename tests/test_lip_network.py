@@ -1,4 +1,6 @@
-"""Lips against sound: geometry, lags and their sign, and planted offsets found after a little training."""
+"""Lips against sound: geometry, lags and their sign, and planted offsets found after a little
+training.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_normalised_lips_forget_place_size_and_tilt() -> None:
     plain = normalise_lips(points)
     np.testing.assert_allclose(normalise_lips(moved_points), plain, atol=1e-4)
     points[3] = np.nan
-    assert np.isnan(normalise_lips(points)[3]).all() and np.isfinite(normalise_lips(points)[4]).all()
+    assert (
+        np.isnan(normalise_lips(points)[3]).all() and np.isfinite(normalise_lips(points)[4]).all()
+    )
     assert len(FACE_MESH_LIPS) == len({i for ids in FACE_MESH_LIPS for i in ids[:1]}) == 20
     assert lips_of_mesh(np.zeros((2, 478, 3))).shape == (2, 20, 2)
 
@@ -80,8 +84,13 @@ def test_lips_on_the_clock_at_any_frame_rate() -> None:
         times = (np.arange(int(2 * fps)) + 0.5) / fps
         features, seen = lips_on_clock(track(times), times, 2.0)
         assert features.shape == (100, 40) and seen[2:-3].all()
-        rows.append(features[3:-4] - features[3:-4].mean(axis=0))  # the median shape depends on the pictures a little
-    assert max(np.abs(rows[0] - rows[2]).max(), np.abs(rows[1] - rows[2]).max()) < 0.15 * np.abs(rows[2]).max()
+        rows.append(
+            features[3:-4] - features[3:-4].mean(axis=0)
+        )  # the median shape depends on the pictures a little
+    assert (
+        max(np.abs(rows[0] - rows[2]).max(), np.abs(rows[1] - rows[2]).max())
+        < 0.15 * np.abs(rows[2]).max()
+    )
     times = np.arange(50) / 25
     points = track(times)
     points[10:25] = np.nan  # 0.6 s without a face
@@ -106,7 +115,9 @@ def test_lag_scores_and_curve_are_the_plain_loops() -> None:
     for lag in range(-4, 5):
         pairs = [(t, t + lag) for t in range(12) if 0 <= t + lag < 12 and mask[t]]
         top = sum(lips[a] @ sound[b] for a, b in pairs)
-        below = sum(lips[a] @ lips[a] for a, _ in pairs) * sum(sound[b] @ sound[b] for _, b in pairs)
+        below = sum(lips[a] @ lips[a] for a, _ in pairs) * sum(
+            sound[b] @ sound[b] for _, b in pairs
+        )
         assert curve[lag + 4] == pytest.approx(top / np.sqrt(below), abs=1e-6)
 
 
@@ -114,9 +125,15 @@ def test_lag_scores_and_curve_are_the_plain_loops() -> None:
 def test_late_audio_has_a_positive_offset(late: int) -> None:
     vectors = np.random.default_rng(6).normal(size=(120, 8))
     sound = np.roll(vectors, late, axis=0)  # what the lips say at t is heard at t + late
-    curve = judges.SyncCurve(np.arange(-30, 31) / 50, judges.lag_curve(vectors, np.ones(120, bool), sound, 30), 2.4)
+    curve = judges.SyncCurve(
+        np.arange(-30, 31) / 50, judges.lag_curve(vectors, np.ones(120, bool), sound, 30), 2.4
+    )
     assert curve.offset == pytest.approx(late / 50, abs=0.004)
-    assert curve.score > 0.9 and curve.confidence > 0.5 and (late == 0) == (curve.score_at_zero == curve.score)
+    assert (
+        curve.score > 0.9
+        and curve.confidence > 0.5
+        and (late == 0) == (curve.score_at_zero == curve.score)
+    )
 
 
 def test_lip_network_finds_planted_offsets_after_a_little_training() -> None:
@@ -149,7 +166,9 @@ def test_lip_network_finds_planted_offsets_after_a_little_training() -> None:
 def test_sync_refuses_what_it_cannot_see() -> None:
     network, times = tiny_network().eval(), np.arange(50) / 25
     with pytest.raises(ValueError, match=r"lips are seen for 0.00 s of 2.00 s"):
-        judges.sync_curve(np.full((50, 20, 2), np.nan), times, np.zeros(48000, np.float32), RATE, network=network)
+        judges.sync_curve(
+            np.full((50, 20, 2), np.nan), times, np.zeros(48000, np.float32), RATE, network=network
+        )
     with pytest.raises(ValueError, match=r"needs \(samples,\)"):
         judges.sync_curve(np.zeros((50, 20, 2)), times, np.zeros((1, 1, 8)), RATE, network=network)
     with pytest.raises(ValueError, match="100 mel frames a second"):

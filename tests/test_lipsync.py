@@ -1,4 +1,6 @@
-"""Lip-sync of files and clips: times, tracks, the sign of the offset, statuses, recovery, and the reward."""
+"""Lip-sync of files and clips: times, tracks, the sign of the offset, statuses, recovery, and the
+reward.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +57,16 @@ def judge() -> LipSync:
 def spoken() -> tuple[HeldOut, ...]:
     """Sound with the drawing's own lips: one long passage and three short ones."""
     bank = SpeechBank(REPO_BANK, languages=["en", "it"])
-    return (*held_out_clips(bank, "train", 1, seconds=27.0), *held_out_clips(bank, "train", 3, seconds=3.0, seed=1))
+    return (
+        *held_out_clips(bank, "train", 1, seconds=27.0),
+        *held_out_clips(bank, "train", 3, seconds=3.0, seed=1),
+    )
 
 
 def as_track(clip: HeldOut) -> Track:
-    return Track(clip.times, clip.points, np.tile(np.array((0.0, 0.0, 60.0, 80.0)), (len(clip.times), 1)))
+    return Track(
+        clip.times, clip.points, np.tile(np.array((0.0, 0.0, 60.0, 80.0)), (len(clip.times), 1))
+    )
 
 
 class Known:
@@ -80,18 +87,23 @@ class Known:
 
 def blank(clip: HeldOut) -> Clip:
     """The sound of a held-out clip with empty pictures."""
-    return Clip(np.zeros((len(clip.times), 8, 8, 3), np.uint8), clip.sound[None], Fraction(25), RATE)
+    return Clip(
+        np.zeros((len(clip.times), 8, 8, 3), np.uint8), clip.sound[None], Fraction(25), RATE
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize(("fps", "step"), [(24, 1), (NTSC, 1), (30, 1), (50, 2), (60, 2)])
 def test_pictures_keep_their_times(tmp_path: Path, fps: Fraction | int, step: int) -> None:
     write_clip(tmp_path / "a.mp4", pictures(1.0, float(fps)), fps, tone(1.0), RATE)
     walked = list(walk_pictures(tmp_path / "a.mp4"))
     whole = read_clip(tmp_path / "a.mp4").frames
     assert whole is not None
-    np.testing.assert_allclose([time for time, _ in walked],
-                               [(i + 0.5) / float(fps) for i in range(0, len(whole), step)], atol=1e-5)
+    np.testing.assert_allclose(
+        [time for time, _ in walked],
+        [(i + 0.5) / float(fps) for i in range(0, len(whole), step)],
+        atol=1e-5,
+    )
     np.testing.assert_array_equal(np.stack([picture for _, picture in walked]), whole[::step])
 
 
@@ -118,7 +130,7 @@ def test_large_pictures_shrink_and_broken_files_are_named(tmp_path: Path) -> Non
             read(tmp_path / "none.mp4")
 
 
-# --------------------------------------------------------------------------------------------------------------- tracks
+# ------------------------------------------------------------------------------------------- tracks
 def face(left: float, top: float, size: float = 40) -> Face:
     return Face(np.full((20, 2), left), np.array((left, top, left + size, top + size)))
 
@@ -141,7 +153,9 @@ def test_tracker_joins_what_overlaps() -> None:
 
 
 class SquareFinder:
-    """In place of MediaPipe: white squares, which it misses if they fill less than a third of a picture's height."""
+    """In place of MediaPipe: white squares, which it misses if they fill less than a third of a
+    picture's height.
+    """
 
     version, weight_hash = "1", "0"
 
@@ -149,7 +163,9 @@ class SquareFinder:
         rows, columns = np.nonzero(picture[..., 0] > 200)
         if not len(rows) or np.ptp(rows) + 1 < picture.shape[0] / 3:
             return np.zeros((0, 478, 2), np.float32)
-        corners = np.array([(columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)], np.float32)
+        corners = np.array(
+            [(columns.min(), rows.min()), (columns.max() + 1, rows.max() + 1)], np.float32
+        )
         return np.linspace(corners[0], corners[1], 478, dtype=np.float32)[None]
 
 
@@ -165,7 +181,11 @@ def test_small_faces_are_found_by_tiles_and_then_followed() -> None:
             yield (i + 0.5) / 25, picture
 
     followed = source.follow(film())
-    assert followed.pictures == 40 and followed.seconds == pytest.approx(39.5 / 25) and len(followed.tracks) == 1
+    assert (
+        followed.pictures == 40
+        and followed.seconds == pytest.approx(39.5 / 25)
+        and len(followed.tracks) == 1
+    )
     track = followed.tracks[0]
     assert len(track.times) >= 40 - 2 * 12 and track.times[-1] == pytest.approx(39.5 / 25)
     np.testing.assert_allclose(track.boxes[-1], (239, 39, 271, 71), atol=1)
@@ -173,13 +193,21 @@ def test_small_faces_are_found_by_tiles_and_then_followed() -> None:
 
 def test_square_is_cut_and_filled() -> None:
     picture = np.arange(60, dtype=np.uint8).reshape(1, 60, 1).repeat(40, 0).repeat(3, 2)
-    np.testing.assert_array_equal(square(picture, np.array((30.0, 20.0)), 5, 10)[0, :, 0], np.arange(25, 35))
+    np.testing.assert_array_equal(
+        square(picture, np.array((30.0, 20.0)), 5, 10)[0, :, 0], np.arange(25, 35)
+    )
     edge = square(picture, np.array((0.0, 0.0)), 4, 8)
-    assert (edge[:4] == 110).all() and (edge[:, :4] == 110).all() and (edge[4:, 4:, 0] == np.arange(4)).all()
+    assert (
+        (edge[:4] == 110).all()
+        and (edge[:, :4] == 110).all()
+        and (edge[4:, 4:, 0] == np.arange(4)).all()
+    )
 
 
-# -------------------------------------------------------------------------------------------------- weights of the mesh
-def test_landmarker_is_found_or_fetched_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# ------------------------------------------------------------------------------ weights of the mesh
+def test_landmarker_is_found_or_fetched_by_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv(landmarker.VARIABLE, raising=False)
     assert landmarker.find_landmarker() is None
@@ -194,7 +222,9 @@ def test_landmarker_is_found_or_fetched_by_its_hash(tmp_path: Path, monkeypatch:
     with pytest.raises(ValueError, match="cannot be fetched"):
         landmarker.fetch((tmp_path / "nothing").as_uri(), right, target)
     assert not target.exists()
-    assert landmarker.fetch(weights.as_uri(), right, target) == target == landmarker.find_landmarker()
+    assert (
+        landmarker.fetch(weights.as_uri(), right, target) == target == landmarker.find_landmarker()
+    )
     assert landmarker.find_landmarker("download") == target  # it is here: nothing is fetched
     monkeypatch.setenv(landmarker.VARIABLE, str(weights))
     assert landmarker.find_landmarker() == weights and landmarker.find_landmarker(target) == target
@@ -206,7 +236,7 @@ def test_landmarker_is_found_or_fetched_by_its_hash(tmp_path: Path, monkeypatch:
         find_sources(wanted="eyes")
 
 
-# --------------------------------------------------------------------------------------------------------------- speech
+# ------------------------------------------------------------------------------------------- speech
 def test_speech_is_told_from_other_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     speech = spoken()[1].sound
     assert speech_share.speech_mask(speech, RATE).mean() > 0.4
@@ -219,7 +249,7 @@ def test_speech_is_told_from_other_sound(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not speech_share.speech_mask(np.zeros(RATE, np.float32), RATE).any()
 
 
-# ------------------------------------------------------------------------------------------------------ the measurement
+# ---------------------------------------------------------------------------------- the measurement
 @pytest.mark.parametrize("late", [-6, 4])
 def test_offset_is_positive_when_the_audio_is_late(tmp_path: Path, late: int) -> None:
     clip = presenter(seconds=3.0)
@@ -229,17 +259,27 @@ def test_offset_is_positive_when_the_audio_is_late(tmp_path: Path, late: int) ->
     assert row["status"] == "ok" and row["offset_frames"] == pytest.approx(late, abs=1.0)
     assert row["offset_ms"] == pytest.approx(40 * row["offset_frames"])
     assert row["score"] > row["score_at_zero"] and len(row["curve"]) == len(row["lags_ms"]) == 61
-    assert row["curve"][30] == pytest.approx(row["score_at_zero"], abs=1e-4) and row["lags_ms"][30] == 0
-    assert row["face_coverage"] == 1 and row["speech_coverage"] > 0.3 and len(row["mouth_curve"]) == 75
+    assert (
+        row["curve"][30] == pytest.approx(row["score_at_zero"], abs=1e-4)
+        and row["lags_ms"][30] == 0
+    )
+    assert (
+        row["face_coverage"] == 1 and row["speech_coverage"] > 0.3 and len(row["mouth_curve"]) == 75
+    )
     memory = judge().measure(Clip(clip["frames"], sound[None], Fraction(25), RATE), "mine").row
-    assert memory["file"] == "mine" and memory["offset_ms"] == pytest.approx(row["offset_ms"], abs=15)
+    assert memory["file"] == "mine" and memory["offset_ms"] == pytest.approx(
+        row["offset_ms"], abs=15
+    )
 
 
 def test_score_falls_with_delay_and_has_a_value_without_a_face() -> None:
     clip = presenter(seconds=3.0)
 
     def of(late_ms: float, frames: np.ndarray = clip["frames"]) -> float:
-        return score(Clip(frames, shifted(clip["audio"][0], RATE, late_ms)[None], Fraction(25), RATE), judge())
+        return score(
+            Clip(frames, shifted(clip["audio"][0], RATE, late_ms)[None], Fraction(25), RATE),
+            judge(),
+        )
 
     assert of(0) > 0.2 and of(0) > of(120) + 0.05 and of(0) > of(400) + 0.1
     assert score(Clip(None, clip["audio"], None, RATE), judge(), missing=-1.0) == -1.0
@@ -250,7 +290,12 @@ def test_the_speaker_is_chosen_among_faces() -> None:
     one, two = spoken()[1:3]
     faces = LipSync(faces=Known(as_track(two), as_track(one)), backend=judge().backend)
     row = faces.measure(blank(one)).row
-    assert row["status"] == "ok" and row["face"] == 2 and row["faces"] == 2 and abs(row["offset_frames"]) <= 1
+    assert (
+        row["status"] == "ok"
+        and row["face"] == 2
+        and row["faces"] == 2
+        and abs(row["offset_frames"]) <= 1
+    )
     assert [track["face"] for track in row["tracks"]] == [1, 2]
     spread = face_rows([row, {"file": "b.mp4", "status": "error", "error": "x"}])
     assert [line.get("id") for line in spread] == ["clip face 1", None, None]
@@ -260,13 +305,21 @@ def test_the_speaker_is_chosen_among_faces() -> None:
 def test_long_films_are_judged_in_windows_and_drift_is_seen() -> None:
     clip = spoken()[0]
     windows = judge().backend.curves(as_track(clip), shifted(clip.sound, RATE, 120.0), RATE)
-    assert windows.starts == [0.0, 10.0, 20.0] and windows.whole.offset == pytest.approx(0.12, abs=0.03)
-    drifting = np.concatenate([shifted(clip.sound, RATE, late)[round(a * RATE) : round(b * RATE)]
-                               for late, a, b in ((0.0, 0, 10), (120.0, 10, 20), (240.0, 20, 27))])
+    assert windows.starts == [0.0, 10.0, 20.0] and windows.whole.offset == pytest.approx(
+        0.12, abs=0.03
+    )
+    drifting = np.concatenate(
+        [
+            shifted(clip.sound, RATE, late)[round(a * RATE) : round(b * RATE)]
+            for late, a, b in ((0.0, 0, 10), (120.0, 10, 20), (240.0, 20, 27))
+        ]
+    )
     offsets = [part.offset for part in judge().backend.curves(as_track(clip), drifting, RATE).parts]
     np.testing.assert_allclose(offsets, (0.0, 0.12, 0.24), atol=0.04)
     track = as_track(clip)
-    away = Track(track.times[:200], track.points[:200], track.boxes[:200])  # in view for eight seconds of 27
+    away = Track(
+        track.times[:200], track.points[:200], track.boxes[:200]
+    )  # in view for eight seconds of 27
     assert len(judge().backend.curves(away, clip.sound, RATE).parts) == 1
 
 
@@ -282,9 +335,14 @@ def test_statuses_say_why() -> None:
     small = Track(track.times, track.points / 4, track.boxes / 4)
     early = Track(track.times[:15], track.points[:15], track.boxes[:15])
     quiet = np.concatenate([np.zeros(RATE, np.float32), clip.sound[RATE:]])
-    for tracks, sound, status in (((), clip.sound, "no_face"), ((small,), clip.sound, "small_face"),
-                                  ((track,), 0 * clip.sound, "no_speech"), ((early,), quiet, "no_speech"),
-                                  ((track,), clip.sound[: RATE], "too_short"), ((track,), clip.sound, "ok")):
+    for tracks, sound, status in (
+        ((), clip.sound, "no_face"),
+        ((small,), clip.sound, "small_face"),
+        ((track,), 0 * clip.sound, "no_speech"),
+        ((early,), quiet, "no_speech"),
+        ((track,), clip.sound[:RATE], "too_short"),
+        ((track,), clip.sound, "ok"),
+    ):
         shown = blank(clip)
         film = Clip(shown.frames, sound[None], shown.fps, RATE)
         row = LipSync(faces=Known(*tracks), backend=judge().backend).measure(film).row
@@ -302,12 +360,17 @@ def test_mouth_curve_is_the_gap_of_the_inner_lips() -> None:
     assert curve[7] == pytest.approx(gap, abs=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------- the checks
+# --------------------------------------------------------------------------------------- the checks
 def test_planted_shifts_are_recovered_and_swaps_told_apart() -> None:
     backend = judge().backend
-    faces = [LipSync(faces=Known(as_track(clip)), backend=backend).measure(blank(clip)) for clip in spoken()[1:]]
+    faces = [
+        LipSync(faces=Known(as_track(clip)), backend=backend).measure(blank(clip))
+        for clip in spoken()[1:]
+    ]
     marks = recovery([shift_clip(clip, backend) for clip in faces])
-    assert marks["absolute_1"].mean == marks["relative_1"].mean == 1.0 and marks["absolute_1"].n == 3
+    assert (
+        marks["absolute_1"].mean == marks["relative_1"].mean == 1.0 and marks["absolute_1"].n == 3
+    )
     assert set(marks["by_shift"]) == set(SHIFTS)
     assert swap_auc(faces, judge().backend)["auc_zero"].mean > 0.9
     with pytest.raises(ValueError, match="needs at least 2"):
@@ -315,31 +378,62 @@ def test_planted_shifts_are_recovered_and_swaps_told_apart() -> None:
 
 
 def test_recovery_counts_by_hand() -> None:
-    marks = recovery([[-2.0, 1.0, 4.2], [-3.0, 0.0, None]], shifts=(-3, 0, 3))  # off by (1, 1, 1.2) and (0, 0, -)
-    assert marks["absolute_1"].mean == pytest.approx(4 / 6) and marks["absolute_2"].mean == pytest.approx(5 / 6)
+    marks = recovery(
+        [[-2.0, 1.0, 4.2], [-3.0, 0.0, None]], shifts=(-3, 0, 3)
+    )  # off by (1, 1, 1.2) and (0, 0, -)
+    assert marks["absolute_1"].mean == pytest.approx(4 / 6) and marks[
+        "absolute_2"
+    ].mean == pytest.approx(5 / 6)
     assert marks["relative_1"].mean == pytest.approx(3 / 4) and marks["zero_1"].mean == 1
     assert marks["by_shift"][3] == (0.0, 0.5)
     with pytest.raises(ValueError, match="needs 0 among them"):
         recovery([[1.0]], shifts=(1,))
     late = shifted(np.arange(1, 6, dtype=np.float32), 1000, 2.0)
-    assert late.tolist() == [0, 0, 1, 2, 3] and shifted(late, 1000, -2.0).tolist() == [1, 2, 3, 0, 0]
+    assert late.tolist() == [0, 0, 1, 2, 3] and shifted(late, 1000, -2.0).tolist() == [
+        1,
+        2,
+        3,
+        0,
+        0,
+    ]
 
 
 def test_backends_are_named() -> None:
     assert isinstance(find_backend(), LipNetworkBackend)
-    for words, name, quirks, reach in (("needs lip_network or syncnet", "ears", False, 0.6),
-                                       ("needs --weights PATH", "syncnet", False, 0.6),
-                                       ("are for backend=syncnet", "lip_network", True, 0.6),
-                                       ("needs 0.2 to 2 seconds", "lip_network", False, 9.0)):
+    for words, name, quirks, reach in (
+        ("needs lip_network or syncnet", "ears", False, 0.6),
+        ("needs --weights PATH", "syncnet", False, 0.6),
+        ("are for backend=syncnet", "lip_network", True, 0.6),
+        ("needs 0.2 to 2 seconds", "lip_network", False, 9.0),
+    ):
         with pytest.raises(ValueError, match=words):
             find_backend(name, quirks=quirks, reach=reach)
     header = judge().header()
-    assert header["backend"] == "lip_network" and len(header["weights"]) == 12 and "audio late" in header["offset"]
+    assert (
+        header["backend"] == "lip_network"
+        and len(header["weights"]) == 12
+        and "audio late" in header["offset"]
+    )
 
 
 def test_bench_on_presenters(tmp_path: Path) -> None:
-    marks = bench(["--clips", "2", "--faces", "reader", "--seconds", "2.4", "--json", str(tmp_path / "m.json")])
-    assert marks["status"] == {"ok": 2} and marks["absolute_1"].mean >= 0.85 and marks["times_real_time"] > 0
+    marks = bench(
+        [
+            "--clips",
+            "2",
+            "--faces",
+            "reader",
+            "--seconds",
+            "2.4",
+            "--json",
+            str(tmp_path / "m.json"),
+        ]
+    )
+    assert (
+        marks["status"] == {"ok": 2}
+        and marks["absolute_1"].mean >= 0.85
+        and marks["times_real_time"] > 0
+    )
     assert (tmp_path / "m.json").is_file()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no clip"):
@@ -354,9 +448,15 @@ def test_every_clip_of_a_mixed_folder_has_a_row_and_a_status(tmp_path: Path) -> 
     assert [row["file"] for row in rows] == [str(path) for path in paths]
     for row in rows:
         name = Path(row["file"]).name
-        assert row["status"] == (expected[name] or row["status"]), (name, row["status"], row["error"])
+        assert row["status"] == (expected[name] or row["status"]), (
+            name,
+            row["status"],
+            row["error"],
+        )
         assert row["status"] in STATUSES and (row["error"] == "") == (row["status"] == "ok")
         if expected[name] == "ok":
             assert abs(row["offset_frames"]) <= 1.5, (name, row["offset_frames"])
     counts = Counter(row["status"] for row in rows)
-    assert {"ok", "no_face", "no_speech", "too_short", "error"} <= set(counts) and counts.total() == len(paths)
+    assert {"ok", "no_face", "no_speech", "too_short", "error"} <= set(
+        counts
+    ) and counts.total() == len(paths)

@@ -15,7 +15,9 @@ from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.pipelines.prompt import understand
 from avdiff.pipelines.streaming import Segment, streams
 
-SHORT = dict(segment=0.6, overlap=0.2, num_inference_steps=1, guidance_scale=1.0, audio_guidance_scale=1.0)
+SHORT = dict(
+    segment=0.6, overlap=0.2, num_inference_steps=1, guidance_scale=1.0, audio_guidance_scale=1.0
+)
 SAMPLES = 33600  # of 1.4 s
 
 
@@ -25,7 +27,9 @@ def pipe() -> AVDiffPipeline:
 
 
 def stream(pipe: AVDiffPipeline, prompt: str = "a ball bounces", seconds: float = 1.4, **changes):
-    return pipe.stream(prompt, seconds, **{**SHORT, "generator": torch.Generator().manual_seed(0), **changes})
+    return pipe.stream(
+        prompt, seconds, **{**SHORT, "generator": torch.Generator().manual_seed(0), **changes}
+    )
 
 
 def test_segments_add_up_and_each_is_given_the_end_of_the_last(pipe, monkeypatch) -> None:
@@ -37,13 +41,20 @@ def test_segments_add_up_and_each_is_given_the_end_of_the_last(pipe, monkeypatch
         calls.append(kwargs)
         results.append(out)
         return out
+
     monkeypatch.setattr(AVDiffPipeline, "__call__", listen)
     segments = list(stream(pipe))
-    assert [len(s.frames) for s in segments] == [17, 12, 6]  # 35 frames: calls of 17, 5 + 12 and 5 + 6
+    assert [len(s.frames) for s in segments] == [
+        17,
+        12,
+        6,
+    ]  # 35 frames: calls of 17, 5 + 12 and 5 + 6
     assert sum(s.audio.shape[1] for s in segments) == SAMPLES
     assert [kw["num_frames"] for kw in calls] == [17, 17, 11]
     for before, kwargs, after in zip(results, calls[1:], results[1:], strict=False):
-        torch.testing.assert_close(kwargs["video"][0].permute(1, 0, 2, 3) / 2 + 0.5, before.frames[0, -5:])
+        torch.testing.assert_close(
+            kwargs["video"][0].permute(1, 0, 2, 3) / 2 + 0.5, before.frames[0, -5:]
+        )
         assert torch.equal(kwargs["audio"], before.audio[..., -4800:])
         torch.testing.assert_close(after.frames[0, :5], before.frames[0, -5:], atol=1e-6, rtol=0)
     whole = torch.cat([s.audio for s in segments], dim=1)
@@ -52,10 +63,16 @@ def test_segments_add_up_and_each_is_given_the_end_of_the_last(pipe, monkeypatch
 
 def test_a_given_clip_comes_first_and_is_continued(pipe) -> None:
     g = torch.Generator().manual_seed(1)
-    video, sound = torch.rand(1, 3, 9, 128, 128, generator=g) * 2 - 1, torch.rand(1, 1, 8640, generator=g) - 0.5
+    video, sound = (
+        torch.rand(1, 3, 9, 128, 128, generator=g) * 2 - 1,
+        torch.rand(1, 1, 8640, generator=g) - 0.5,
+    )
     first, *rest = stream(pipe, seconds=0.9, video=video, audio=sound)
     torch.testing.assert_close(first.frames, (video[0].permute(1, 2, 3, 0) + 1) / 2)
-    assert torch.equal(first.audio, sound[0, :, : 8640 - 240]) and sum(len(s.frames) for s in rest) == 23 - 9
+    assert (
+        torch.equal(first.audio, sound[0, :, : 8640 - 240])
+        and sum(len(s.frames) for s in rest) == 23 - 9
+    )
     with pytest.raises(ValueError, match="video without sound"):
         stream(pipe, video=video)
     with pytest.raises(ValueError, match=r"what is given lasts 0\.36 s"):
@@ -84,6 +101,7 @@ def test_words_are_laid_on_the_clock_of_the_whole_clip(pipe, monkeypatch) -> Non
     def listen(self, *args, **kwargs):
         scripts.append(kwargs["script"])
         return plain(self, *args, **kwargs)
+
     monkeypatch.setattr(AVDiffPipeline, "__call__", listen)
     prompt = 'A man says "one two"'
     list(stream(pipe, prompt, seconds=1.6))
@@ -107,7 +125,10 @@ def test_what_is_written_has_full_length(pipe, tmp_path) -> None:
 
 def test_sound_in_pieces_is_the_sound_in_one(tmp_path) -> None:
     sound = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 5000)).astype(np.float32)
-    for name, audio in (("a", sound), ("b", iter([sound[:, :10], sound[:, 10:3000], sound[:, 3000:]]))):
+    for name, audio in (
+        ("a", sound),
+        ("b", iter([sound[:, :10], sound[:, 10:3000], sound[:, 3000:]])),
+    ):
         write_clip(tmp_path / f"{name}.wav", None, None, audio, 24000)
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
     with pytest.raises(MediaError, match="2 channels follows one with 1"):
@@ -125,9 +146,12 @@ def test_readers_side_by_side_keep_memory_constant() -> None:
             segment = Segment(torch.zeros(4, 8, 8, 3), torch.zeros(1, 100))
             alive.extend((weakref.ref(segment.frames), weakref.ref(segment.audio)))
             yield segment
+
     frames, sound = streams(endless())
     for _ in range(50):
         next(sound)
         for _ in range(4):
             next(frames)
-        assert len(alive) <= 104 and sum(ref() is not None for ref in alive) <= 4  # this segment's and the next
+        assert (
+            len(alive) <= 104 and sum(ref() is not None for ref in alive) <= 4
+        )  # this segment's and the next

@@ -1,4 +1,6 @@
-"""diffusers' machinery on our classes: LoRA, offload, attention backends, caches, casting, compilation."""
+"""diffusers' machinery on our classes: LoRA, offload, attention backends, caches, casting,
+compilation.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,13 @@ def pipe(base) -> AVDiffPipeline:
 
 
 def call(pipe: AVDiffPipeline, **changes):
-    options = dict(num_inference_steps=2, seconds=0.6, output_type="latent", guidance_scale=2.0,
-                   generator=torch.Generator().manual_seed(0))
+    options = dict(
+        num_inference_steps=2,
+        seconds=0.6,
+        output_type="latent",
+        guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0),
+    )
     return pipe("A man with a beard", **{**options, **changes})
 
 
@@ -46,14 +53,18 @@ def differ(a, b) -> float:
 
 
 def distance(a, b) -> float:
-    """Mean difference of the pictures in units of their spread: about 1 for two clips that have nothing in common."""
+    """Mean difference of the pictures in units of their spread: about 1 for two clips that have
+    nothing in common.
+    """
     return float((a.frames - b.frames).abs().mean() / b.frames.std())
 
 
-# -- LoRA -------------------------------------------------------------------------------------------------------------
+# -- LoRA -------------------------------------------------------------------------------------
 
 
-def trained(transformer: AVTransformer, seed: int = 0, targets: tuple[str, ...] = ("all",)) -> AVTransformer:
+def trained(
+    transformer: AVTransformer, seed: int = 0, targets: tuple[str, ...] = ("all",)
+) -> AVTransformer:
     """The transformer with an adapter as the trainer makes it, and values in it."""
     add_lora(transformer, AdapterOptions(rank=2, lora_targets=targets))
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +83,9 @@ def test_what_the_trainer_exports_loads_through_the_pipeline(base, pipe, tmp_pat
     pipe.unload_lora_weights()
     assert differ(call(pipe), plain) < 1e-5
     pipe.load_lora_weights(tmp_path, adapter_name="style")
-    assert pipe.get_list_adapters() == {"transformer": ["style"]} and pipe.get_active_adapters() == ["style"]
+    assert pipe.get_list_adapters() == {
+        "transformer": ["style"]
+    } and pipe.get_active_adapters() == ["style"]
     assert differ(call(pipe), adapted) < 1e-5
     # the scale of a call reaches what is prepared ahead of the steps too: words, memory
     assert differ(call(pipe, attention_kwargs={"scale": 0.0}), plain) < 1e-4
@@ -94,8 +107,11 @@ def test_what_the_trainer_exports_loads_through_the_pipeline(base, pipe, tmp_pat
 def test_adapters_are_saved_and_combined(pipe, tmp_path) -> None:
     for i, targets in enumerate((("video",), ("audio", "cross"))):
         model = trained(copy.deepcopy(pipe.transformer), i, targets)
-        pipe.save_lora_weights(tmp_path / str(i), get_peft_model_state_dict(model),
-                               transformer_lora_adapter_metadata=model.peft_config["default"].to_dict())
+        pipe.save_lora_weights(
+            tmp_path / str(i),
+            get_peft_model_state_dict(model),
+            transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+        )
     for i in range(2):
         pipe.load_lora_weights(tmp_path / str(i), adapter_name=str(i))
     outputs = {}
@@ -111,11 +127,13 @@ def test_adapters_are_saved_and_combined(pipe, tmp_path) -> None:
         pipe.load_lora_weights(tmp_path / "0", use_safetensors=False)
 
 
-# -- offload ----------------------------------------------------------------------------------------------------------
+# -- offload ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [
-    dict(offload_type="block_level", num_blocks_per_group=1), dict(offload_type="leaf_level")])
+@pytest.mark.parametrize(
+    "kind",
+    [dict(offload_type="block_level", num_blocks_per_group=1), dict(offload_type="leaf_level")],
+)
 def test_group_offload_changes_nothing(pipe, kind) -> None:
     plain = call(pipe)
     cpu = torch.device("cpu")
@@ -126,7 +144,9 @@ def test_group_offload_changes_nothing(pipe, kind) -> None:
 
 
 def test_weights_may_rest_elsewhere_between_uses(pipe) -> None:
-    """Sequential offload: every weight is on the meta device unless the layer that owns it is running."""
+    """Sequential offload: every weight is on the meta device unless the layer that owns it is
+    running.
+    """
     plain = call(pipe)
     cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
     resting = {p.device.type for n, p in pipe.transformer.named_parameters()}
@@ -141,7 +161,7 @@ def test_offload_of_the_pipeline_says_that_it_needs_an_accelerator(pipe) -> None
             offload()
 
 
-# -- attention backends -----------------------------------------------------------------------------------------------
+# -- attention backends -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["native", "_native_math", "flex"])
@@ -153,18 +173,22 @@ def test_attention_backends_agree(pipe, backend: str) -> None:
         assert differ(call(pipe), plain) < 1e-3
     finally:
         pipe.transformer.reset_attention_backend()
-        _AttentionBackendRegistry.set_active_backend(active)  # which the reset leaves, for the whole process
+        _AttentionBackendRegistry.set_active_backend(
+            active
+        )  # which the reset leaves, for the whole process
 
 
-# -- caches -----------------------------------------------------------------------------------------------------------
+# -- caches -----------------------------------------------------------------------------------
 
 
 def block_calls(pipe: AVDiffPipeline) -> list[int]:
     """Counts how often the self-attention of each block runs."""
     counts = [0] * len(pipe.transformer.transformer_blocks)
     for i, block in enumerate(pipe.transformer.transformer_blocks):
+
         def note(module, args, i=i):
             counts[i] += 1
+
         block.video.self_attn.to_q.register_forward_pre_hook(note)
     return counts
 
@@ -172,14 +196,18 @@ def block_calls(pipe: AVDiffPipeline) -> list[int]:
 def test_first_block_cache_skips_blocks_and_keeps_the_passes_apart(pipe) -> None:
     plain = call(pipe, num_inference_steps=6)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
-    assert differ(call(pipe, num_inference_steps=6), plain) < 1e-5  # nothing is close enough: nothing is skipped
+    assert (
+        differ(call(pipe, num_inference_steps=6), plain) < 1e-5
+    )  # nothing is close enough: nothing is skipped
     pipe.transformer.disable_cache()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1.0))
     counts = block_calls(pipe)
     cached = call(pipe, num_inference_steps=6)
     assert counts[0] == 6 and 1 <= counts[1] < 6
     assert 0 < distance(cached, plain) < 1
-    assert differ(call(pipe, num_inference_steps=6), cached) == 0.0  # a run leaves nothing behind for the next
+    assert (
+        differ(call(pipe, num_inference_steps=6), cached) == 0.0
+    )  # a run leaves nothing behind for the next
     with pytest.raises(ValueError, match="needs both"):
         call(pipe, generate_audio=False)
     pipe.transformer.disable_cache()
@@ -188,7 +216,9 @@ def test_first_block_cache_skips_blocks_and_keeps_the_passes_apart(pipe) -> None
 
 def test_taylorseer_predicts_attention(pipe) -> None:
     plain = call(pipe, num_inference_steps=6)
-    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, max_order=1))
+    pipe.transformer.enable_cache(
+        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, max_order=1)
+    )
     counts = block_calls(pipe)
     cached = call(pipe, num_inference_steps=6)
     assert counts == [4, 4]
@@ -198,7 +228,7 @@ def test_taylorseer_predicts_attention(pipe) -> None:
     assert differ(call(pipe, num_inference_steps=6), plain) == 0.0
 
 
-# -- precision --------------------------------------------------------------------------------------------------------
+# -- precision --------------------------------------------------------------------------------
 
 
 def test_layerwise_casting_stores_linear_layers_in_fp8(pipe) -> None:
@@ -216,17 +246,27 @@ def test_half_precision_keeps_router_and_clock_wide(base, tmp_path) -> None:
     model = fill_zeros(AVTransformer(**{**presets.tiny(), "video_experts": 4}))
     own = AVDiffPipeline(**{**base.components, "transformer": model})
     own.save_pretrained(tmp_path)
-    half = AVDiffPipeline.from_pretrained(tmp_path, dtype={"transformer": torch.bfloat16, "default": torch.float32})
+    half = AVDiffPipeline.from_pretrained(
+        tmp_path, dtype={"transformer": torch.bfloat16, "default": torch.float32}
+    )
     half.set_progress_bar_config(disable=True)
     own.set_progress_bar_config(disable=True)
     wide = {n for n, p in half.transformer.named_parameters() if p.dtype == torch.float32}
-    assert wide == {n for n, _ in model.named_parameters() if "router" in n or n.startswith("time.")} and wide
+    assert (
+        wide == {n for n, _ in model.named_parameters() if "router" in n or n.startswith("time.")}
+        and wide
+    )
     assert half.transformer.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
     assert distance(call(half), call(own)) < 0.1
 
 
-@pytest.mark.parametrize(("config", "package"), [
-    (lambda: QuantoConfig(weights_dtype="int8"), "optimum"), (lambda: TorchAoConfig("int8wo"), "torchao")])
+@pytest.mark.parametrize(
+    ("config", "package"),
+    [
+        (lambda: QuantoConfig(weights_dtype="int8"), "optimum"),
+        (lambda: TorchAoConfig("int8wo"), "torchao"),
+    ],
+)
 def test_quantization_runs_or_says_what_is_missing(pipe, tmp_path, config, package: str) -> None:
     pipe.transformer.save_pretrained(tmp_path)
     if find_spec(package) is None:
@@ -237,25 +277,39 @@ def test_quantization_runs_or_says_what_is_missing(pipe, tmp_path, config, packa
     assert torch.isfinite(call(pipe).frames).all()
 
 
-# -- compilation and tiles --------------------------------------------------------------------------------------------
+# -- compilation and tiles --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_compile_without_a_graph_break(pipe, dtype: torch.dtype) -> None:
-    """In fp32 a block with experts breaks its graph: torch knows the shapes of `grouped_mm` in half precision alone."""
-    changes = {"shared_experts": 0, "num_layers": 1, "shared_layers": ()} if dtype == torch.float32 else {}
+    """In fp32 a block with experts breaks its graph: torch knows the shapes of `grouped_mm` in half
+    precision alone.
+    """
+    changes = (
+        {"shared_experts": 0, "num_layers": 1, "shared_layers": ()}
+        if dtype == torch.float32
+        else {}
+    )
     torch.manual_seed(0)
     pipe.transformer = fill_zeros(AVTransformer(**{**presets.tiny(), **changes})).eval().to(dtype)
     plain = call(pipe, num_inference_steps=1)
     torch.compiler.reset()
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert all(b._compiled_call_impl is not None for b in pipe.transformer.modules() if isinstance(b, DualBlock))
-    assert differ(call(pipe, num_inference_steps=1), plain) < (1e-4 if dtype == torch.float32 else 0.1)
+    assert all(
+        b._compiled_call_impl is not None
+        for b in pipe.transformer.modules()
+        if isinstance(b, DualBlock)
+    )
+    assert differ(call(pipe, num_inference_steps=1), plain) < (
+        1e-4 if dtype == torch.float32 else 0.1
+    )
     torch.compiler.reset()
 
 
 def test_tiles_of_the_vae(pipe) -> None:
-    options = dict(height=192, width=192, num_inference_steps=1, output_type="np", generate_audio=False)
+    options = dict(
+        height=192, width=192, num_inference_steps=1, output_type="np", generate_audio=False
+    )
     whole = call(pipe, **options)
     pipe.vae.enable_tiling(128, 64)
     tiled = call(pipe, **options)

@@ -1,4 +1,6 @@
-"""Media: what is written comes back, in sync, at its exact length; what cannot be read is one clear sentence."""
+"""Media: what is written comes back, in sync, at its exact length; what cannot be read is one clear
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ RATE = 24000
 
 
 def moving_frames(count: int, height: int = 64, width: int = 64) -> np.ndarray:
-    """Frame i is a plain grey of level 20 + 4 * (i % 50): its number can be read back after compression."""
+    """Frame i is a plain grey of level 20 + 4 * (i % 50): its number can be read back after
+    compression.
+    """
     levels = (20 + 4 * (np.arange(count) % 50)).astype(np.uint8)
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
 
@@ -43,7 +47,10 @@ def tone(samples: int, rate: int = RATE, hertz: float = 440.0) -> np.ndarray:
 @pytest.mark.parametrize("fps", ["23.976", 24, 25, "29.97", 30])
 def test_flash_and_click_stay_together(tmp_path: Path, fps: str | int) -> None:
     rate, count = as_fps(fps), 75
-    frames, audio = np.zeros((count, 64, 64, 3), np.uint8), np.zeros((1, round(count / rate * RATE)), np.float32)
+    frames, audio = (
+        np.zeros((count, 64, 64, 3), np.uint8),
+        np.zeros((1, round(count / rate * RATE)), np.float32),
+    )
     at = [10, 40, 70]
     for index in at:
         frames[index] = 255
@@ -73,7 +80,9 @@ def test_header_has_exact_lengths(tmp_path: Path) -> None:
 
 
 def test_a_naive_reader_gets_sound_within_one_aac_frame(tmp_path: Path) -> None:
-    """Readers that decode without looking at durations still get equal lengths, to within one frame."""
+    """Readers that decode without looking at durations still get equal lengths, to within one
+    frame.
+    """
     audio = tone(50_000)
     write_clip(tmp_path / "x.mp4", moving_frames(52), 25, audio, RATE)
     with av.open(str(tmp_path / "x.mp4")) as container:
@@ -83,7 +92,11 @@ def test_a_naive_reader_gets_sound_within_one_aac_frame(tmp_path: Path) -> None:
 
 def test_colours_and_sound_survive(tmp_path: Path) -> None:
     frames = np.zeros((10, 64, 64, 3), np.uint8)
-    frames[:, :32, :32], frames[:, :32, 32:], frames[:, 32:, :32] = (200, 30, 40), (30, 200, 40), (40, 30, 200)
+    frames[:, :32, :32], frames[:, :32, 32:], frames[:, 32:, :32] = (
+        (200, 30, 40),
+        (30, 200, 40),
+        (40, 30, 200),
+    )
     audio = np.concatenate([tone(9600), tone(9600, hertz=1000.0)])
     write_clip(tmp_path / "x.mp4", frames, 25, audio, RATE)
     clip = read_clip(tmp_path / "x.mp4")
@@ -120,7 +133,12 @@ def test_sound_alone(tmp_path: Path, name: str, tolerance: float) -> None:
     audio = tone(RATE + 17) * np.minimum(1, np.arange(RATE + 17) / 2000).astype(np.float32)
     write_clip(tmp_path / name, None, None, audio, RATE, {"seed": 3})
     clip = read_clip(tmp_path / name)
-    assert clip.frames is None and clip.fps is None and clip.audio is not None and clip.audio.shape == audio.shape
+    assert (
+        clip.frames is None
+        and clip.fps is None
+        and clip.audio is not None
+        and clip.audio.shape == audio.shape
+    )
     assert np.abs(clip.audio - audio)[:, :-AAC_FRAME].max() < tolerance
     assert clip.metadata["seed"] == 3
 
@@ -138,7 +156,10 @@ def test_tags_say_who_made_it(tmp_path: Path) -> None:
 
 def test_frames_are_resampled_by_time(tmp_path: Path) -> None:
     write_clip(tmp_path / "x.mp4", moving_frames(50), 25)
-    slow, fast = read_clip(tmp_path / "x.mp4", fps=12.5).frames, read_clip(tmp_path / "x.mp4", fps=50).frames
+    slow, fast = (
+        read_clip(tmp_path / "x.mp4", fps=12.5).frames,
+        read_clip(tmp_path / "x.mp4", fps=50).frames,
+    )
     assert slow is not None and fast is not None
     assert len(slow) == 25 and frame_numbers(slow) in ([*range(0, 50, 2)], [*range(1, 50, 2)])
     assert frame_numbers(fast) == [i // 2 for i in range(100)]
@@ -146,15 +167,26 @@ def test_frames_are_resampled_by_time(tmp_path: Path) -> None:
     assert part is not None and frame_numbers(part) == list(range(10))
 
 
-def write_irregular(path: Path, times_ms: list[int], rotate: int = 0, sound_at: float = 0.0) -> np.ndarray:
-    """A variable-rate file as phones and screen recorders make them; the sound, a click, begins at `sound_at`."""
+def write_irregular(
+    path: Path, times_ms: list[int], rotate: int = 0, sound_at: float = 0.0
+) -> np.ndarray:
+    """A variable-rate file as phones and screen recorders make them; the sound, a click, begins at
+    `sound_at`.
+    """
     frames = moving_frames(len(times_ms), 48, 64)
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=25, options={"bf": "0"})
-        video.width, video.height, video.pix_fmt, video.codec_context.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
+        video.width, video.height, video.pix_fmt, video.codec_context.time_base = (
+            64,
+            48,
+            "yuv420p",
+            Fraction(1, 1000),
+        )
         if rotate:
             video.set_display_rotation(rotate)
-        sound = container.add_stream("pcm_s16le" if path.suffix == ".mkv" else "aac", rate=RATE, layout="mono")
+        sound = container.add_stream(
+            "pcm_s16le" if path.suffix == ".mkv" else "aac", rate=RATE, layout="mono"
+        )
         if rotate:
             frames[:, :24] = 255  # the upper half is white
         for picture, time in zip(frames, times_ms, strict=True):
@@ -165,7 +197,11 @@ def write_irregular(path: Path, times_ms: list[int], rotate: int = 0, sound_at: 
         click = np.zeros((1, RATE), np.int16)
         click[0, :48] = 20000
         chunk = av.AudioFrame.from_ndarray(click, format="s16", layout="mono")
-        chunk.sample_rate, chunk.pts, chunk.time_base = RATE, round(sound_at * RATE), Fraction(1, RATE)
+        chunk.sample_rate, chunk.pts, chunk.time_base = (
+            RATE,
+            round(sound_at * RATE),
+            Fraction(1, RATE),
+        )
         converter = av.AudioResampler(format=sound.codec_context.format, frame_size=AAC_FRAME)
         for piece in (*converter.resample(chunk), *converter.resample(None)):
             container.mux(sound.encode(piece))
@@ -225,7 +261,11 @@ def test_pictures() -> None:
     assert sheet.size == (8 * 64, 2 * 64)
     levels = np.asarray(sheet)[32::64, 48::64].reshape(-1, 3)[:, 0]
     assert frame_numbers(levels[[0, -1]]) == [0, 39]
-    picture = np.asarray(spectrogram_picture(tone(RATE, hertz=3000.0), RATE, height=120)).astype(int).sum(axis=2)
+    picture = (
+        np.asarray(spectrogram_picture(tone(RATE, hertz=3000.0), RATE, height=120))
+        .astype(int)
+        .sum(axis=2)
+    )
     brightest = picture[:, 50].argmax()
     assert picture.shape == (120, 100) and abs((119 - brightest) / 120 * 12000 - 3000) <= 100
 
@@ -239,7 +279,10 @@ BAD_WRITES = {
     "dtype": ({"frames": np.zeros((2, 8, 8, 3), np.int64)}, "needs uint8"),
     "nan picture": ({"frames": np.full((2, 8, 8, 3), np.nan)}, "NaN"),
     "no pictures": ({"frames": []}, "at least one picture"),
-    "mixed sizes": ({"frames": [np.zeros((8, 8, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)]}, "differs in size"),
+    "mixed sizes": (
+        {"frames": [np.zeros((8, 8, 3), np.uint8), np.zeros((16, 8, 3), np.uint8)]},
+        "differs in size",
+    ),
     "nan sound": ({"audio": np.full((1, 99), np.nan)}, "NaN"),
     "int sound": ({"audio": np.zeros((1, 99), np.int16)}, "needs float"),
     "many channels": ({"audio": np.zeros((6, 99))}, "1 or 2 channels"),
@@ -251,7 +294,13 @@ BAD_WRITES = {
 @pytest.mark.parametrize("case", BAD_WRITES)
 def test_bad_writes_are_one_sentence_and_leave_nothing(tmp_path: Path, case: str) -> None:
     change, message = BAD_WRITES[case]
-    good = {"path": "x.mp4", "frames": moving_frames(2), "fps": 25, "audio": tone(1920), "sample_rate": RATE}
+    good = {
+        "path": "x.mp4",
+        "frames": moving_frames(2),
+        "fps": 25,
+        "audio": tone(1920),
+        "sample_rate": RATE,
+    }
     arguments = good | change
     with pytest.raises(ValueError, match=message) as caught:
         write_clip(tmp_path / arguments.pop("path"), **arguments)
@@ -306,7 +355,13 @@ def test_bad_reads_are_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(MediaError, match=message) as caught:
             read_clip(tmp_path / name)
         assert "\n" not in str(caught.value)
-    for arguments in ({"fps": 0}, {"size": 0}, {"max_seconds": -1}, {"max_seconds": float("nan")}, {"sample_rate": 7}):
+    for arguments in (
+        {"fps": 0},
+        {"size": 0},
+        {"max_seconds": -1},
+        {"max_seconds": float("nan")},
+        {"sample_rate": 7},
+    ):
         with pytest.raises(ValueError, match=f"^{next(iter(arguments))}="):
             read_clip(tmp_path / "good.mp4", **arguments)
 

@@ -1,4 +1,6 @@
-"""Mixture of experts: equal to a loop over tokens, properties of dropless routing, balance, bias, load report."""
+"""Mixture of experts: equal to a loop over tokens, properties of dropless routing, balance, bias,
+load report.
+"""
 
 import multiprocessing
 
@@ -23,7 +25,9 @@ def make_moe(seed=0, **kwargs):
 
 
 def make_tokens(batch=2, tokens=9, seed=1, dtype=torch.float32):
-    return torch.randn(batch, tokens, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(
+        batch, tokens, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 def swiglu(x, wide, narrow):
@@ -34,7 +38,11 @@ def swiglu(x, wide, narrow):
 def slow_twin(moe, x, modality=None):
     """The formula, one token at a time."""
     e, m = moe.router.num_experts, moe.router.modalities
-    groups = torch.zeros(x.shape[:2], dtype=torch.long) if modality is None else modality.expand(x.shape[:2])
+    groups = (
+        torch.zeros(x.shape[:2], dtype=torch.long)
+        if modality is None
+        else modality.expand(x.shape[:2])
+    )
     y, stats = torch.zeros_like(x), torch.zeros(m, 2 * e + 1, dtype=x.dtype)
     for b in range(x.shape[0]):
         for n in range(x.shape[1]):
@@ -44,12 +52,17 @@ def slow_twin(moe, x, modality=None):
             biased = probs if moe.router.bias is None else probs + moe.router.bias[max(group, 0)]
             chosen = sorted(range(e), key=lambda i: -biased[i].item())[: moe.router.top_k]
             total = sum(probs[i] for i in chosen)
-            out = sum(probs[i] / total * swiglu(token, moe.experts.gate_up[i], moe.experts.down[i]) for i in chosen)
+            out = sum(
+                probs[i] / total * swiglu(token, moe.experts.gate_up[i], moe.experts.down[i])
+                for i in chosen
+            )
             if moe.shared is not None:
                 out = out + swiglu(token, moe.shared.proj_in.weight.T, moe.shared.proj_out.weight.T)
             y[b, n] = out
             if group >= 0:
-                row = torch.cat([torch.zeros(e, dtype=x.dtype), probs, torch.ones(1, dtype=x.dtype)])
+                row = torch.cat(
+                    [torch.zeros(e, dtype=x.dtype), probs, torch.ones(1, dtype=x.dtype)]
+                )
                 row[chosen] = 1.0
                 stats[group] = stats[group] + row
     return y, stats
@@ -76,13 +89,16 @@ def test_equals_a_loop_over_tokens_with_gradients(path, dtype, options):
         moe.router.bias.copy_(torch.linspace(-0.3, 0.3, 2 * EXPERTS).view(2, -1))
     x = make_tokens(dtype=dtype)
     mix = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-11}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-11}
+    )
 
     def run(function):
         inputs = x.clone().requires_grad_()
         y, stats = function(inputs)
         loss = (y * mix).sum() + balance_loss(RoutingStats(stats)).sum()
         return (y, stats, *torch.autograd.grad(loss, [inputs, *moe.parameters()]))
+
     fast = run(lambda inputs: moe(inputs, modality))
     slow = run(lambda inputs: slow_twin(moe, inputs, modality))
     for one, other in zip(fast, slow, strict=True):
@@ -90,12 +106,20 @@ def test_equals_a_loop_over_tokens_with_gradients(path, dtype, options):
 
 
 def test_auto_takes_the_path_that_can_run():
-    for dim, hidden, dtype in ((DIM, HIDDEN, torch.float64), (15, 7, torch.float32), (DIM, 12, torch.bfloat16)):
+    for dim, hidden, dtype in (
+        (DIM, HIDDEN, torch.float64),
+        (15, 7, torch.float32),
+        (DIM, 12, torch.bfloat16),
+    ):
         torch.manual_seed(0)
         experts = Experts(dim, hidden, 3).to(dtype)
         x, counts = torch.randn(10, dim, dtype=dtype), torch.tensor([4, 0, 6])
-        want = torch.cat([swiglu(x[:4], experts.gate_up[0], experts.down[0]),
-                          swiglu(x[4:], experts.gate_up[2], experts.down[2])])
+        want = torch.cat(
+            [
+                swiglu(x[:4], experts.gate_up[0], experts.down[0]),
+                swiglu(x[4:], experts.gate_up[2], experts.down[2]),
+            ]
+        )
         torch.testing.assert_close(experts(x, counts), want)
         with pytest.raises(RuntimeError):  # torch refuses what auto avoids
             Experts(dim, hidden, 3, "grouped").to(dtype)(x, counts)
@@ -132,7 +156,8 @@ def test_no_token_is_dropped_when_all_agree():
 def test_expert_without_tokens_gets_a_zero_gradient(path):
     moe, x = make_moe(implementation=path), make_tokens(1, 3)
     y, stats = moe(x)
-    y.sum().backward()  # the gradient of a sum is an expanded tensor, which grouped_mm itself refuses
+    # the gradient of a sum is an expanded tensor, which grouped_mm itself refuses
+    y.sum().backward()
     idle = RoutingStats(stats).counts[0] == 0
     assert 0 < idle.sum() < EXPERTS
     for weight in (moe.experts.gate_up, moe.experts.down):
@@ -173,6 +198,7 @@ def test_autocast_gradients_are_close_to_fp32(path):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
             y, _ = moe(x)
         return torch.autograd.grad((y * mix).sum(), list(moe.parameters()))
+
     for low, full in zip(gradients(True), gradients(False), strict=True):
         assert (low - full).norm() < 0.03 * full.norm()
 
@@ -193,6 +219,7 @@ def test_gradient_checkpointing_changes_nothing():
         y, stats = forward(inputs)
         loss = y.square().sum() + balance_loss(RoutingStats(stats)).sum()
         return (stats, *torch.autograd.grad(loss, [inputs, *moe.parameters()]))
+
     plain = run(lambda inputs: moe(inputs, modality))
     again = run(lambda inputs: checkpoint(moe, inputs, modality, use_reentrant=False))
     for one, other in zip(plain, again, strict=True):
@@ -222,7 +249,10 @@ def test_balance_loss_is_one_at_balance_and_bounded_at_collapse():
 
 def test_balance_loss_pulls_towards_balance():
     torch.manual_seed(0)
-    router, x = Router(DIM, EXPERTS, TOP_K), make_tokens(1, 200)[0] + 1.0  # a common offset that favours some experts
+    router, x = (
+        Router(DIM, EXPERTS, TOP_K),
+        make_tokens(1, 200)[0] + 1.0,
+    )  # a common offset that favours some experts
     torch.nn.init.normal_(router.weight, std=0.3)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
     seen = []
@@ -241,16 +271,20 @@ def test_accumulated_micro_batches_equal_the_full_batch():
     modality = (torch.arange(12) % 3 == 0).long()
     weight = moe.router.weight
     full = RoutingStats(moe(x, modality)[1])
-    full_grad, = torch.autograd.grad(balance_loss(full).sum(), weight)
+    (full_grad,) = torch.autograd.grad(balance_loss(full).sum(), weight)
     parts = [RoutingStats(moe(part, modality)[1]) for part in x.split(2)]
     load = sum((p.detach() for p in parts[1:]), parts[0].detach())
     losses = torch.stack([balance_loss(p, load) for p in parts])
     torch.testing.assert_close(losses.mean(0), balance_loss(full))
-    part_grad, = torch.autograd.grad(losses.sum(-1).mean(), weight)
+    (part_grad,) = torch.autograd.grad(losses.sum(-1).mean(), weight)
     torch.testing.assert_close(part_grad, full_grad)
     own = torch.stack([balance_loss(p) for p in parts]).mean(0)
-    assert (own > balance_loss(full)).all()  # small batches look less balanced than they are: why load is there
-    torch.testing.assert_close((parts[0] + parts[1]).data, RoutingStats(moe(x[:4], modality)[1]).data)
+    assert (
+        own > balance_loss(full)
+    ).all()  # small batches look less balanced than they are: why load is there
+    torch.testing.assert_close(
+        (parts[0] + parts[1]).data, RoutingStats(moe(x[:4], modality)[1]).data
+    )
 
 
 def reduce_on_rank(rank, store, answers):
@@ -267,7 +301,10 @@ def test_all_reduce_sums_over_ranks(tmp_path):
     assert torch.equal(stats.all_reduce().data, stats.data)  # one process: nothing to add
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    ranks = [context.Process(target=reduce_on_rank, args=(r, tmp_path / "store", answers)) for r in range(2)]
+    ranks = [
+        context.Process(target=reduce_on_rank, args=(r, tmp_path / "store", answers))
+        for r in range(2)
+    ]
     for rank in ranks:
         rank.start()
     got = dict(answers.get(timeout=60) for _ in ranks)
@@ -300,15 +337,21 @@ def test_selection_bias_moves_the_load_and_not_the_weights():
 def test_bias_of_a_silent_modality_stays():
     router = Router(DIM, 4, 1, modalities=2, selection_bias=True)
     router.update_bias(torch.tensor([[8.0, 0.0, 4.0, 4.0], [0.0, 0.0, 0.0, 0.0]]), rate=0.5)
-    torch.testing.assert_close(router.bias, torch.tensor([[-0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        router.bias, torch.tensor([[-0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    )
     with pytest.raises(ValueError, match="selection_bias=False"):
         Router(DIM, 4, 1).update_bias(torch.ones(4))
 
 
 def test_load_report_by_layer_and_modality():
-    counts = torch.tensor([[[6.0, 6.0, 6.0, 6.0], [24.0, 0.0, 0.0, 0.0]], [[12.0, 12.0, 0.0, 0.0], [0.0] * 4]])
+    counts = torch.tensor(
+        [[[6.0, 6.0, 6.0, 6.0], [24.0, 0.0, 0.0, 0.0]], [[12.0, 12.0, 0.0, 0.0], [0.0] * 4]]
+    )
     tokens = counts.sum(-1, keepdim=True) / 2
-    stats = RoutingStats.stack(list(torch.cat([counts, torch.full_like(counts, 0.25) * tokens, tokens], dim=-1)))
+    stats = RoutingStats.stack(
+        list(torch.cat([counts, torch.full_like(counts, 0.25) * tokens, tokens], dim=-1))
+    )
     report = load_report(stats)
     torch.testing.assert_close(report.share[0], torch.tensor([[0.25] * 4, [1.0, 0, 0, 0]]))
     assert report.max_over_mean.tolist() == [[1.0, 4.0], [2.0, 0.0]]
@@ -317,10 +360,15 @@ def test_load_report_by_layer_and_modality():
     assert balance_loss(stats).shape == (2, 2)
 
 
-@pytest.mark.parametrize(("kwargs", "text"), [
-    ({"top_k": 7}, "top_k=7"), ({"top_k": 0}, "top_k=0"), ({"modalities": 0}, "modalities=0"),
-    ({"implementation": "fast"}, "implementation='fast'"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"top_k": 7}, "top_k=7"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"modalities": 0}, "modalities=0"),
+        ({"implementation": "fast"}, "implementation='fast'"),
+    ],
+)
 def test_refuses_what_does_not_fit(kwargs, text):
     with pytest.raises(ValueError, match=text):
         make_moe(**kwargs)

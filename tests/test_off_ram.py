@@ -1,4 +1,6 @@
-"""Engram off RAM: a model with mapped tables equals one in RAM, processes share pages, residency is known."""
+"""Engram off RAM: a model with mapped tables equals one in RAM, processes share pages, residency is
+known.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,17 @@ def test_model_off_ram_is_bit_equal(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     clip = ClipSpec(num_frames=5, height=64, width=64)
-    script = Script(torch.tensor([[1, 2, 3]]), torch.zeros(1, 3, dtype=torch.long),
-                    torch.arange(clip.mel_frames)[None] % 3, torch.ones(1, dtype=torch.bool))
-    video, audio, level = torch.randn(1, clip.video_tokens, 64), torch.randn(1, clip.audio_tokens, 48), torch.ones(1)
+    script = Script(
+        torch.tensor([[1, 2, 3]]),
+        torch.zeros(1, 3, dtype=torch.long),
+        torch.arange(clip.mel_frames)[None] % 3,
+        torch.ones(1, dtype=torch.bool),
+    )
+    video, audio, level = (
+        torch.randn(1, clip.video_tokens, 64),
+        torch.randn(1, clip.audio_tokens, 48),
+        torch.ones(1),
+    )
 
     def out(network: AVTransformer) -> torch.Tensor:
         given = network.prepare(None, None, Positions.of(clip), script, 1)
@@ -49,7 +59,9 @@ def test_model_off_ram_is_bit_equal(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_pages(tmp_path: Path) -> None:
-    """What each of two processes has for itself (private pages) is far less than the table that both read."""
+    """What each of two processes has for itself (private pages) is far less than the table that
+    both read.
+    """
     table = MemoryTable(400_000, 16)  # 25.6 MB
     table.save(tmp_path / "t.safetensors")
     meet = multiprocessing.get_context("fork").Barrier(2)
@@ -80,7 +92,9 @@ def _own_pages(path: Path) -> tuple[int, int]:
 
 
 def test_many_reads_do_not_bring_the_table_in(tmp_path: Path) -> None:
-    """A table of 256 MB that is all in the page cache: reading everywhere in it maps a part at a time."""
+    """A table of 256 MB that is all in the page cache: reading everywhere in it maps a part at a
+    time.
+    """
     table = MemoryTable(2**22, 16)
     table.save(tmp_path / "t.safetensors")
     del table

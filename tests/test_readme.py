@@ -1,4 +1,6 @@
-"""The README tells the truth: its commands and its Python run, with a tiny model in the presenter's place."""
+"""The README tells the truth: its commands and its Python run, with a tiny model in the presenter's
+place.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from avdiff.media.write import probe, write_wav
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"train": ["--max_train_steps", "2", "--train_batch_size", "2", "--checkpointing_steps", "0"]}
+SHORT = {
+    "train": ["--max_train_steps", "2", "--train_batch_size", "2", "--checkpointing_steps", "0"]
+}
 MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -27,13 +31,22 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    return [
+        shlex.split(line, comments=True)
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.strip()
+    ]
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the README's reader has: clips, a picture, a sound; and a tiny model in the place of the presenter's."""
-    corpus = PresenterCorpus(None, "train", ["en"], 2, 3, seconds=2.1, event_share=0.0, augment_share=0.0)
+    """What the README's reader has: clips, a picture, a sound; and a tiny model in the place of the
+    presenter's.
+    """
+    corpus = PresenterCorpus(
+        None, "train", ["en"], 2, 3, seconds=2.1, event_share=0.0, augment_share=0.0
+    )
     for folder in ("FOLDER", "clips"):
         write_corpus(corpus, tmp_path / folder)
     Image.new("RGB", (128, 128), "tan").save(tmp_path / "face.png")
@@ -52,7 +65,11 @@ def test_commands_run(workplace: Path) -> None:
         elif program == "python":
             assert (ROOT / arguments[0]).is_file(), arguments
         elif program == "avdiff" and "--help" not in arguments:
-            arguments = [name for word in arguments for name in (sorted(map(str, Path().glob(word))) or [word])]
+            arguments = [
+                name
+                for word in arguments
+                for name in (sorted(map(str, Path().glob(word))) or [word])
+            ]
             arguments += SHORT.get(arguments[0], [])
             with pytest.raises(SystemExit) as ended:
                 cli.main(arguments)

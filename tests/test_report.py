@@ -25,9 +25,30 @@ from avdiff.evaluation.report.report import (
 from avdiff.media.write import write_clip
 
 ROWS = [
-    {"file": "a.mp4", "status": "ok", "error": "", "offset_ms": 10.0, "words": 10, "word_errors": 1, "within": True},
-    {"file": "b.mp4", "status": "ok", "error": "", "offset_ms": -90.0, "words": 2, "word_errors": 2, "within": False},
-    {"file": "c.mp4", "status": "no_face", "error": "no face in 40 frames", "offset_ms": float("nan")},
+    {
+        "file": "a.mp4",
+        "status": "ok",
+        "error": "",
+        "offset_ms": 10.0,
+        "words": 10,
+        "word_errors": 1,
+        "within": True,
+    },
+    {
+        "file": "b.mp4",
+        "status": "ok",
+        "error": "",
+        "offset_ms": -90.0,
+        "words": 2,
+        "word_errors": 2,
+        "within": False,
+    },
+    {
+        "file": "c.mp4",
+        "status": "no_face",
+        "error": "no face in 40 frames",
+        "offset_ms": float("nan"),
+    },
 ]
 
 
@@ -38,7 +59,9 @@ def test_interval_of_the_mean_covers_the_truth_as_often_as_it_says() -> None:
         found = interval(rng.normal(5.0, 2.0, 40), resamples=300, seed=trial)
         assert found.low <= found.mean <= found.high
         covered += found.low <= 5.0 <= found.high
-    assert 178 <= covered <= 199  # 95 % of 200, with room for chance and the bootstrap's small shortfall
+    assert (
+        178 <= covered <= 199
+    )  # 95 % of 200, with room for chance and the bootstrap's small shortfall
 
 
 def test_interval_of_one_clip_and_of_nothing() -> None:
@@ -101,11 +124,18 @@ def test_page_stands_alone(tmp_path: Path) -> None:
     sound = (0.1 * np.sin(np.arange(11520) / 9)).astype(np.float32)
     write_clip(tmp_path / "one clip.mp4", frames, 25, sound, 24000)
     rows = [
-        {"file": str(tmp_path / "one clip.mp4"), "status": "ok", "error": "", "offset_ms": 40.0, "offset_frames": 1.0,
-         "prompt": '<script>alert("x")</script>', "mouth_curve": [0.1] * 5 + [None] + [0.8] * 6,
-         "expected_curve": np.linspace(0, 1, 12)},
+        {
+            "file": str(tmp_path / ("one clip.mp4")),
+            "status": "ok",
+            "error": "",
+            "offset_ms": 40.0,
+            "offset_frames": 1.0,
+            "prompt": '<script>alert("x")</script>',
+            "mouth_curve": [0.1] * 5 + [None] + [0.8] * 6,
+            "expected_curve": np.linspace(0, 1, 12),
+        },
         {"file": str(tmp_path / "gone.mp4"), "status": "error", "error": "<b>cut short</b>"},
-    ]  # fmt: skip
+    ]
     write_reports(rows, {"backend": "lip & network"}, html=tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     parsed = Page()
@@ -116,17 +146,23 @@ def test_page_stands_alone(tmp_path: Path) -> None:
     assert sources and all(source.startswith("data:") for source in sources)
     assert "http" not in text
     assert "prefers-color-scheme:dark" in text
-    assert kinds.count("polyline") == 6  # two runs around the gap and one whole curve, each with its outline
+    assert (
+        kinds.count("polyline") == 6
+    )  # two runs around the gap and one whole curve, each with its outline
     assert "lip &amp; network" in text and "cut short" in text
     assert text.index("gone.mp4") < text.index("one clip.mp4</h2>")
 
 
-def test_large_clips_are_linked_relative_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_clips_are_linked_relative_to_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("avdiff.evaluation.report.page.EMBEDDED", 10)
     frames = np.zeros((5, 64, 64, 3), np.uint8)
     (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips" / "a b.mp4", frames, 25, np.zeros(4800, np.float32), 24000)
-    write_reports([{"file": str(tmp_path / "clips" / "a b.mp4")}], {}, html=tmp_path / "pages" / "r.html")
+    write_reports(
+        [{"file": str(tmp_path / "clips" / "a b.mp4")}], {}, html=tmp_path / "pages" / "r.html"
+    )
     assert 'src="../clips/a%20b.mp4"' in (tmp_path / "pages" / "r.html").read_text()
 
 
@@ -134,7 +170,9 @@ def test_pairing_finds_a_difference_that_the_spread_of_clips_would_hide() -> Non
     rng = np.random.default_rng(1)
     hard = rng.normal(0, 10, 50)
     a = [{"file": f"x/{i}.mp4", "score": hard[i]} for i in range(50)]
-    b = [{"file": f"y/{i}.mp4", "score": hard[i] + 1 + rng.normal(0, 0.3)} for i in range(49, -1, -1)]
+    b = [
+        {"file": f"y/{i}.mp4", "score": hard[i] + 1 + rng.normal(0, 0.3)} for i in range(49, -1, -1)
+    ]
     (found,) = compare(a, b)
     assert found.key == "score"
     assert found.difference.mean == pytest.approx(1.0, abs=0.2)

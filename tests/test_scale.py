@@ -1,4 +1,6 @@
-"""What a large run rests on: blocks sharded over processes give the same gradients, and the memory estimate holds."""
+"""What a large run rests on: blocks sharded over processes give the same gradients, and the memory
+estimate holds.
+"""
 
 import ctypes
 import gc
@@ -50,7 +52,9 @@ def gradients(model):
 
 
 def test_sharded_blocks_give_the_same_gradients():
-    """FSDP2 (fully_shard) over two gloo processes, each DualBlock by itself, against the whole model."""
+    """FSDP2 (fully_shard) over two gloo processes, each DualBlock by itself, against the whole
+    model.
+    """
 
     def work(rank):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(33000 + os.getppid() % 2000))
@@ -71,14 +75,18 @@ def test_sharded_blocks_give_the_same_gradients():
             assert (grad is None) == (parameter.grad is None), name
             if grad is not None:
                 sharded += isinstance(grad, DTensor)
-                torch.testing.assert_close(grad.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+                torch.testing.assert_close(
+                    grad.full_tensor(), parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+                )
         assert sharded > 50
         torch.distributed.destroy_process_group()
 
     assert in_children(work, 2) == [0, 0]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to read a process's peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux to read a process's peak"
+)
 @pytest.mark.parametrize("rows", ["16", "64"])
 def test_the_memory_estimate_holds_within_a_fifth(tmp_path, rows):
     """The peak of a real run, over what the process had before, against what --dry-run says."""
@@ -89,16 +97,26 @@ def test_the_memory_estimate_holds_within_a_fifth(tmp_path, rows):
         return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
     def work(rank):
-        options = {"train_batch_size": rows, "max_train_steps": "3", "checkpointing_steps": "0", "ema_decay": "0.9",
-                   "validation_data": "", "preset_changes": "video_dim=192,audio_dim=128,num_layers=6"}
+        options = {
+            "train_batch_size": rows,
+            "max_train_steps": "3",
+            "checkpointing_steps": "0",
+            "ema_decay": "0.9",
+            "validation_data": "",
+            "preset_changes": "video_dim=192,audio_dim=128,num_layers=6",
+        }
         made = recipe((data, data), tmp_path / "out", **options)
         task = finetune.setup(made)
         told = weight_bytes(task) + activation_bytes(task)
         weights = sum(p.numel() * 4 for m in task.modules.values() for p in m.parameters())
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not hide what this one takes
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what earlier tests freed must not hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS") - weights  # the estimate counts the weights, which are here already
+        before = (
+            resident("VmRSS") - weights
+        )  # the estimate counts the weights, which are here already
         fit(task, made.training)
         measured = resident("VmHWM") - before
         print(f"estimate {told / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB", flush=True)

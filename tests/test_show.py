@@ -17,7 +17,8 @@ def test_gallery_of_corpus_and_real_clips(tmp_path):
     write_clip(tmp_path / "a.mp4", pictures(), 25, tone(), RATE)
     (tmp_path / "a.txt").write_text('A man says <b>"hi"</b> & leaves', encoding="utf8")
     spoken, struck = (
-        PresenterCorpus(REPO_BANK, size=32, length=3, seconds=2.0, event_share=share)[0] for share in (0.0, 1.0)
+        PresenterCorpus(REPO_BANK, size=32, length=3, seconds=2.0, event_share=share)[0]
+        for share in (0.0, 1.0)
     )
     real = RealClips(tmp_path, ClipOptions(buckets="64x64x25", words=False))[0]
     assert write_gallery([spoken, struck, real], tmp_path / "page.html", "Clips & more") == 3

@@ -38,7 +38,9 @@ def test_the_mini_bank_holds_what_the_readme_says(bank):
     for lang in LANGUAGES:
         assert all(counts[lang, split] >= 3 for split in ("train", "val", "test", "test_voices"))
     assert sum(is_digit_string(u) and u.split == "test" for u in bank) >= 4
-    voices = {split: {u.voice for u in bank if u.split == split} for split in ("train", "test_voices")}
+    voices = {
+        split: {u.voice for u in bank if u.split == split} for split in ("train", "test_voices")
+    }
     assert not voices["train"] & voices["test_voices"]
 
 
@@ -65,7 +67,9 @@ def test_the_decoded_copy_gives_the_same_samples(bank, tmp_path):
     again = SpeechBank(small, decoded=True, cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
     for u in plain.utterances[::9]:
-        assert np.array_equal(plain.audio(u), mapped.audio(u.id)) and np.array_equal(plain.audio(u), again.audio(u.id))
+        assert np.array_equal(plain.audio(u), mapped.audio(u.id)) and np.array_equal(
+            plain.audio(u), again.audio(u.id)
+        )
     travelled = pickle.loads(pickle.dumps(mapped))
     assert np.array_equal(travelled.audio(plain[0].id), plain.audio(plain[0]))
     assert len(pickle.dumps(mapped)) < 2_000_000  # the decoded samples stay behind
@@ -73,7 +77,9 @@ def test_the_decoded_copy_gives_the_same_samples(bank, tmp_path):
 
 def test_phones_tile_the_utterance_and_every_one_is_known(bank):
     for u in bank.utterances[::4]:
-        assert u.phones[0].start == 0 and u.phones[-1].end == pytest.approx(len(bank.audio(u)) / SAMPLE_RATE)
+        assert u.phones[0].start == 0 and u.phones[-1].end == pytest.approx(
+            len(bank.audio(u)) / SAMPLE_RATE
+        )
         for one, two in zip(u.phones, u.phones[1:], strict=False):
             assert one.end == two.start and two.end > two.start
         for phone in u.phones:
@@ -103,13 +109,21 @@ def test_marks_go_to_their_neighbours():
 
 
 def test_a_pause_is_found_in_the_audio():
-    """The last phone before a comma carries 0.3 s of silence; it must come back as a silence phone of that length."""
-    symbols, starts, ends = ("a", ",", " ", "m", "a"), (0.0, 0.5, 0.55, 0.6, 0.7), (0.5, 0.55, 0.6, 0.7, 1.0)
+    """The last phone before a comma carries 0.3 s of silence; it must come back as a silence phone
+    of that length.
+    """
+    symbols, starts, ends = (
+        ("a", ",", " ", "m", "a"),
+        (0.0, 0.5, 0.55, 0.6, 0.7),
+        (0.5, 0.55, 0.6, 0.7, 1.0),
+    )
     audio = np.sin(np.arange(SAMPLE_RATE) * 0.2).astype(np.float32)
     audio[round(0.25 * SAMPLE_RATE) : round(0.58 * SAMPLE_RATE)] = 0
     merged = ph.merge_tokens(Tokens(symbols, starts, ends), audio, SAMPLE_RATE)
     assert [p.symbol for p in merged] == ["a", ph.SILENCE, "m", "a"]
-    assert merged[1].start == pytest.approx(0.25, abs=0.006) and merged[1].end == pytest.approx(0.58, abs=0.006)
+    assert merged[1].start == pytest.approx(0.25, abs=0.006) and merged[1].end == pytest.approx(
+        0.58, abs=0.006
+    )
 
 
 def test_parse_ipa_agrees_with_the_timed_tokens(bank):
@@ -121,7 +135,15 @@ def test_parse_ipa_agrees_with_the_timed_tokens(bank):
 
 def test_the_inventory_has_fixed_places():
     symbols, marks = ph.inventory()
-    assert symbols[0] == ph.SILENCE and marks == ("none", "primary", "secondary", "→", "↗", "↓", "↘")
+    assert symbols[0] == ph.SILENCE and marks == (
+        "none",
+        "primary",
+        "secondary",
+        "→",
+        "↗",
+        "↓",
+        "↘",
+    )
     assert len(set(symbols)) == len(symbols) >= 60
     assert ph.phone_id("") == ph.phone_id(" ") == 0 and ph.phone_id("dʰʲ") == symbols.index("dʰ")
     with pytest.raises(ValueError, match="symbol='7'"):
@@ -130,7 +152,10 @@ def test_the_inventory_has_fixed_places():
 
 def test_phones_on_frames_against_a_loop():
     phones = (Phone("sil", 0.0, 0.12), Phone("a", 0.12, 0.31), Phone("m", 0.31, 0.4))
-    slow = [next(i for i, p in enumerate(phones) if (k + 0.5) / 100 < p.end or i == 2) for k in range(45)]
+    slow = [
+        next(i for i, p in enumerate(phones) if (k + 0.5) / 100 < p.end or i == 2)
+        for k in range(45)
+    ]
     assert ph.phones_on_frames(phones, 45, 100).tolist() == slow
 
 
@@ -143,7 +168,9 @@ def test_a_mini_bank_is_the_same_twice_and_a_subset(bank, tmp_path):
     u = small[len(small) // 2]
     assert np.array_equal(small.audio(u), bank.audio(u.id)) and u.phones == bank[u.id].phones
     with tarfile.open(small.shards[0]) as archive:
-        record = json.load(archive.extractfile(next(n for n in archive.getnames() if n.endswith(".json"))))
+        record = json.load(
+            archive.extractfile(next(n for n in archive.getnames() if n.endswith(".json")))
+        )
     assert set(record) == {
         "id",
         "lang",

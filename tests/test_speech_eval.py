@@ -32,18 +32,26 @@ def clip_of(sound: np.ndarray, rate: int = RATE) -> Clip:
 
 
 def tiny_recogniser() -> PhoneRecogniser:
-    return PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1, dropout=0.0).eval()
+    return PhoneRecogniser(
+        inventory()[0], width=32, expansion=2, kernel=5, layers=1, dropout=0.0
+    ).eval()
 
 
 def voiced(hertz: float, seconds: float = 1.0) -> np.ndarray:
     """A buzz with falling harmonics."""
     time = np.arange(round(seconds * RATE)) / RATE
-    return 0.1 * sum(np.sin(2 * np.pi * hertz * k * time) / k for k in range(1, 20) if hertz * k < 5000)
+    return 0.1 * sum(
+        np.sin(2 * np.pi * hertz * k * time) / k for k in range(1, 20) if hertz * k < 5000
+    )
 
 
 def test_words_are_sorted_by_what_can_be_asked() -> None:
     assert speech.plain_words("One, two; don't STOP!") == ["one", "two", "dont", "stop"]
-    assert speech.is_digits(["one", "oh", "nine"]) and not speech.is_digits(["one", "and"]) and not speech.is_digits([])
+    assert (
+        speech.is_digits(["one", "oh", "nine"])
+        and not speech.is_digits(["one", "and"])
+        and not speech.is_digits([])
+    )
     assert speech.is_grid(speech.plain_words("bin blue at F two now"))
     assert not speech.is_grid(speech.plain_words("bin blue at W two now"))  # GRID has no W
     assert not speech.is_grid(["bin", "blue"])
@@ -58,7 +66,9 @@ def test_phone_errors_are_counted_against_the_words() -> None:
     assert 5 < found["phones_per_s"] < 30
     silent = speech.speech(sound, one.text, "en", spoken_symbols(one.phones), ())
     assert silent["phone_errors"] == silent["phones"] and math.isnan(silent["phones_per_s"])
-    by_reader = speech.speech(sound, one.text, "en", phones=one.phones)  # the pronunciation reader's view of the words
+    by_reader = speech.speech(
+        sound, one.text, "en", phones=one.phones
+    )  # the pronunciation reader's view of the words
     assert by_reader["phone_errors"] / by_reader["phones"] < 0.4
 
 
@@ -75,14 +85,20 @@ def test_digit_strings_are_understood_by_pocketsphinx() -> None:
     assert strings
     rows = [speech.speech(clip_of(bank().audio(u)), u.text, "en", phones=u.phones) for u in strings]
     assert sum(row["digit_errors"] for row in rows) / sum(row["digits"] for row in rows) < 0.2
-    swapped = speech.speech(clip_of(bank().audio(strings[0])), "nine nine nine nine nine", "en", phones=())
+    swapped = speech.speech(
+        clip_of(bank().audio(strings[0])), "nine nine nine nine nine", "en", phones=()
+    )
     assert swapped["digit_errors"] >= 3
 
 
 def test_grid_grammar_hears_a_sentence_of_its_own() -> None:
     pytest.importorskip("pocketsphinx")
-    row = speech.speech(clip_of(0.01 * np.random.default_rng(0).normal(size=RATE)), "bin blue at F two now", "en",
-                        phones=())
+    row = speech.speech(
+        clip_of(0.01 * np.random.default_rng(0).normal(size=RATE)),
+        "bin blue at F two now",
+        "en",
+        phones=(),
+    )
     assert row["grid_words"] == 6 and 0 < row["grid_errors"] <= 6
 
 
@@ -102,7 +118,10 @@ def test_noise_and_silence_have_no_pitch() -> None:
 
 def test_gender_by_pitch_agrees_with_the_bank() -> None:
     members = list(bank())[:40]
-    right = [adherence.gender_of_voice(clip_of(bank().audio(u)), u.gender).get("voice_as_told") for u in members]
+    right = [
+        adherence.gender_of_voice(clip_of(bank().audio(u)), u.gender).get("voice_as_told")
+        for u in members
+    ]
     known = [value for value in right if value is not None]
     assert len(known) >= 35 and np.mean(known) > 0.85
 

@@ -1,4 +1,6 @@
-"""Flicker goes, motion stays: against a background that trembles, a square that moves, and edges of the arguments."""
+"""Flicker goes, motion stays: against a background that trembles, a square that moves, and edges of
+the arguments.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,13 @@ def tiny() -> AVDiffPipeline:
 
 
 def scene(tremble: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, 3, 24, 30, 34): a grey wall whose brightness trembles, a white square that walks before it; where it is."""
+    """(1, 3, 24, 30, 34): a grey wall whose brightness trembles, a white square that walks before
+    it; where it is.
+    """
     generator = torch.Generator().manual_seed(seed)
-    video = torch.zeros(1, 3, 24, 30, 34) + tremble / 127.5 * torch.randn(1, 3, 24, 1, 1, generator=generator)
+    video = torch.zeros(1, 3, 24, 30, 34) + tremble / 127.5 * torch.randn(
+        1, 3, 24, 1, 1, generator=generator
+    )
     square = torch.zeros(24, 30, 34, dtype=torch.bool)
     for t in range(24):
         square[t, 10:18, t : t + 8] = True
@@ -37,7 +43,9 @@ def test_flicker_goes_and_motion_stays():
     video, square = scene(tremble=2.0)
     steady = smooth_flicker(video, 6.0)
     assert step(video) > 1.5 and step(steady) < 0.2 * step(video)
-    assert (steady - video)[:, :, square].abs().mean() < 0.02  # of 0.9: the square is still there, and nowhere else
+    assert (steady - video)[
+        :, :, square
+    ].abs().mean() < 0.02  # of 0.9: the square is still there, and nowhere else
     assert (steady - video)[:, :, ~square].abs().mean() < 0.03
 
 
@@ -57,10 +65,19 @@ def test_none_for_stills_and_zero():
 
 def test_the_pipeline_steadies_by_its_own_default_and_by_the_call():
     pipe = tiny()
-    call = dict(prompt='a woman speaks', num_frames=9, height=64, width=64, num_inference_steps=2,
-                output_type="pt", check_prompt=False)
+    call = dict(
+        prompt="a woman speaks",
+        num_frames=9,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="pt",
+        check_prompt=False,
+    )
+
     def make(**more):
         return pipe(**call, **more, generator=torch.Generator().manual_seed(1)).frames
+
     plain, steady = make(), make(steadiness=20.0)
     assert steady.diff(dim=1).abs().mean() < plain.diff(dim=1).abs().mean()
     pipe.register_to_config(steadiness=20.0)
@@ -73,7 +90,17 @@ def test_the_pipeline_steadies_by_its_own_default_and_by_the_call():
 def test_given_frames_come_back_untouched():
     pipe = tiny()
     film = torch.rand(1, 3, 5, 64, 64, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    out = pipe('a woman speaks', video=film, audio=torch.zeros(1, 1, 3200), num_frames=9, height=64, width=64,
-               num_inference_steps=2, output_type="pt", check_prompt=False, steadiness=30.0,
-               generator=torch.Generator().manual_seed(1))
+    out = pipe(
+        "a woman speaks",
+        video=film,
+        audio=torch.zeros(1, 1, 3200),
+        num_frames=9,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="pt",
+        check_prompt=False,
+        steadiness=30.0,
+        generator=torch.Generator().manual_seed(1),
+    )
     torch.testing.assert_close(out.frames[:, :5] * 2 - 1, film.transpose(1, 2), atol=1e-6, rtol=0)

@@ -1,4 +1,6 @@
-"""SyncNet's protocol with random weights: MFCCs, windows, planted lags, LSE values by the formulas, and files."""
+"""SyncNet's protocol with random weights: MFCCs, windows, planted lags, LSE values by the formulas,
+and files.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +34,24 @@ def sound(seconds: float = 2.0) -> np.ndarray:
     """Noise whose loudness and colour change all the time, at 16 kHz."""
     rng = np.random.default_rng(1)
     count = round(seconds * syncnet.RATE)
-    wave = rng.normal(size=count) * np.interp(np.arange(count), np.arange(0, count, 700), rng.random(-(-count // 700)))
-    return np.clip(0.1 * np.convolve(wave, rng.normal(size=9), "same"), -0.9, 0.9).astype(np.float32)
+    wave = rng.normal(size=count) * np.interp(
+        np.arange(count), np.arange(0, count, 700), rng.random(-(-count // 700))
+    )
+    return np.clip(0.1 * np.convolve(wave, rng.normal(size=9), "same"), -0.9, 0.9).astype(
+        np.float32
+    )
 
 
 def slow_mfcc(wave: np.ndarray) -> np.ndarray:
-    """By the formulas, a frame and a filter at a time (Davis & Mermelstein 1980, as in python_speech_features)."""
+    """By the formulas, a frame and a filter at a time (Davis & Mermelstein 1980, as in
+    python_speech_features).
+    """
     x = np.rint(wave.astype(np.float64) * 32768)
     x = np.array([x[0], *(x[i] - 0.97 * x[i - 1] for i in range(1, len(x)))])
     rows = []
-    edges = [700 * (10 ** (m / 2595) - 1) for m in np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)]
+    edges = [
+        700 * (10 ** (m / 2595) - 1) for m in np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 28)
+    ]
     bins = [int(513 * f / 16000) for f in edges]
     for start in range(0, max(1, len(x) - 400 + 160), 160):
         frame = x[start : start + 400]
@@ -52,8 +62,11 @@ def slow_mfcc(wave: np.ndarray) -> np.ndarray:
             total = sum(power[k] * (k - low) / (middle - low) for k in range(low, middle))
             total += sum(power[k] * (high - k) / (high - middle) for k in range(middle, high))
             logs.append(np.log(total))
-        cepstra = [np.sqrt((1 if n == 0 else 2) / 26) * sum(v * np.cos(np.pi * n * (2 * m + 1) / 52)
-                                                             for m, v in enumerate(logs)) for n in range(13)]
+        cepstra = [
+            np.sqrt((1 if n == 0 else 2) / 26)
+            * sum(v * np.cos(np.pi * n * (2 * m + 1) / 52) for m, v in enumerate(logs))
+            for n in range(13)
+        ]
         lifted = [c * (1 + 11 * np.sin(np.pi * n / 22)) for n, c in enumerate(cepstra)]
         rows.append([np.log(power.sum()), *lifted[1:]])
     return np.array(rows)
@@ -63,19 +76,32 @@ def test_mfcc_by_the_formulas() -> None:
     wave = sound(0.3)[:4723]
     found = syncnet.mfcc(wave)
     np.testing.assert_allclose(found, slow_mfcc(wave), rtol=1e-9, atol=1e-9)
-    assert np.isfinite(syncnet.mfcc(np.zeros(900))).all() and syncnet.mfcc(np.zeros(100)).shape == (1, 13)
+    assert np.isfinite(syncnet.mfcc(np.zeros(900))).all() and syncnet.mfcc(np.zeros(100)).shape == (
+        1,
+        13,
+    )
 
 
-def slow_distances(seen: torch.Tensor, heard: torch.Tensor, reach: int, padded: bool) -> list[float]:
+def slow_distances(
+    seen: torch.Tensor, heard: torch.Tensor, reach: int, padded: bool
+) -> list[float]:
     """D(l) pair by pair."""
     found = []
     for lag in range(-reach, reach + 1):
         pairs = []
         for i in range(len(seen)):
             if 0 <= i + lag < len(heard):
-                pairs.append(float(torch.nn.functional.pairwise_distance(seen[i : i + 1], heard[i + lag][None])))
+                pairs.append(
+                    float(
+                        torch.nn.functional.pairwise_distance(seen[i : i + 1], heard[i + lag][None])
+                    )
+                )
             elif padded:
-                pairs.append(float(torch.nn.functional.pairwise_distance(seen[i : i + 1], 0 * seen[i : i + 1])))
+                pairs.append(
+                    float(
+                        torch.nn.functional.pairwise_distance(seen[i : i + 1], 0 * seen[i : i + 1])
+                    )
+                )
         found.append(float(np.mean(pairs)))
     return found
 
@@ -87,8 +113,11 @@ def test_distances_pair_by_pair(padded: bool) -> None:
     found = syncnet.distances(seen, heard, 6, padded)
     np.testing.assert_allclose(found, slow_distances(seen, heard, 6, padded), rtol=1e-5)
     more = torch.cat([heard, torch.randn(3, 7, generator=generator)])
-    np.testing.assert_allclose(syncnet.distances(seen, more, 6, padded), slow_distances(
-        seen, heard if padded else more, 6, padded), rtol=1e-5)
+    np.testing.assert_allclose(
+        syncnet.distances(seen, more, 6, padded),
+        slow_distances(seen, heard if padded else more, 6, padded),
+        rtol=1e-5,
+    )
     assert np.isnan(syncnet.distances(seen[:3], heard[:3], 6)[[0, -1]]).all()
 
 
@@ -103,7 +132,10 @@ def test_planted_lag_through_the_sound_tower(late: int) -> None:
 
 def test_windows_come_out_of_one_pass_in_any_batch() -> None:
     film = np.random.default_rng(0).integers(0, 256, (11, 224, 224, 3), np.uint8)
-    whole, parts = syncnet.see_pictures(network(), film, 20), syncnet.see_pictures(network(), film, 3)
+    whole, parts = (
+        syncnet.see_pictures(network(), film, 20),
+        syncnet.see_pictures(network(), film, 3),
+    )
     assert whole.shape == (7, 1024)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
     window = torch.from_numpy(film[2:7, ..., ::-1].copy()).permute(3, 0, 1, 2)[None].float()
@@ -145,18 +177,23 @@ def test_whole_protocol_on_a_cropped_clip(tmp_path: Path) -> None:
     seen = syncnet.see_pictures(network(), crops)
     heard = syncnet.hear_sound(network(), at_16k(audio[: round(33 / 25 * RATE)]))
     slow = slow_distances(seen, heard, 5, padded=False)
-    assert row["lse_d"] == pytest.approx(min(slow), rel=1e-4) and row["distance_at_zero"] == pytest.approx(
-        slow[5], rel=1e-4)
+    assert row["lse_d"] == pytest.approx(min(slow), rel=1e-4) and row[
+        "distance_at_zero"
+    ] == pytest.approx(slow[5], rel=1e-4)
     assert row["lse_c"] == pytest.approx(np.median(slow) - min(slow), rel=1e-3, abs=1e-6)
     lag = int(np.argmin(slow)) - 5
     assert abs(row["offset_frames"] - lag) <= 0.5
     odd = SyncNetBackend(tmp_path / "w.safetensors", quirks=True, cropped=True, reach=0.2)
-    track = WholeSource().follow(((i + 0.5) / 25, frame) for i, frame in enumerate(frames)).tracks[0]
+    track = (
+        WholeSource().follow(((i + 0.5) / 25, frame) for i, frame in enumerate(frames)).tracks[0]
+    )
     look = odd.look(lambda: iter(((i + 0.5) / 25, frame) for i, frame in enumerate(frames)), track)
     curve = odd.curves(look, audio, RATE).whole
     ported = slow_distances(seen[: len(heard)], heard, 5, padded=True)
     np.testing.assert_allclose(-curve.scores, ported, rtol=1e-4)
-    assert odd.numbers(curve)["port_offset_frames"] == 5 - int(np.argmin(ported))  # the port: vshift - argmin
+    assert odd.numbers(curve)["port_offset_frames"] == 5 - int(
+        np.argmin(ported)
+    )  # the port: vshift - argmin
     with pytest.raises(ValueError, match="needs at least 15"):
         odd.curves(look, audio[: RATE // 2], RATE)
 
@@ -176,7 +213,9 @@ def test_weights_are_read_as_tensors_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.state_dict()[name], value)
     names = {"netcnnaud.0.weight", "netcnnaud.18.weight", "netcnnlip.18.weight", "netfcaud.3.bias"}
     assert names <= set(loaded.state_dict())
-    torch.save(network(), tmp_path / "pickled.model")  # a whole module would run code when it is read
+    torch.save(
+        network(), tmp_path / "pickled.model"
+    )  # a whole module would run code when it is read
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     for name in ("pickled.model", "other.safetensors"):
         with pytest.raises(ValueError, match="no weights of SyncNet"):

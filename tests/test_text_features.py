@@ -15,13 +15,21 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("features")
     tiny_pipeline().save_pretrained(root / "model")
     for name, text in (("plain", False), ("text", True)):
-        cache_presenters(root / name, load_codecs(root / "model", text), 3, seconds=2.0, languages=["en"])
+        cache_presenters(
+            root / name, load_codecs(root / "model", text), 3, seconds=2.0, languages=["en"]
+        )
     return root
 
 
 def task(root, caches, **changes):
-    values = {"train_data": root / caches, "output_dir": root / "run", "rank": 2, "train_batch_size": 3,
-              "pretrained_model_name_or_path": root / "model", **changes}  # fmt: skip
+    values = {
+        "train_data": root / caches,
+        "output_dir": root / "run",
+        "rank": 2,
+        "train_batch_size": 3,
+        "pretrained_model_name_or_path": root / "model",
+        **changes,
+    }
     return finetune.setup(load_options(Recipe, None, [f"--{k}={v}" for k, v in values.items()]))
 
 

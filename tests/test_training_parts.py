@@ -1,4 +1,6 @@
-"""Parts of the training: expert balance over a step, memory tables, text by branch, heads, early refusals."""
+"""Parts of the training: expert balance over a step, memory tables, text by branch, heads, early
+refusals.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,9 @@ def data(tmp_path_factory):
 
 
 def test_experts_are_balanced_over_the_step_not_the_micro_batch():
-    """Two micro-batches that use different experts are balanced together: the second one is not punished alone."""
+    """Two micro-batches that use different experts are balanced together: the second one is not
+    punished alone.
+    """
     torch.manual_seed(0)
     moe = MoE(8, 8, 4, 1)
     rows = torch.randn(2, 64, 8)
@@ -53,20 +57,33 @@ def test_experts_are_balanced_over_the_step_not_the_micro_batch():
 
 
 def test_memory_tables_are_averaged_and_clipped_with_the_rest(data, tmp_path):
-    made = recipe(data, tmp_path, max_train_steps="2", ema_decay="0.5", checkpointing_steps="0", max_grad_norm="0.1")
+    made = recipe(
+        data,
+        tmp_path,
+        max_train_steps="2",
+        ema_decay="0.5",
+        checkpointing_steps="0",
+        max_grad_norm="0.1",
+    )
     task = finetune.setup(made)
     fill_zeros(task.transformer)  # the memory is heard from the first step
     loop = Run(task, made.training)
     loop.start()
-    (_, table), = memory_tables(task.transformer)
+    ((_, table),) = memory_tables(task.transformer)
     name = next(n for n in loop.ema.shadow if n.endswith("memory.table.rows"))
     before = table.rows.clone()
     norms = []
     original = task.rows.step
 
     def step():
-        norms.append((task.rows.grad_norm().item(), [p.grad for p in loop.phase_params["main"] if p.grad is not None]))
+        norms.append(
+            (
+                task.rows.grad_norm().item(),
+                [p.grad for p in loop.phase_params["main"] if p.grad is not None],
+            )
+        )
         original()
+
     task.rows.step = step
     batches = loop.next_batches(None)
     loop.train_step(batches, 0.0)
@@ -83,7 +100,9 @@ def test_memory_tables_are_averaged_and_clipped_with_the_rest(data, tmp_path):
 
 
 def test_one_branch_alone_can_leave_the_caption_unread(data, tmp_path):
-    """The picture of rows that it does not read is that of a model without a caption; the sound still reads it."""
+    """The picture of rows that it does not read is that of a model without a caption; the sound
+    still reads it.
+    """
     task = finetune.setup(recipe(data, tmp_path))
     model = fill_zeros(task.transformer).eval()
     batch = task.collate([task.dataset[i] for i in range(3)])
@@ -91,8 +110,11 @@ def test_one_branch_alone_can_leave_the_caption_unread(data, tmp_path):
     level = torch.full((3,), 0.5)
 
     def answer(conditions):
-        out = model(batch["video"], batch["audio"], level, level, conditions=conditions, isolated=True)
+        out = model(
+            batch["video"], batch["audio"], level, level, conditions=conditions, isolated=True
+        )
         return out.video, out.audio
+
     with torch.no_grad():
         told = model.prepare(text, mask, Positions.of(CLIP))
         rows = Joint(torch.tensor([True, False, True]), torch.zeros(3, dtype=torch.bool))
@@ -107,16 +129,28 @@ def test_one_branch_alone_can_leave_the_caption_unread(data, tmp_path):
 def test_heads_read_exact_labels_and_learn(data, tmp_path):
     symbols = list(inventory()[0][1:4])
     third = float(CLIP.seconds) / 3
-    script = script_from_phones([[Phone(s, i * third, (i + 1) * third, 0) for i, s in enumerate(symbols)], []], CLIP)
+    script = script_from_phones(
+        [[Phone(s, i * third, (i + 1) * third, 0) for i, s in enumerate(symbols)], []], CLIP
+    )
     said = phoneme_labels(script, 4)
     assert [inventory()[0][i] for i in said[0].unique_consecutive()] == symbols
     assert (said[1] == IGNORED).all()
     seen = viseme_labels(script, Positions.of(CLIP))
     assert seen.shape == (2, CLIP.video_grid[0])
     assert [VISEMES[i] for i in seen[0].unique_consecutive()] == [viseme_of(s)[0] for s in symbols]
-    _, summary = run(data, tmp_path, phoneme_head="0.1", viseme_head="0.1", max_train_steps="30", log_every="1",
-                     train_batch_size="8", learning_rate="6e-3", checkpointing_steps="0",
-                     video_caption_dropout="0.2", audio_caption_dropout="0.2")
+    _, summary = run(
+        data,
+        tmp_path,
+        phoneme_head="0.1",
+        viseme_head="0.1",
+        max_train_steps="30",
+        log_every="1",
+        train_batch_size="8",
+        learning_rate="6e-3",
+        checkpointing_steps="0",
+        video_caption_dropout="0.2",
+        audio_caption_dropout="0.2",
+    )
     lines = [line for line in read_log(tmp_path / "log.jsonl") if "loss/phoneme" in line]
     for name in ("phoneme", "viseme"):
         assert lines[-1][f"loss/{name}"] < 0.6 * lines[0][f"loss/{name}"]
@@ -124,22 +158,43 @@ def test_heads_read_exact_labels_and_learn(data, tmp_path):
     assert summary.reason == "finished"
 
 
-@pytest.mark.parametrize(("wrong", "answer"), [
-    ({"optimizer": "adamw8bit"}, "optimizer='adamw8bit': needs the package bitsandbytes"),
-    ({"push_to_hub": "true"}, "push_to_hub=true: needs hub_model_id, such as user/model"),
-    ({"push_to_hub": "true", "hub_model_id": "a/b"}, "HF_HUB_OFFLINE is set, so nothing can be pushed"),
-    ({"sample_prompts": "hello"}, "sample_prompts: are made at validations, but validation_steps=0"),
-    ({"sample_prompts": "hello", "validation_steps": "2"}, "sample_prompts: need codecs"),
-    ({"preset_changes": "video_channels=128"}, "train_data: holds video of 64 values a token, the model takes 128"),
-    ({"video_caption_dropout": "2"}, "video_caption_dropout=2.0: needs a share"),
-    ({"phoneme_head": "-1"}, "phoneme_head=-1.0: needs a weight of at least 0"),
-    ({"report_to": "pigeon"}, "report_to='pigeon': needs one of"),
-    ({"train_batch_size": "100"}, "train_batch_size=100: a step needs 100 items that fit, the dataset has 32"),
-    ({"pretrained_model_name_or_path": "nowhere"}, "pretrained_model_name_or_path=nowhere: needs the folder"),
-])
-def test_wrong_recipes_are_refused_before_a_model_is_loaded(data, tmp_path, monkeypatch, wrong, answer):
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        ({"optimizer": "adamw8bit"}, "optimizer='adamw8bit': needs the package bitsandbytes"),
+        ({"push_to_hub": "true"}, "push_to_hub=true: needs hub_model_id, such as user/model"),
+        (
+            {"push_to_hub": "true", "hub_model_id": "a/b"},
+            "HF_HUB_OFFLINE is set, so nothing can be pushed",
+        ),
+        (
+            {"sample_prompts": "hello"},
+            "sample_prompts: are made at validations, but validation_steps=0",
+        ),
+        ({"sample_prompts": "hello", "validation_steps": "2"}, "sample_prompts: need codecs"),
+        (
+            {"preset_changes": "video_channels=128"},
+            "train_data: holds video of 64 values a token, the model takes 128",
+        ),
+        ({"video_caption_dropout": "2"}, "video_caption_dropout=2.0: needs a share"),
+        ({"phoneme_head": "-1"}, "phoneme_head=-1.0: needs a weight of at least 0"),
+        ({"report_to": "pigeon"}, "report_to='pigeon': needs one of"),
+        (
+            {"train_batch_size": "100"},
+            "train_batch_size=100: a step needs 100 items that fit, the dataset has 32",
+        ),
+        (
+            {"pretrained_model_name_or_path": "nowhere"},
+            "pretrained_model_name_or_path=nowhere: needs the folder",
+        ),
+    ],
+)
+def test_wrong_recipes_are_refused_before_a_model_is_loaded(
+    data, tmp_path, monkeypatch, wrong, answer
+):
     def loaded(*_, **__):
         raise AssertionError("a model was made")
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(start.AVTransformer, "__init__", loaded)
     if wrong.get("optimizer") and start.find_spec("bitsandbytes"):
@@ -152,15 +207,21 @@ def test_wrong_recipes_are_refused_before_a_model_is_loaded(data, tmp_path, monk
 def test_a_missing_caption_is_refused(tmp_path):
     folder = write_clips(tmp_path / "cache", 4)
     path = tmp_path / "cache" / "shard-00000.json"
-    path.write_text(path.read_text().replace('a woman says \\"hello\\"', " ").replace("a talking face", ""))
-    with pytest.raises(ValueError, match=r"train_data: clip 0 \(speech\) has no caption; write one"):
+    path.write_text(
+        path.read_text().replace('a woman says \\"hello\\"', " ").replace("a talking face", "")
+    )
+    with pytest.raises(
+        ValueError, match=r"train_data: clip 0 \(speech\) has no caption; write one"
+    ):
         finetune.setup(recipe((folder, folder), tmp_path / "out"))
     finetune.setup(recipe((folder, folder), tmp_path / "out", caption_dropout="1"))
 
 
 def test_a_push_that_fails_leaves_the_model(data, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match=r"hub_model_id=a/b: could not be pushed .* the model is whole in") as caught:
+    with pytest.raises(
+        ValueError, match=r"hub_model_id=a/b: could not be pushed .* the model is whole in"
+    ) as caught:
         export.push(tmp_path, ExportOptions(push_to_hub=True, hub_model_id="a/b"))
     assert "\n" not in str(caught.value)
 
@@ -182,16 +243,25 @@ def test_long_captions_pad_no_others_where_there_are_many():
     long = "ब" * 80  # 240 bytes
     keys = TrainingClips(Cache([long] * 256 + ["brief"] * 10), None).groups()
     assert keys == [(CLIP, "video", "long captions")] * 256 + [(CLIP, "video")] * 10
-    assert TrainingClips(Cache([long] * 255 + ["brief"] * 10), None).groups() == [(CLIP, "video")] * 265
+    assert (
+        TrainingClips(Cache([long] * 255 + ["brief"] * 10), None).groups()
+        == [(CLIP, "video")] * 265
+    )
 
 
 def test_training_and_sampling_begin_in_the_same_noise():
-    """What frames have in common is the same in a training row at level 1 and in the pipeline's first tokens."""
+    """What frames have in common is the same in a training row at level 1 and in the pipeline's
+    first tokens.
+    """
     rows, positions = [torch.Generator().manual_seed(k) for k in range(400)], Positions.of(CLIP)
     clean = Joint(torch.zeros(400, CLIP.video_tokens, 64), torch.zeros(400, CLIP.audio_tokens, 48))
     n = Objective(ObjectiveOptions(frame_correlation=0.6)).noised(clean, positions, rows, time=1.0)
-    pipe = AVDiffPipeline(**{**tiny_components(), "scheduler": JointFlowMatchScheduler(frame_correlation=0.6)})
-    state, _ = pipe.prepare_latents(CLIP, 400, torch.Generator().manual_seed(1), positions, Joint(True, True), Joint())
+    pipe = AVDiffPipeline(
+        **{**tiny_components(), "scheduler": JointFlowMatchScheduler(frame_correlation=0.6)}
+    )
+    state, _ = pipe.prepare_latents(
+        CLIP, 400, torch.Generator().manual_seed(1), positions, Joint(True, True), Joint()
+    )
     for tokens in (n.noisy.video, state.video):
         w = tokens.unflatten(1, (CLIP.latent_frames, -1))
         assert float((w[:, 0] * w[:, 1]).mean()) == pytest.approx(0.6, abs=0.05)
@@ -200,25 +270,38 @@ def test_training_and_sampling_begin_in_the_same_noise():
 
 
 def test_learned_guidance_settles_at_the_guided_estimate():
-    """A free answer for text a, another without text: descent on the moved goal ends where two guided passes would."""
+    """A free answer for text a, another without text: descent on the moved goal ends where two
+    guided passes would.
+    """
     objective = Objective(ObjectiveOptions(learned_guidance={"video": 2.5}))
     clean = Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3))  # E[x|c]
-    untold, told = Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)), Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    untold, told = (
+        Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)),
+        Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)),
+    )
     for _ in range(60):
         told = objective.guided(clean, told, untold)  # what minimises the loss for this goal
     torch.testing.assert_close(told.video, 2.5 * clean.video, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(told.audio, clean.audio)
     as_v = Objective(ObjectiveOptions(learned_guidance={"video": 2.5}, prediction_type="velocity"))
-    noise, told, free = (Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3)) for _ in range(3))  # velocities
+    noise, told, free = (
+        Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3)) for _ in range(3)
+    )  # velocities
     goal = as_v.guided(clean, told, free)
-    torch.testing.assert_close(noise.video - goal.video, (noise.video - clean.video) + 0.6 * (told.video - free.video))
+    torch.testing.assert_close(
+        noise.video - goal.video, (noise.video - clean.video) + 0.6 * (told.video - free.video)
+    )
 
 
 def test_learned_guidance_leaves_rows_without_text_alone(data, tmp_path):
-    """Without words and captions the answer with text is the answer without: the loss is the plain one."""
+    """Without words and captions the answer with text is the answer without: the loss is the plain
+    one.
+    """
     guided, losses = {"learned_guidance": "video=3,audio=2"}, []
     for dropout, more in (("1", {}), ("1", guided), ("1e-9", {}), ("1e-9", guided)):
-        task = finetune.setup(recipe(data, tmp_path, text_dropout=dropout, router_balance="0", **more))
+        task = finetune.setup(
+            recipe(data, tmp_path, text_dropout=dropout, router_balance="0", **more)
+        )
         fill_zeros(task.transformer)
         batch = task.collate([task.dataset[i] for i in range(4)])
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""AVTransformer: batch independence, identities at the start, cut connections, the clock, gradients, saving."""
+"""AVTransformer: batch independence, identities at the start, cut connections, the clock,
+gradients, saving.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def make_model(**changes) -> AVTransformer:
     return model
 
 
-def make_inputs(model: AVTransformer, batch: int = 2, clip: ClipSpec = CLIP, start: float = 0.0) -> dict:
+def make_inputs(
+    model: AVTransformer, batch: int = 2, clip: ClipSpec = CLIP, start: float = 0.0
+) -> dict:
     g = torch.Generator().manual_seed(1)
     c = model.config
     frames = (torch.arange(clip.mel_frames) * 5 // clip.mel_frames)[None].repeat(batch, 1)
@@ -94,7 +98,9 @@ def test_fresh_model_gives_the_linear_estimate_and_ignores_its_zero_parts() -> N
     torch.nn.init.normal_(model.proj_out_video.weight)
     torch.nn.init.normal_(model.proj_out_audio.weight)
     before = run(model, inputs)
-    model.transformer_blocks[0].memory.table.rows.normal_()  # W_V is zero: a fresh memory changes nothing
+    model.transformer_blocks[
+        0
+    ].memory.table.rows.normal_()  # W_V is zero: a fresh memory changes nothing
     assert_joint_close(run(model, inputs), before, atol=0.0)
     moved = run(model, inputs, hidden_states=inputs["hidden_states"] + 1)
     assert not torch.allclose(moved.video, before.video)
@@ -110,7 +116,9 @@ def test_cut_connections_equal_two_branches_alone() -> None:
     torch.testing.assert_close(together.video, alone_video.video, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(together.audio, alone_audio.audio, atol=2e-5, rtol=1e-4)
     joint = run(model, inputs)
-    assert (joint.video - together.video).abs().max() > 1e-3 and (joint.audio - together.audio).abs().max() > 1e-3
+    assert (joint.video - together.video).abs().max() > 1e-3 and (
+        joint.audio - together.audio
+    ).abs().max() > 1e-3
 
 
 def test_without_shared_stream_the_branches_still_meet() -> None:
@@ -121,12 +129,17 @@ def test_without_shared_stream_the_branches_still_meet() -> None:
     assert (moved.video - run(model, inputs).video).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("cross_modal", "shared_rate", "meet"),
-                         [(False, 12.5, True), (False, 0.0, False), (True, 0.0, True)])
+@pytest.mark.parametrize(
+    ("cross_modal", "shared_rate", "meet"),
+    [(False, 12.5, True), (False, 0.0, False), (True, 0.0, True)],
+)
 def test_which_links_there_are(cross_modal: bool, shared_rate: float, meet: bool) -> None:
     model = make_model(cross_modal=cross_modal, shared_rate=shared_rate)
     inputs = make_inputs(model)
-    joint, louder = run(model, inputs), run(model, inputs, audio_hidden_states=inputs["audio_hidden_states"] + 1)
+    joint, louder = (
+        run(model, inputs),
+        run(model, inputs, audio_hidden_states=inputs["audio_hidden_states"] + 1),
+    )
     brighter = run(model, inputs, hidden_states=inputs["hidden_states"] + 1)
     assert bool((louder.video - joint.video).abs().max() > 1e-3) == meet
     assert bool((brighter.audio - joint.audio).abs().max() > 1e-3) == meet
@@ -159,7 +172,9 @@ def test_only_time_differences_matter() -> None:
     model = make_model()
     at_zero, later = run(model, make_inputs(model)), run(model, make_inputs(model, start=7.25))
     assert_joint_close(at_zero, later, atol=2e-4)
-    stretched = ClipSpec(num_frames=9, fps=Fraction(20), clock=Clock(audio_stride=1200, mel_hop=300))
+    stretched = ClipSpec(
+        num_frames=9, fps=Fraction(20), clock=Clock(audio_stride=1200, mel_hop=300)
+    )
     assert stretched.audio_tokens == CLIP.audio_tokens
     slower = run(model, make_inputs(model, clip=stretched))
     assert (slower.video - at_zero.video).abs().max() > 1e-4  # the clock is felt
@@ -182,7 +197,9 @@ def test_prepared_conditions_equal_raw_ones_and_are_made_once() -> None:
     model = make_model()
     inputs = make_inputs(model)
     conditions = model.prepare(*(inputs[k] for k in ("text", "text_mask", "positions", "script")))
-    given = {k: inputs[k] for k in ("hidden_states", "audio_hidden_states", "timestep", "audio_timestep")}
+    given = {
+        k: inputs[k] for k in ("hidden_states", "audio_hidden_states", "timestep", "audio_timestep")
+    }
     assert_joint_close(run(model, given, conditions=conditions), run(model, inputs), atol=0.0)
 
 
@@ -205,7 +222,11 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         if checkpointing:
             model.enable_gradient_checkpointing()
         out = model(**make_inputs(model))
-        (out.video.square().mean() + out.audio.square().mean() + sum(r.sum() for r in out.routing) * 1e-3).backward()
+        (
+            out.video.square().mean()
+            + out.audio.square().mean()
+            + sum(r.sum() for r in out.routing) * 1e-3
+        ).backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
@@ -220,7 +241,8 @@ def test_save_and_load_is_bit_equal(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "low", "high"), [("presenter", 20e6, 30e6), ("base", 0.8e9, 1.4e9), ("large", 8e9, 12e9)]
+    ("preset", "low", "high"),
+    [("presenter", 20e6, 30e6), ("base", 0.8e9, 1.4e9), ("large", 8e9, 12e9)],
 )
 def test_presets_have_their_size(preset: str, low: float, high: float) -> None:
     with torch.device("meta"):
@@ -242,6 +264,9 @@ def test_estimate_has_unit_error_scale_and_keeps_given_tokens() -> None:
 
 def test_windows_and_overlaps() -> None:
     seconds, keys = torch.tensor([0.1, 5.0]), torch.tensor([0.0, 0.2, 0.5])
-    assert window_mask(seconds, keys, 0.15)[0, 0].tolist() == [[True, True, False], [False, False, True]]
+    assert window_mask(seconds, keys, 0.15)[0, 0].tolist() == [
+        [True, True, False],
+        [False, False, True],
+    ]
     weights = overlap_matrix(torch.tensor([0.04, 0.12]), torch.tensor([0.02, 0.06, 0.10, 0.14]))
     torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]))

@@ -1,4 +1,6 @@
-"""The video autoencoder: shapes, causality, slices and tiles that equal the whole, cost, saving, and that it learns."""
+"""The video autoencoder: shapes, causality, slices and tiles that equal the whole, cost, saving,
+and that it learns.
+"""
 
 from pathlib import Path
 
@@ -29,7 +31,9 @@ TINY = {
 
 
 def tiny(seed: int = 0) -> AVVideoVAE:
-    """A small model whose residual branches are not the zeros they start from, so that every path counts."""
+    """A small model whose residual branches are not the zeros they start from, so that every path
+    counts.
+    """
     torch.manual_seed(seed)
     model = AVVideoVAE(**TINY).eval()
     with torch.no_grad():
@@ -40,7 +44,11 @@ def tiny(seed: int = 0) -> AVVideoVAE:
 
 
 def movie(frames: int, size: int = 64, batch: int = 1) -> torch.Tensor:
-    return torch.rand(batch, 3, frames, size, size, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+    return (
+        torch.rand(batch, 3, frames, size, size, generator=torch.Generator().manual_seed(frames))
+        * 2
+        - 1
+    )
 
 
 @torch.no_grad()
@@ -106,7 +114,9 @@ def test_tiles_agree_with_the_whole_away_from_the_seams_and_cover_everything() -
     model.enable_tiling(tile_size=256, tile_stride=64)
     tiled = model.decode(z).sample
     assert tiled.shape == whole.shape and torch.isfinite(tiled).all()
-    torch.testing.assert_close(tiled[..., :8], whole[..., :8], rtol=1e-4, atol=1e-4)  # the first tile alone
+    torch.testing.assert_close(
+        tiled[..., :8], whole[..., :8], rtol=1e-4, atol=1e-4
+    )  # the first tile alone
     assert (tiled - whole).square().mean() < 0.05 * whole.var()
     x = whole.clamp(-1, 1)
     encoded = model.encode(x).latent_dist.mode()
@@ -216,7 +226,9 @@ def test_opening_probe_reads_an_opening_it_has_not_seen() -> None:
         """A dark bar of changing height on bright skin; one landmark box."""
         opening, skin = rng.uniform(2, 14, 30), rng.uniform(120, 220)
         y = np.abs(np.arange(48) - 24)[None, :, None, None]
-        frames = np.broadcast_to(np.where(y < opening[:, None, None, None] / 2, 30, skin), (30, 48, 48, 3))
+        frames = np.broadcast_to(
+            np.where(y < opening[:, None, None, None] / 2, 30, skin), (30, 48, 48, 3)
+        )
         points = np.tile(np.array([[0.3, 0.4], [0.7, 0.6]], np.float32), (30, 1, 1))
         return frames.astype(np.uint8), points, opening
 
@@ -229,7 +241,12 @@ def test_report_makes_table_and_picture() -> None:
     made = list(samples(SpeechBank(), "test", 2, num_frames=9, size=64))
     probe = OpeningProbe.fit((s.frames, s.points, s.opening) for s in made)
     table = video_table(tiny(), iter(made), probe)
-    assert table["original"]["psnr"] > 100 and table["original"]["mouth_gradient"] == pytest.approx(1)
+    assert table["original"]["psnr"] > 100 and table["original"]["mouth_gradient"] == pytest.approx(
+        1
+    )
     assert table["round trip, noise 0"]["psnr"] < table["original"]["psnr"]
     assert "shrunk to 64 values" in markdown(table)
-    assert picture(tiny(), made).size == (128, 192)  # two clips wide; original, round trip, difference
+    assert picture(tiny(), made).size == (
+        128,
+        192,
+    )  # two clips wide; original, round trip, difference

@@ -41,8 +41,10 @@ def test_unknown_phone_is_named():
 @pytest.mark.parametrize("seed", range(5))
 def test_lips_close_on_bilabials_and_tuck_on_labiodentals(seed):
     phones = random_phones(seed, 80)
-    centres = {name: np.array([(p.start + p.end) / 2 for p in phones if viseme_of(p.symbol)[0] == name])
-               for name in ("PP", "FF")}
+    centres = {
+        name: np.array([(p.start + p.end) / 2 for p in phones if viseme_of(p.symbol)[0] == name])
+        for name in ("PP", "FF")
+    }
     # the nearest frame at 25 fps is at most 20 ms away, before or after
     for away in (-0.02, 0.0, 0.02):
         assert (viseme_track(phones, centres["PP"] + away)[:, JAW] == 0).mean() >= 0.98
@@ -50,9 +52,19 @@ def test_lips_close_on_bilabials_and_tuck_on_labiodentals(seed):
     assert (viseme_track(phones, np.array(clear))[:, TUCK] > 0.85).all()
 
 
-@pytest.mark.parametrize(("symbol", "column", "least"), [("u", ROUND, 0.75), ("w", ROUND, 0.75), ("y", ROUND, 0.75),
-                                                         ("o", ROUND, 0.45), ("a", JAW, 0.75), ("i", WIDTH, 0.85),
-                                                         ("s", TEETH, 0.85), ("θ", TONGUE, 0.75)])
+@pytest.mark.parametrize(
+    ("symbol", "column", "least"),
+    [
+        ("u", ROUND, 0.75),
+        ("w", ROUND, 0.75),
+        ("y", ROUND, 0.75),
+        ("o", ROUND, 0.45),
+        ("a", JAW, 0.75),
+        ("i", WIDTH, 0.85),
+        ("s", TEETH, 0.85),
+        ("θ", TONGUE, 0.75),
+    ],
+)
 def test_targets_are_reached_between_neutral_neighbours(symbol, column, least):
     phones = [Phone("k", 0.0, 0.08), Phone(symbol, 0.08, 0.20, 1), Phone("k", 0.20, 0.28)]
     assert viseme_track(phones, np.array([0.14]))[0, column] > least
@@ -60,14 +72,18 @@ def test_targets_are_reached_between_neutral_neighbours(symbol, column, least):
 
 def test_rounding_starts_before_its_vowel():
     times = np.array([0.05])
-    rounded, spread = (viseme_track([Phone("s", 0.0, 0.1), Phone(vowel, 0.1, 0.25)], times)[0] for vowel in "ui")
+    rounded, spread = (
+        viseme_track([Phone("s", 0.0, 0.1), Phone(vowel, 0.1, 0.25)], times)[0] for vowel in "ui"
+    )
     assert rounded[ROUND] > spread[ROUND] + 0.1
     assert rounded[WIDTH] < spread[WIDTH] - 0.1
 
 
 def test_stress_opens_the_vowel():
-    loud, soft = (viseme_track([Phone("t", 0.0, 0.1), Phone("ɛ", 0.1, 0.2, mark)], np.array([0.15]))[0, JAW]
-                  for mark in (1, 0))
+    loud, soft = (
+        viseme_track([Phone("t", 0.0, 0.1), Phone("ɛ", 0.1, 0.2, mark)], np.array([0.15]))[0, JAW]
+        for mark in (1, 0)
+    )
     assert loud > soft + 0.05
 
 
@@ -80,7 +96,9 @@ def test_track_is_a_function_of_time_bounded_and_smooth():
     assert track.dtype == np.float32
     assert track.min() >= 0
     assert track.max() <= 1
-    assert np.array_equal(viseme_track(phones, fine[::8]), track[::8])  # 25 fps sees what 200 fps sees
+    assert np.array_equal(
+        viseme_track(phones, fine[::8]), track[::8]
+    )  # 25 fps sees what 200 fps sees
     assert np.abs(np.diff(track, axis=0)).max() < 0.30  # no jumps within 5 ms
     assert track[-1, JAW] == 0
     assert np.array_equal(viseme_track([], fine[:3])[:, JAW], np.zeros(3, np.float32))
@@ -97,7 +115,9 @@ def test_blend_equals_its_slow_twin():
             for pull in pulls:
                 target = TARGETS[pull.name][column] * (pull.jaw if column == JAW else 1.0)
                 middle = (pull.start + pull.end) / 2
-                away = max(abs(t - middle) - max((pull.end - pull.start) / 2 - visemes._EDGE, 0.0), 0.0)
+                away = max(
+                    abs(t - middle) - max((pull.end - pull.start) / 2 - visemes._EDGE, 0.0), 0.0
+                )
                 dominance = pull.strength * np.exp(-away / visemes._DECAY[column])
                 above, below = above + dominance * min(target, 1.0), below + dominance
             assert row[column] == pytest.approx(above / below, abs=1e-6)

@@ -1,4 +1,6 @@
-"""PromptWorld: everything that the presenter was taught passes, what lies beyond it is answered by a sentence."""
+"""PromptWorld: everything that the presenter was taught passes, what lies beyond it is answered by
+a sentence.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,16 @@ from avdiff.models.prompt_domain import PromptWorld
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
 HELDOUT = BUNDLED / "prompts" / "heldout.jsonl"
-WORDS = {"en": "good morning", "es": "buenos días", "fr": "bonjour à tous", "hi": "नमस्ते", "it": "buongiorno a tutti",
-         "ja": "おはようございます", "pt": "bom dia", "zh": "大家早上好"}
+WORDS = {
+    "en": "good morning",
+    "es": "buenos días",
+    "fr": "bonjour à tous",
+    "hi": "नमस्ते",
+    "it": "buongiorno a tutti",
+    "ja": "おはようございます",
+    "pt": "bom dia",
+    "zh": "大家早上好",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +41,11 @@ def world() -> PromptWorld:
 
 def told(world: PromptWorld) -> dict:
     """What a world declares, without what diffusers adds."""
-    return {key: value for key, value in json.loads(world.to_json_string()).items() if not key.startswith("_")}
+    return {
+        key: value
+        for key, value in json.loads(world.to_json_string()).items()
+        if not key.startswith("_")
+    }
 
 
 def faults(world: PromptWorld, prompts: list[str]) -> dict[str, str]:
@@ -40,7 +54,9 @@ def faults(world: PromptWorld, prompts: list[str]) -> dict[str, str]:
 
 
 def test_every_held_out_prompt_passes(world) -> None:
-    prompts = [json.loads(line)["prompt"] for line in HELDOUT.read_text(encoding="utf8").splitlines()]
+    prompts = [
+        json.loads(line)["prompt"] for line in HELDOUT.read_text(encoding="utf8").splitlines()
+    ]
     assert len(prompts) == 232 and not faults(world, prompts)
 
 
@@ -49,34 +65,77 @@ def test_every_form_of_caption_passes(world, language: str) -> None:
     rng = np.random.default_rng(7)
     prompts: list[str] = []
     for _ in range(150):
-        prompts += speech_captions(sample_identity(rng).attributes(), WORDS[language], language, rng)
+        prompts += speech_captions(
+            sample_identity(rng).attributes(), WORDS[language], language, rng
+        )
         prompts += event_captions(sample_event(rng, 3.0), language, rng)
     assert len(set(prompts)) > 400 and not faults(world, prompts)
 
 
-@pytest.mark.parametrize("prompt", [
-    'A cheerful young teacher with red hair says "hello"', 'a person in a hoodie shouts: "stop"', '"just words"',
-    "A bell is ringing", "someone is clapping", "a wooden ball is falling and bounces twice on the floor",
-    'The lady in the green jacket whispers "come here"', 'A newsreader says "it is raining in Paris"',
-    "un tambor suena tres veces", "太鼓が鳴る", "有人敲门", 'Die Frau (a woman) says "guten Tag"',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'A cheerful young teacher with red hair says "hello"',
+        ('a person in a hoodie shouts: "stop"'),
+        '"just words"',
+        "A bell is ringing",
+        "someone is clapping",
+        ("a wooden ball is falling and bounces twice on the floor"),
+        'The lady in the green jacket whispers "come here"',
+        ('A newsreader says "it is raining in Paris"'),
+        "un tambor suena tres veces",
+        "太鼓が鳴る",
+        "有人敲门",
+        'Die Frau (a woman) says "guten Tag"',
+    ],
+)
 def test_free_wordings_pass(world, prompt: str) -> None:
     assert not faults(world, [prompt])
 
 
 OUTSIDE = [
-    "a landscape with mountains at dawn", "a photograph of a woman", 'A photo of a woman who says "hello"',
-    "a woman with red hair", "a man in a suit", "an astronaut rides a horse on the moon", "a cat plays the piano",
-    "waves crash against the rocks", "a red sports car drifts around a corner", 'A dog says "woof"',
-    'A robot says "I am a machine"', "aerial view of a city at night", "oil painting of a bell in a tower",
-    "un paisaje con montañas", "une forêt en automne", "un castello sul lago", "uma praia ao pôr do sol",
-    "पहाड़ों पर सूर्योदय", "富士山の風景", "一只猫在弹钢琴", "Женщина говорит", 'Женщина говорит "привет"',
-    'A woman says "สวัสดี"', 'A man says "привет"', 'A woman says "안녕하세요"', 'A man says "مرحبا"',
-    'A woman says "γειά σου"', "asdf qwer zxcv", "fireworks over the harbour", "a busy street in Tokyo, cinematic",
-    "a glass skyscraper in the rain", "someone is cooking pasta in a kitchen", "a crowd cheers in a stadium",
-    'A jazz band on stage plays while a singer in sequins croons "love"', "a ball", "3D render of a castle",
-    "a close-up of a portrait", "🎉🎉🎉", "12345", "Eine Frau mit rotem Haar", "a bell tower",
-]  # fmt: skip
+    "a landscape with mountains at dawn",
+    "a photograph of a woman",
+    ('A photo of a woman who says "hello"'),
+    "a woman with red hair",
+    "a man in a suit",
+    "an astronaut rides a horse on the moon",
+    ("a cat plays the piano"),
+    "waves crash against the rocks",
+    "a red sports car drifts around a corner",
+    'A dog says "woof"',
+    'A robot says "I am a machine"',
+    "aerial view of a city at night",
+    ("oil painting of a bell in a tower"),
+    "un paisaje con montañas",
+    "une forêt en automne",
+    "un castello sul lago",
+    ("uma praia ao pôr do sol"),
+    "पहाड़ों पर सूर्योदय",
+    "富士山の風景",
+    "一只猫在弹钢琴",
+    "Женщина говорит",
+    'Женщина говорит "привет"',
+    'A woman says "สวัสดี"',
+    'A man says "привет"',
+    'A woman says "안녕하세요"',
+    'A man says "مرحبا"',
+    'A woman says "γειά σου"',
+    "asdf qwer zxcv",
+    "fireworks over the harbour",
+    ("a busy street in Tokyo, cinematic"),
+    "a glass skyscraper in the rain",
+    "someone is cooking pasta in a kitchen",
+    ("a crowd cheers in a stadium"),
+    'A jazz band on stage plays while a singer in sequins croons "love"',
+    "a ball",
+    ("3D render of a castle"),
+    "a close-up of a portrait",
+    "🎉🎉🎉",
+    "12345",
+    "Eine Frau mit rotem Haar",
+    "a bell tower",
+]
 
 
 def test_what_lies_outside_is_refused_in_one_sentence(world) -> None:
@@ -88,17 +147,24 @@ def test_what_lies_outside_is_refused_in_one_sentence(world) -> None:
 
 
 def test_given_sound_needs_no_words(world) -> None:
-    assert world.fault("A woman with red hair", None) and not world.fault("A woman with red hair", None, given=True)
+    assert world.fault("A woman with red hair", None) and not world.fault(
+        "A woman with red hair", None, given=True
+    )
 
 
 def test_the_embedded_model_declares_it(world) -> None:
     assert told(PromptWorld.from_pretrained(Path(PRESENTER) / "world")) == told(world)
-    assert json.loads((Path(PRESENTER) / "model_index.json").read_text())["world"] == ["avdiff", "PromptWorld"]
+    assert json.loads((Path(PRESENTER) / "model_index.json").read_text())["world"] == [
+        "avdiff",
+        "PromptWorld",
+    ]
 
 
 def test_pipeline_carries_and_asks_its_world(world, tmp_path: Path) -> None:
     pipe = tiny_pipeline()
-    pipe("mountains", num_inference_steps=1, seconds=0.2, height=64, width=64)  # no world: nothing is refused
+    pipe(
+        "mountains", num_inference_steps=1, seconds=0.2, height=64, width=64
+    )  # no world: nothing is refused
     pipe.register_modules(world=world)
     pipe.save_pretrained(tmp_path)
     pipe = AVDiffPipeline.from_pretrained(tmp_path)
@@ -107,7 +173,9 @@ def test_pipeline_carries_and_asks_its_world(world, tmp_path: Path) -> None:
     fast = dict(num_inference_steps=1, height=64, width=64, output_type="latent")
     with pytest.raises(ValueError, match="asks for 'mountains'"):
         pipe(["a drum is struck once", "mountains"], seconds=0.2, **fast)
-    pipe.transformer.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))  # which may have learned to draw more
+    pipe.transformer.add_adapter(
+        LoraConfig(r=1, target_modules=["to_q"])
+    )  # which may have learned to draw more
     assert pipe("mountains", seconds=0.2, **fast).frames is not None
     pipe.transformer.delete_adapters("default")
     assert pipe("mountains", check_prompt=False, seconds=0.2, **fast).frames is not None

@@ -21,7 +21,9 @@ CAPTIONS = [
 
 
 def fill_zeros(model: torch.nn.Module) -> torch.nn.Module:
-    """Give zero-initialised parameters values, so that an untrained model reacts to all of its inputs."""
+    """Give zero-initialised parameters values, so that an untrained model reacts to all of its
+    inputs.
+    """
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,7 +57,9 @@ def tiny_components() -> dict:
         vae=tiny_vae().eval(),
         audio_vae=tiny_audio_vae().eval(),
         vocoder=AVVocoder(width=32, layers=1, pitch_width=16, pitch_layers=1).eval(),
-        text_encoder=CaptionEncoder(len(tokenizer), dim=32, num_layers=1, num_heads=2, hidden=32, max_length=24).eval(),
+        text_encoder=CaptionEncoder(
+            len(tokenizer), dim=32, num_layers=1, num_heads=2, hidden=32, max_length=24
+        ).eval(),
         tokenizer=tokenizer,
     )
 

@@ -1,14 +1,19 @@
-"""Distillation: a student learns from a teacher pipeline on cached latents, in the same loop as any other training.
+"""Distillation: a student learns from a teacher pipeline on cached latents, in the same loop as any
+other training.
 
     avdiff train distill.toml --teacher FOLDER
 
-Three kinds, one rule. At a point (z, t) of the path the student's estimate of the clean data shall be
-    size      x_T(z, t), the teacher's estimate: a smaller network (Hinton et al., arXiv 1503.02531, on velocities);
-    guidance  x_T + (w-1)(x_T - x_U), the guided estimate: one pass in place of two (Meng et al., arXiv 2210.03142);
-    steps     the estimate whose single Euler step to the next point of the student's grid ends where the teacher ends
-              after k guided Euler steps: progressive distillation (Salimans and Ho, arXiv 2202.00512, eq. 9).
-Points are data with noise or, in a part of the micro-batches, what the student itself makes of them by up to
-`own_steps` of its own steps: it learns to go on from where it really gets (DAgger, Ross et al., arXiv 1011.0686).
+Three kinds, one rule. At a point (z, t) of the path the student's estimate of the clean data shall
+be
+    size      x_T(z, t), the teacher's estimate: a smaller network (Hinton et al., arXiv 1503.02531,
+    on velocities); guidance  x_T + (w-1)(x_T - x_U), the guided estimate: one pass in place of two
+    (Meng et al., arXiv 2210.03142); steps     the estimate whose single Euler step to the next
+    point of the student's grid ends where the teacher ends
+              after k guided Euler steps: progressive distillation (Salimans and Ho, arXiv
+              2202.00512, eq. 9).
+Points are data with noise or, in a part of the micro-batches, what the student itself makes of them
+by up to `own_steps` of its own steps: it learns to go on from where it really gets (DAgger, Ross et
+al., arXiv 1011.0686).
 
 Shape legend: B rows, N tokens of a modality, C values per token.
 """
@@ -48,7 +53,9 @@ from avdiff.train.loop.fit import Loss, row_generators
 from avdiff.train.recipe import Recipe
 
 Tokens = Joint[torch.Tensor]
-Estimate = Callable[[Tokens, Tokens], Tokens]  # noisy (B, N, C), sigmas (B,) or (B, N) -> clean (B, N, C)
+Estimate = Callable[
+    [Tokens, Tokens], Tokens
+]  # noisy (B, N, C), sigmas (B,) or (B, N) -> clean (B, N, C)
 
 
 class DistillTask(finetune.FinetuneTask):
@@ -61,11 +68,21 @@ class DistillTask(finetune.FinetuneTask):
         ValueError: teacher and student do not fit together.
     """
 
-    def __init__(self, recipe: Recipe, transformer: AVTransformer, text_encoder: CaptionEncoder, tokenizer: Any,
-                 train: Any, held_out: Any, teacher: Teacher) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        transformer: AVTransformer,
+        text_encoder: CaptionEncoder,
+        tokenizer: Any,
+        train: Any,
+        held_out: Any,
+        teacher: Teacher,
+    ) -> None:
         _refuse_misfits(recipe, transformer, tokenizer, teacher)
         super().__init__(recipe, transformer, text_encoder, tokenizer, train, held_out)
-        self.teacher, self.how, self.world = teacher, recipe.distillation, teacher.world
+        self.teacher = teacher
+        self.how = recipe.distillation
+        self.world = teacher.world
         self.bridge: nn.ModuleDict | None = None
         if self.how.feature_weight:
             self.pairs = matching_blocks(transformer, teacher.transformer)
@@ -73,9 +90,11 @@ class DistillTask(finetune.FinetuneTask):
             self.modules = {**self.modules, "bridge": self.bridge}
         self._references: list[tuple[dict[str, Any], Noised, Tokens, Tokens]] = []
 
-    # ------------------------------------------------------------------------------------------- the loss
+    # ------------------------------------------------------------------------------------- the loss
     def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
-        """Velocity distance to the teacher's answer, per modality, plus features and the experts' balance."""
+        """Velocity distance to the teacher's answer, per modality, plus features and the experts'
+        balance.
+        """
         self.teacher.to(self.device)
         side = torch.Generator().manual_seed(self.common_seed)  # what all ranks must do alike
         clean, structure = self._structure(batch, side)
@@ -97,17 +116,21 @@ class DistillTask(finetune.FinetuneTask):
             target = self._target(question, noised, place)
         with tapped(self._watched(self.transformer)) as ours:
             output, routing = self.predict(batch, noised, positions, script, isolated)
-        answer = as_clean(output, self.recipe.objective.prediction_type, noised.noisy, noised.sigmas)
+        answer = as_clean(
+            output, self.recipe.objective.prediction_type, noised.noisy, noised.sigmas
+        )
 
         losses = self._distance(answer, target, noised)
         if self.how.data_weight and not own:
-            plain, w = self._distance(answer, clean, noised), self.how.data_weight
+            plain = self._distance(answer, clean, noised)
+            w = self.how.data_weight
             losses = losses.map(lambda a, b: (1 - w) * a + w * b, plain)
         only = self.recipe.objective.modalities
         learned: dict[str, torch.Tensor] = {m: loss for m, loss in losses.items() if m in only}
         means = {m: loss.mean() for m, loss in learned.items()}
         self._remember(means)
-        total, parts = self.balance(means), parts_of(losses, noised)
+        total = self.balance(means)
+        parts = parts_of(losses, noised)
         if self.bridge is not None:
             parts["feature"] = self._features(ours, theirs, batch)
             total = total + self.how.feature_weight * parts["feature"]
@@ -118,21 +141,33 @@ class DistillTask(finetune.FinetuneTask):
         return Loss(total, parts, supervised(trained, noised) | load)
 
     def _places(self, rows: list[torch.Generator]) -> torch.Tensor:
-        """(B,) points of the student's grid, from 1 (the last step) to student_steps (pure noise)."""
-        return torch.cat([torch.randint(1, self.how.student_steps + 1, (1,), generator=g, device=g.device)
-                          for g in rows])
+        """(B,) points of the student's grid, from 1 (the last step) to student_steps (pure
+        noise).
+        """
+        return torch.cat(
+            [
+                torch.randint(1, self.how.student_steps + 1, (1,), generator=g, device=g.device)
+                for g in rows
+            ]
+        )
 
     def _distance(self, answer: Tokens, target: Tokens, n: Noised) -> Joint[torch.Tensor]:
-        """(B,) squared distance of the velocities: that of clean estimates over max(t, floor)^2, wanted tokens only."""
+        """(B,) squared distance of the velocities: that of clean estimates over max(t, floor)^2,
+        wanted tokens only.
+        """
         floor = self.recipe.objective.loss_floor
 
-        def one(x: torch.Tensor, goal: torch.Tensor, level: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-            square = (x - goal.float()).square().mean(-1) / level.clamp(min=floor)[:, None].square()  # (B, N)
+        def one(
+            x: torch.Tensor, goal: torch.Tensor, level: torch.Tensor, wanted: torch.Tensor
+        ) -> torch.Tensor:
+            square = (x - goal.float()).square().mean(-1) / level.clamp(min=floor)[
+                :, None
+            ].square()  # (B, N)
             return (square * wanted).sum(1) / wanted.sum(1).clamp(min=1)
 
         return answer.map(one, target, n.levels, n.wanted)
 
-    # ------------------------------------------------------------------------------------------- the teacher's answer
+    # ------------------------------------------------------------------------- the teacher's answer
     def _target(self, question: Question, n: Noised, place: torch.Tensor | None) -> Tokens:
         """The clean tokens (B, N, C) that the student shall estimate at `n`."""
         asked: Estimate = partial(self.teacher.estimate, question)
@@ -143,57 +178,97 @@ class DistillTask(finetune.FinetuneTask):
         end = self.walk(n.noisy, n.wanted, stops, asked)
         last = self.objective.levels_at(stops[-1])
 
-        def landed(z: torch.Tensor, z_end: torch.Tensor, s: torch.Tensor, s_end: torch.Tensor) -> torch.Tensor:
-            return z - (z_end - z) * per_token(s / (s_end - s), z)  # x = z - s v with v = (z_end - z) / (s_end - s)
+        def landed(
+            z: torch.Tensor, z_end: torch.Tensor, s: torch.Tensor, s_end: torch.Tensor
+        ) -> torch.Tensor:
+            return z - (z_end - z) * per_token(
+                s / (s_end - s), z
+            )  # x = z - s v with v = (z_end - z) / (s_end - s)
 
         return n.noisy.map(landed, end, n.levels, last)
 
-    def walk(self, tokens: Tokens, wanted: Joint[torch.Tensor], stops: list[torch.Tensor], network: Estimate) -> Tokens:
-        """Euler steps through base times (B,) each; tokens that are not wanted stay. A stop twice is no step."""
+    def walk(
+        self,
+        tokens: Tokens,
+        wanted: Joint[torch.Tensor],
+        stops: list[torch.Tensor],
+        network: Estimate,
+    ) -> Tokens:
+        """Euler steps through base times (B,) each; tokens that are not wanted stay. A stop twice
+        is no step.
+        """
         for here, there in pairwise(stops):
-            s, s_next = self.objective.levels_at(here), self.objective.levels_at(there)
+            s = self.objective.levels_at(here)
+            s_next = self.objective.levels_at(there)
             clean = network(tokens, mask_levels(s, tokens, wanted))
 
-            def moved(z: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
-                      w: torch.Tensor) -> torch.Tensor:
+            def moved(
+                z: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor
+            ) -> torch.Tensor:
                 return torch.where(w[..., None], z + (z - x) * per_token((b - a) / a, z), z)
 
             tokens = tokens.map(moved, clean, s, s_next, wanted)
         return tokens
 
-    def _rolled(self, batch: Mapping[str, Any], n: Noised, positions: Positions, script: Script | None, isolated: bool,
-                place: torch.Tensor, own: int) -> Noised:
-        """`n` after `own` steps of the student down to its point of the grid; rows that start in noise take fewer."""
+    def _rolled(
+        self,
+        batch: Mapping[str, Any],
+        n: Noised,
+        positions: Positions,
+        script: Script | None,
+        isolated: bool,
+        place: torch.Tensor,
+        own: int,
+    ) -> Noised:
+        """`n` after `own` steps of the student down to its point of the grid; rows that start in
+        noise take fewer.
+        """
         steps = self.how.student_steps
         stops = [(place + j).clamp(max=steps) / steps for j in range(own, -1, -1)]
         with torch.no_grad():
             network = self._student(self._conditions(batch, positions, script), isolated)
             tokens = self.walk(n.noisy, n.wanted, stops, network)
-        torch.clear_autocast_cache()  # bf16 copies of weights made without gradients must not serve the next forward
+        # bf16 copies of weights made without gradients must not serve the next forward
+        torch.clear_autocast_cache()
         levels = self.objective.levels_at(stops[-1])
-        levels = Joint(*(None if getattr(tokens, m) is None else getattr(levels, m) for m in MODALITIES))
+        levels = Joint(
+            *(None if getattr(tokens, m) is None else getattr(levels, m) for m in MODALITIES)
+        )
         return replace(n, noisy=tokens, levels=levels, sigmas=mask_levels(levels, tokens, n.wanted))
 
-    def _conditions(self, batch: Mapping[str, Any], positions: Positions, script: Script | None) -> Conditions:
+    def _conditions(
+        self, batch: Mapping[str, Any], positions: Positions, script: Script | None
+    ) -> Conditions:
         text = self.text_of(batch)
-        return self.transformer.prepare(text, batch["attention_mask"].bool(), positions, script, len(text))
+        return self.transformer.prepare(
+            text, batch["attention_mask"].bool(), positions, script, len(text)
+        )
 
     def _student(self, conditions: Conditions, isolated: bool = False) -> Estimate:
         kind = self.recipe.objective.prediction_type
         return lambda z, s: estimate(self.transformer, kind, conditions, z, s, isolated)
 
-    # ------------------------------------------------------------------------------------------- features
+    # ------------------------------------------------------------------------------------- features
     def _watched(self, transformer: AVTransformer) -> list[nn.Module]:
         blocks = list(transformer.transformer_blocks)
         if self.bridge is None:
             return []
-        return blocks if transformer is self.transformer else [blocks[j] for j in sorted(set(self.pairs))]
+        return (
+            blocks
+            if transformer is self.transformer
+            else [blocks[j] for j in sorted(set(self.pairs))]
+        )
 
     def _features(self, ours: Any, theirs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Mean squared distance of RMS-normalised block outputs, the student's through a learned linear map."""
+        """Mean squared distance of RMS-normalised block outputs, the student's through a learned
+        linear map.
+        """
         assert self.bridge is not None
-        rows, order = len(batch["input_ids"]), sorted(set(self.pairs))
-        theirs = theirs[:len(order)]  # of several passes the first: the point that the student sees
+        rows = len(batch["input_ids"])
+        order = sorted(set(self.pairs))
+        theirs = theirs[
+            : len(order)
+        ]  # of several passes the first: the point that the student sees
         costs = []
         for i, j in enumerate(self.pairs):
             for m, own, other in zip(MODALITIES, ours[i], theirs[order.index(j)], strict=True):
@@ -203,19 +278,23 @@ class DistillTask(finetune.FinetuneTask):
                     costs.append((mapped - rms_norm(other[:rows, :tokens].float())).square().mean())
         return torch.stack(costs).mean()
 
-    # ------------------------------------------------------------------------------------------- what is measured
+    # ----------------------------------------------------------------------------- what is measured
     def validate(self) -> dict[str, float]:
-        """Held-out losses, and how far the student's samples are from the teacher's out of the same noise.
+        """Held-out losses, and how far the student's samples are from the teacher's out of the same
+        noise.
 
-        sample/m: squared distance over the squared size of the teacher's sample. closed/m: share of the distance of
-        the teacher itself, run like the student (few steps, no guidance), that distillation has closed; 1 is all.
+        sample/m: squared distance over the squared size of the teacher's sample. closed/m: share of
+        the distance of the teacher itself, run like the student (few steps, no guidance), that
+        distillation has closed; 1 is all.
         """
         metrics = super().validate()
         if self.held_out is None or not len(self.held_out):
             return metrics
         if not self._references:
             self._references = list(self._teach())
-        sums: dict[str, float] = dict.fromkeys((f"{k}/{m}" for k in ("far", "plain", "size") for m in MODALITIES), 0.0)
+        sums: dict[str, float] = dict.fromkeys(
+            (f"{k}/{m}" for k in ("far", "plain", "size") for m in MODALITIES), 0.0
+        )
         for batch, noise, goal, plain in self._references:
             positions = positions_of(batch["clip"], str(self.device))
             script = self._script(batch["script"], goal.audio is None, 0.0, torch.Generator())
@@ -238,7 +317,11 @@ class DistillTask(finetune.FinetuneTask):
     def _shown_steps(self) -> int:
         """Steps with which the student is measured, and which its pipeline will recommend."""
         own_grid = self.how.distill == "steps" or self.how.own_steps > 0
-        return self.how.student_steps if own_grid else int(self.teacher.recommended["num_inference_steps"])
+        return (
+            self.how.student_steps
+            if own_grid
+            else int(self.teacher.recommended["num_inference_steps"])
+        )
 
     def _sample(self, start: Noised, network: Estimate, steps: int) -> Tokens:
         rows = len(next(x for _, x in start.noisy.items()))
@@ -246,11 +329,15 @@ class DistillTask(finetune.FinetuneTask):
         return self.walk(start.noisy, start.wanted, stops, network)
 
     def _teach(self) -> Any:
-        """Held-out batches, pure noise, the teacher's guided samples, and its samples when run like the student."""
+        """Held-out batches, pure noise, the teacher's guided samples, and its samples when run like
+        the student.
+        """
         assert self.held_out is not None
         self.teacher.to(self.device)
         size = self.recipe.training.train_batch_size
-        steps = self._shown_steps * (self.how.teacher_substeps if self.how.distill == "steps" else 1)
+        steps = self._shown_steps * (
+            self.how.teacher_substeps if self.how.distill == "steps" else 1
+        )
         for indices in same_shape(self.held_out, self.recipe.data.validation_items, size):
             batch = to_device(self.collate([self.held_out[i] for i in indices]), self.device)
             clean = Joint(batch.get("video"), batch.get("audio"))
@@ -265,16 +352,22 @@ class DistillTask(finetune.FinetuneTask):
             yield batch, start, samples[0], samples[1]
 
     def recommended(self) -> dict[str, Any]:
-        """Steps and guidance of the exported pipeline: what was distilled into the student is not asked for again."""
+        """Steps and guidance of the exported pipeline: what was distilled into the student is not
+        asked for again.
+        """
         told = dict(self.teacher.recommended)
         if self.how.distill != "size" or self.teacher.guided:
             told |= {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
         return {**told, "num_inference_steps": self._shown_steps}
 
 
-def mask_levels(levels: Joint[torch.Tensor], tokens: Tokens, wanted: Joint[torch.Tensor]) -> Joint[torch.Tensor]:
+def mask_levels(
+    levels: Joint[torch.Tensor], tokens: Tokens, wanted: Joint[torch.Tensor]
+) -> Joint[torch.Tensor]:
     """Levels (B,) as the network is told them: (B,), or (B, N) with 0 at tokens that are given."""
-    return tokens.map(lambda _, s, w: s if bool(w.all()) else s[:, None].masked_fill(~w, 0.0), levels, wanted)
+    return tokens.map(
+        lambda _, s, w: s if bool(w.all()) else s[:, None].masked_fill(~w, 0.0), levels, wanted
+    )
 
 
 def setup_distillation(recipe: Recipe, train: Any, held_out: Any) -> DistillTask:
@@ -285,14 +378,20 @@ def setup_distillation(recipe: Recipe, train: Any, held_out: Any) -> DistillTask
     """
     teacher = Teacher.load(recipe)
     if recipe.model.pretrained_model_name_or_path is not None:
-        transformer, text_encoder, tokenizer = from_folder(recipe.model.pretrained_model_name_or_path)
+        transformer, text_encoder, tokenizer = from_folder(
+            recipe.model.pretrained_model_name_or_path
+        )
     else:
-        transformer, tokenizer = from_preset(recipe), teacher.tokenizer
+        transformer = from_preset(recipe)
+        tokenizer = teacher.tokenizer
         if transformer.config.text_dim == teacher.text_encoder.config.dim:
             text_encoder = deepcopy(teacher.text_encoder).requires_grad_(True)
         else:
-            text_encoder = CaptionEncoder(teacher.text_encoder.config.vocab_size, transformer.config.text_dim,
-                                          max_length=teacher.text_encoder.config.max_length)
+            text_encoder = CaptionEncoder(
+                teacher.text_encoder.config.vocab_size,
+                transformer.config.text_dim,
+                max_length=teacher.text_encoder.config.max_length,
+            )
         if recipe.distillation.start_from_teacher:
             inherit(transformer, teacher.transformer)
     return DistillTask(recipe, transformer, text_encoder, tokenizer, train, held_out, teacher)
@@ -300,23 +399,53 @@ def setup_distillation(recipe: Recipe, train: Any, held_out: Any) -> DistillTask
 
 def _bridge(student: AVTransformer, teacher: AVTransformer) -> nn.ModuleDict:
     """A linear map from each block of the student to its teacher's width, for each modality."""
-    widths = {m: (getattr(student.config, f"{m}_dim"), getattr(teacher.config, f"{m}_dim")) for m in MODALITIES}
-    return nn.ModuleDict({m: nn.ModuleList(nn.Linear(*widths[m], bias=False) for _ in student.transformer_blocks)
-                          for m in MODALITIES})
+    widths = {
+        m: (getattr(student.config, f"{m}_dim"), getattr(teacher.config, f"{m}_dim"))
+        for m in MODALITIES
+    }
+    return nn.ModuleDict(
+        {
+            m: nn.ModuleList(nn.Linear(*widths[m], bias=False) for _ in student.transformer_blocks)
+            for m in MODALITIES
+        }
+    )
 
 
-def _refuse_misfits(recipe: Recipe, student: AVTransformer, tokenizer: Any, teacher: Teacher) -> None:
-    o, theirs = recipe.objective, teacher.scheduler.config
+def _refuse_misfits(
+    recipe: Recipe, student: AVTransformer, tokenizer: Any, teacher: Teacher
+) -> None:
+    o = recipe.objective
+    theirs = teacher.scheduler.config
     for name in PATH:
         if getattr(o, name) != theirs[name]:
-            raise ValueError(f"{name}={getattr(o, name)}: the teacher walks with {theirs[name]}; set the same")
-    if recipe.distillation.distill == "steps" and (o.noise_coupling == "shared") != (theirs.coupling == "shared"):
-        raise ValueError(f"noise_coupling={o.noise_coupling!r}: the teacher walks {theirs.coupling!r}; set the same")
-    for name in ("video_channels", "audio_channels", "num_phonemes", "num_marks", "mels_per_token", "shared_rate"):
-        own, other = getattr(student.config, name), getattr(teacher.transformer.config, name)
+            raise ValueError(
+                f"{name}={getattr(o, name)}: the teacher walks with {theirs[name]}; set the same"
+            )
+    if recipe.distillation.distill == "steps" and (o.noise_coupling == "shared") != (
+        theirs.coupling == "shared"
+    ):
+        raise ValueError(
+            f"noise_coupling={o.noise_coupling!r}: the teacher walks {theirs.coupling!r}; set the "
+            "same"
+        )
+    for name in (
+        "video_channels",
+        "audio_channels",
+        "num_phonemes",
+        "num_marks",
+        "mels_per_token",
+        "shared_rate",
+    ):
+        own = getattr(student.config, name)
+        other = getattr(teacher.transformer.config, name)
         if own != other:
-            raise ValueError(f"teacher={recipe.distillation.teacher}: has {name}={other}, the student {own}; "
-                             "choose a student that works on the same latents and clock")
+            raise ValueError(
+                f"teacher={recipe.distillation.teacher}: has {name}={other}, the student {own}; "
+                "choose a student that works on the same latents and clock"
+            )
     if tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise ValueError(f"teacher={recipe.distillation.teacher}: reads captions with another tokenizer than the "
-                         "student; start the student from the teacher or from a preset")
+        raise ValueError(
+            f"teacher={recipe.distillation.teacher}: reads captions with another tokenizer than "
+            "the "
+            "student; start the student from the teacher or from a preset"
+        )

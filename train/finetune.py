@@ -66,7 +66,8 @@ class FinetuneTask(Task):
     """AVTransformer and its caption encoder on cached latents.
 
     Args:
-        recipe: checked. transformer, text_encoder, tokenizer: what is trained, and what writes captions as ids.
+        recipe: checked. transformer, text_encoder, tokenizer: what is trained, and what writes
+            captions as ids.
         train, held_out: `LatentCache`s; `held_out` may be None.
     """
 
@@ -74,43 +75,69 @@ class FinetuneTask(Task):
     collate: Collate
     world: PromptWorld | None = None  # of the exported pipeline
 
-    def __init__(self, recipe: Recipe, transformer: AVTransformer, text_encoder: CaptionEncoder, tokenizer: Any,
-                 train: Any, held_out: Any = None) -> None:
-        self.recipe, self.tokenizer = recipe, tokenizer
+    def __init__(
+        self,
+        recipe: Recipe,
+        transformer: AVTransformer,
+        text_encoder: CaptionEncoder,
+        tokenizer: Any,
+        train: Any,
+        held_out: Any = None,
+    ) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
         self.objective = Objective(recipe.objective)
         self.balance = LossBalance(recipe.objective.loss_balance, recipe.objective.loss_weights)
         self.router = RouterBalance()
-        self.transformer, self.text_encoder = transformer, text_encoder
+        self.transformer = transformer
+        self.text_encoder = text_encoder
         if recipe.model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        self.modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder,
-                                              "balance": self.balance}
+        self.modules: dict[str, nn.Module] = {
+            "transformer": transformer,
+            "text_encoder": text_encoder,
+            "balance": self.balance,
+        }
         o = recipe.objective
-        self.heads = Heads(transformer, o.phoneme_head, o.viseme_head) if o.phoneme_head or o.viseme_head else None
+        self.heads = (
+            Heads(transformer, o.phoneme_head, o.viseme_head)
+            if o.phoneme_head or o.viseme_head
+            else None
+        )
         if self.heads is not None:
             self.modules["heads"] = self.heads
         self.ema_modules = ("transformer", "text_encoder")
         self.dataset = clips = TrainingClips(train, recipe.data, transformer.config.event_script)
         self.groups = clips.groups()
-        self.held_out = None if held_out is None else TrainingClips(held_out, None, clips.event_script)
+        self.held_out = (
+            None if held_out is None else TrainingClips(held_out, None, clips.event_script)
+        )
         self._choose_weights()
         kept = not any(p.requires_grad for p in text_encoder.parameters())
-        held = caption_features(kept, CaptionFeatures(text_encoder, tokenizer), clips.cache, held_out)
+        held = caption_features(
+            kept, CaptionFeatures(text_encoder, tokenizer), clips.cache, held_out
+        )
         self.collate = Collate(tokenizer, text_encoder.config.max_length, held)
         self.rows = self._row_optimizer()
         trained = {adapters.branch_of(n) for n, p in self._named() if p.requires_grad} - {"other"}
         unlearned = {m for m in MODALITIES if m not in taught(recipe.objective)}
         self.watch = Watch(taught(recipe.objective), sorted(trained - unlearned))
         prompts = recipe.samples.sample_prompts
-        self.samples = Samples(Path(recipe.training.output_dir), prompts, available_judges()) if prompts else None
+        self.samples = (
+            Samples(Path(recipe.training.output_dir), prompts, available_judges())
+            if prompts
+            else None
+        )
         self._seen: dict[str, list[float]] = {}
         self.last_metrics: dict[str, float] = {}
 
-    # ------------------------------------------------------------------------------------------- the loss
+    # ------------------------------------------------------------------------------------- the loss
     def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
         """Velocity loss of each modality that takes part, plus the experts' balance."""
         tasks = self.recipe.objective.tasks
-        side = torch.Generator().manual_seed(self.common_seed)  # ranks must agree: they add up their experts' load
+        side = torch.Generator().manual_seed(
+            self.common_seed
+        )  # ranks must agree: they add up their experts' load
         clean, structure = self._structure(batch, side)
         positions = positions_of(batch["clip"], str(self.device))
         first = next(x for _, x in clean.items())
@@ -119,12 +146,15 @@ class FinetuneTask(Task):
         alone = clean.audio is None or structure == "isolated"
         script = self._script(batch["script"], alone, self.recipe.data.video_script, side)
         with tapped(self._read_blocks()) as seen:
-            output, routing = self.predict(batch, noised, positions, script, structure == "isolated",
-                                           self._unread(rows))
+            output, routing = self.predict(
+                batch, noised, positions, script, structure == "isolated", self._unread(rows)
+            )
         goal = clean
         if self.recipe.objective.learned_guidance:
             with torch.no_grad():
-                untold, _ = self.predict(batch, noised, positions, script, structure == "isolated", told=False)
+                untold, _ = self.predict(
+                    batch, noised, positions, script, structure == "isolated", told=False
+                )
             goal = self.objective.guided(clean, output, untold)
         losses = self.objective.row_losses(output, goal, noised)
         only = self.recipe.objective.modalities
@@ -135,9 +165,15 @@ class FinetuneTask(Task):
         balance, load = self.router(routing)
         if balance is not None:
             total = total + self.recipe.objective.router_balance * balance
-        trained, parts = Joint(learned.get("video"), learned.get("audio")), parts_of(losses, noised)
-        if self.heads is not None and seen and (named := self.heads(*seen[0], batch["script"], positions)):
-            total, parts = total + self.heads.total(named), parts | named
+        trained = Joint(learned.get("video"), learned.get("audio"))
+        parts = parts_of(losses, noised)
+        if (
+            self.heads is not None
+            and seen
+            and (named := self.heads(*seen[0], batch["script"], positions))
+        ):
+            total = total + self.heads.total(named)
+            parts = parts | named
         return Loss(total, parts, supervised(trained, noised) | load)
 
     def _read_blocks(self) -> list[nn.Module]:
@@ -151,42 +187,74 @@ class FinetuneTask(Task):
         drawn = torch.stack([torch.rand(2, generator=g, device=g.device) for g in rows])
         return Joint(drawn[:, 0] < d.video_caption_dropout, drawn[:, 1] < d.audio_caption_dropout)
 
-    def predict(self, batch: Mapping[str, Any], n: Noised, positions: Positions, script: Script | None,
-                isolated: bool = False, unread: Joint[torch.Tensor] | None = None, told: bool = True,
-                ) -> tuple[Joint[torch.Tensor], list[torch.Tensor] | None]:  # fmt: skip
-        """The network's answer (B, N, C) for each modality in `n`, and routing statistics; no text if not `told`."""
-        text, mask = self.text_of(batch), batch["attention_mask"].bool()
+    def predict(
+        self,
+        batch: Mapping[str, Any],
+        n: Noised,
+        positions: Positions,
+        script: Script | None,
+        isolated: bool = False,
+        unread: Joint[torch.Tensor] | None = None,
+        told: bool = True,
+    ) -> tuple[Joint[torch.Tensor], list[torch.Tensor] | None]:
+        """The network's answer (B, N, C) for each modality in `n`, and routing statistics; no text
+        if not `told`.
+        """
+        text = self.text_of(batch)
+        mask = batch["attention_mask"].bool()
         if not told:
-            mask, script = torch.zeros_like(mask), None if script is None else script.without()
+            mask = torch.zeros_like(mask)
+            script = None if script is None else script.without()
         conditions = self.transformer.prepare(text, mask, positions, script, len(text))
         out = self.transformer(
-            hidden_states=n.noisy.video, audio_hidden_states=n.noisy.audio, timestep=n.sigmas.video,
-            audio_timestep=n.sigmas.audio, isolated=isolated,
-            conditions=conditions if unread is None else conditions.unread(unread))
+            hidden_states=n.noisy.video,
+            audio_hidden_states=n.noisy.audio,
+            timestep=n.sigmas.video,
+            audio_timestep=n.sigmas.audio,
+            isolated=isolated,
+            conditions=conditions if unread is None else conditions.unread(unread),
+        )
         return Joint(out.video, out.audio), out.routing
 
     def text_of(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Features of the captions (B, L, D), from the cache where it holds them."""
-        return batch["text"] if "text" in batch else self.text_encoder(batch["input_ids"], batch["attention_mask"])
+        return (
+            batch["text"]
+            if "text" in batch
+            else self.text_encoder(batch["input_ids"], batch["attention_mask"])
+        )
 
-    def _structure(self, batch: Mapping[str, Any], side: torch.Generator) -> tuple[Joint[torch.Tensor], str]:
-        """Clean tokens that take part, and whether they see each other; what the data lacks decides before the draw."""
+    def _structure(
+        self, batch: Mapping[str, Any], side: torch.Generator
+    ) -> tuple[Joint[torch.Tensor], str]:
+        """Clean tokens that take part, and whether they see each other; what the data lacks decides
+        before the draw.
+        """
         clean = Joint(batch.get("video"), batch.get("audio"))
         if clean.audio is None or clean.video is None:
             return clean, "t2v" if clean.audio is None else "t2a"
         structure = draw_structure(self.recipe.objective.tasks, side)
-        return {"t2v": Joint(clean.video, None), "t2a": Joint(None, clean.audio)}.get(structure, clean), structure
+        return {"t2v": Joint(clean.video, None), "t2a": Joint(None, clean.audio)}.get(
+            structure, clean
+        ), structure
 
-    def _script(self, script: Script, alone: bool, warped: float, side: torch.Generator) -> Script | None:
-        """Words on the clock. The video branch reads them straight only when it hears nothing (`alone`), else warped in
-        a share of the micro-batches: lips follow sound, not script."""
+    def _script(
+        self, script: Script, alone: bool, warped: float, side: torch.Generator
+    ) -> Script | None:
+        """Words on the clock. The video branch reads them straight only when it hears nothing
+        (`alone`), else warped in a share of the micro-batches: lips follow sound, not script.
+        """
         if self.transformer.config.num_phonemes == 0:
             return None
         if alone:
             return replace(script, video_frames=script.frames)
-        return script if float(torch.rand((), generator=side)) < warped else replace(script, video_frames=None)
+        return (
+            script
+            if float(torch.rand((), generator=side)) < warped
+            else replace(script, video_frames=None)
+        )
 
-    # ------------------------------------------------------------------------------------------- what is trained
+    # ------------------------------------------------------------------------------ what is trained
     def parameters(self, phase: str) -> Iterable[Any]:
         """One group per branch, with its own learning rate where the recipe gives one."""
         rates = self.recipe.rates.branch_learning_rate
@@ -194,8 +262,10 @@ class FinetuneTask(Task):
         for name, parameter in self._named():
             if parameter.requires_grad:
                 groups.setdefault(adapters.branch_of(name), []).append(parameter)
-        return [{"params": params, **({"lr": rates[branch]} if branch in rates else {})}
-                for branch, params in groups.items()]
+        return [
+            {"params": params, **({"lr": rates[branch]} if branch in rates else {})}
+            for branch, params in groups.items()
+        ]
 
     def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer | None:
         """Muon where the recipe asks for it; None lets `fit` build AdamW."""
@@ -205,28 +275,43 @@ class FinetuneTask(Task):
             return None
         inner = inner_matrices(self._named())
         groups = [part for entry in self.parameters(phase) for part in muon_split(inner, entry)]
-        betas, decay = (options.adam_beta1, options.adam_beta2), options.adam_weight_decay
+        betas = (options.adam_beta1, options.adam_beta2)
+        decay = options.adam_weight_decay
         return MuonAdam(groups, options.learning_rate, betas, decay, options.adam_epsilon)
 
     def _named(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return ((f"{m}.{n}", p) for m, module in self.modules.items() for n, p in module.named_parameters())
+        return (
+            (f"{m}.{n}", p)
+            for m, module in self.modules.items()
+            for n, p in module.named_parameters()
+        )
 
     def _choose_weights(self) -> None:
-        """Freeze what the recipe leaves alone; with one modality, all that the other one reads too."""
-        recipe, only = self.recipe, self.recipe.objective.modalities
+        """Freeze what the recipe leaves alone; with one modality, all that the other one reads
+        too.
+        """
+        recipe = self.recipe
+        only = self.recipe.objective.modalities
         if recipe.adapter.rank:
             adapters.add_lora(self.transformer, recipe.adapter)
             self.text_encoder.requires_grad_(False)
         for name, parameter in self._named():
             frozen = recipe.rates.branch_learning_rate.get(adapters.branch_of(name), 1.0) == 0
-            other = len(only) == 1 and not name.startswith("balance") and adapters.owner_of(name) != only[0]
+            other = (
+                len(only) == 1
+                and not name.startswith("balance")
+                and adapters.owner_of(name) != only[0]
+            )
             if frozen or other:
                 parameter.requires_grad_(False)
 
     def _row_optimizer(self) -> RowAdagrad | None:
-        """Memory tables learn by gathered rows, unless an adapter or a single modality leaves them alone."""
+        """Memory tables learn by gathered rows, unless an adapter or a single modality leaves them
+        alone.
+        """
         tables = [t for _, t in memory_tables(self.transformer) if t.rows is not None]
-        rate, whole = self.recipe.rates.memory_table_learning_rate, len(self.recipe.objective.modalities) == 2
+        rate = self.recipe.rates.memory_table_learning_rate
+        whole = len(self.recipe.objective.modalities) == 2
         if not tables or not rate or not whole or self.recipe.adapter.rank:
             return None
         return RowAdagrad(tables, rate)
@@ -256,7 +341,7 @@ class FinetuneTask(Task):
             entry[0] += float(mean.detach())
             entry[1] += 1
 
-    # ------------------------------------------------------------------------------------------- what is measured
+    # ----------------------------------------------------------------------------- what is measured
     def norm_group(self, name: str) -> str:
         """Gradient norms by branch."""
         return adapters.branch_of(name)
@@ -277,7 +362,9 @@ class FinetuneTask(Task):
         return self.last_metrics
 
     def held_out_losses(self) -> dict[str, float]:
-        """By modality and noise level: always the same clips, noise and levels, joint generation."""
+        """By modality and noise level: always the same clips, noise and levels, joint
+        generation.
+        """
         if self.held_out is None or not len(self.held_out):
             return {}
         sums: dict[str, list[float]] = {}
@@ -289,7 +376,9 @@ class FinetuneTask(Task):
             script = self._script(batch["script"], clean.audio is None, 0.0, torch.Generator())
             for bucket in range(BUCKETS):
                 time = (bucket + 0.5) / BUCKETS
-                generators = [torch.Generator(self.device).manual_seed(mix(i, bucket)) for i in indices]
+                generators = [
+                    torch.Generator(self.device).manual_seed(mix(i, bucket)) for i in indices
+                ]
                 noised = self.objective.noised(clean, positions, generators, time=time)
                 output, _ = self.predict(batch, noised, positions, script)
                 for m, loss in self.objective.row_losses(output, clean, noised).items():
@@ -299,12 +388,17 @@ class FinetuneTask(Task):
                         entry[1] += len(loss)
         return {key: total / count for key, (total, count) in sorted(sums.items())}
 
-    # ------------------------------------------------------------------------------------------- what is saved
+    # -------------------------------------------------------------------------------- what is saved
     def settings(self) -> dict[str, Any]:
         """Model, data and objective: none of them may change on resume."""
         r = self.recipe
-        parts = {"model": asdict(r.model), "data": asdict(r.data), "objective": asdict(r.objective),
-                 "rates": asdict(r.rates), "adapter": asdict(r.adapter)}
+        parts = {
+            "model": asdict(r.model),
+            "data": asdict(r.data),
+            "objective": asdict(r.objective),
+            "rates": asdict(r.rates),
+            "adapter": asdict(r.adapter),
+        }
         if r.distillation.teacher is not None:
             parts["distillation"] = asdict(r.distillation)
         flat = {f"{section}.{k}": v for section, table in parts.items() for k, v in table.items()}
@@ -324,7 +418,9 @@ class FinetuneTask(Task):
             super().load_module_state(name, state)
 
     def extra_state_dict(self) -> dict[str, torch.Tensor]:
-        """State of the memory tables' optimizer; the tables themselves are buffers of the transformer."""
+        """State of the memory tables' optimizer; the tables themselves are buffers of the
+        transformer.
+        """
         return {} if self.rows is None else self.rows.flat_state()
 
     def load_extra_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -333,16 +429,22 @@ class FinetuneTask(Task):
             self.rows.load_flat_state(state)
 
     def recommended(self) -> dict[str, Any]:
-        """Steps and guidance that the exported pipeline uses by default: those of the pipeline it started from; but
-        plain training unlearns guidance that was in the weights, so it is asked for again."""
+        """Steps and guidance that the exported pipeline uses by default: those of the pipeline it
+        started from; but plain training unlearns guidance that was in the weights, so it is asked
+        for again.
+        """
         base = self.recipe.model.pretrained_model_name_or_path
         config = {} if base is None else AVDiffPipeline.load_config(base)
         told = {k: config[k] for k in RECOMMENDED if k in config}
         again = {k: RECOMMENDED[k] for k in told if "guidance" in k and told[k] <= 1}
-        return told | (dict.fromkeys(again, 1.0) if self.recipe.objective.learned_guidance else again)
+        return told | (
+            dict.fromkeys(again, 1.0) if self.recipe.objective.learned_guidance else again
+        )
 
     def save(self, directory: Path) -> None:
-        """A folder that loads: the whole pipeline where codecs are known, an adapter, or the trained parts."""
+        """A folder that loads: the whole pipeline where codecs are known, an adapter, or the
+        trained parts.
+        """
         export(self, directory)
 
 
@@ -360,19 +462,30 @@ def setup(recipe: Recipe) -> FinetuneTask:
     torch.manual_seed(recipe.training.seed)
     if recipe.distillation.teacher is not None:
         from avdiff.train.distill import setup_distillation  # it builds on this module
+
         return setup_distillation(recipe, train, held_out)
     if recipe.model.pretrained_model_name_or_path is None:
         transformer = from_preset(recipe)
-        captions = [c for _, record in train.items for c in record.get("captions") or [record.get("caption", "")]]
-        tokenizer = train_caption_tokenizer((parse_prompt(c)[0] for c in captions), recipe.model.vocab_size)
+        captions = [
+            c
+            for _, record in train.items
+            for c in record.get("captions") or [record.get("caption", "")]
+        ]
+        tokenizer = train_caption_tokenizer(
+            (parse_prompt(c)[0] for c in captions), recipe.model.vocab_size
+        )
         text_encoder = CaptionEncoder(recipe.model.vocab_size, transformer.config.text_dim)
     else:
-        transformer, text_encoder, tokenizer = from_folder(recipe.model.pretrained_model_name_or_path)
+        transformer, text_encoder, tokenizer = from_folder(
+            recipe.model.pretrained_model_name_or_path
+        )
     return FinetuneTask(recipe, transformer, text_encoder, tokenizer, train, held_out)
 
 
 def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
-    """Command line: RECIPE.toml [--option value]... | --list-recipes | --help; --dry-run plans without training."""
+    """Command line: RECIPE.toml [--option value]... | --list-recipes | --help; --dry-run plans
+    without training.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(f"{main.__doc__}\n\n{help_text(Recipe)}")
@@ -395,7 +508,10 @@ def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
     summary = fit(setup(recipe), recipe.training)
     if recipe.export.push_to_hub and summary.reason == "finished":
         print(push(Path(recipe.training.output_dir) / "final", recipe.export))
-    print(f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: {recipe.training.output_dir}")
+    print(
+        f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: "
+        f"{recipe.training.output_dir}"
+    )
     return summary
 
 

@@ -1,4 +1,6 @@
-"""The recipe of training AVTransformer: what a TOML file and flags can say, checked before a model is loaded."""
+"""The recipe of training AVTransformer: what a TOML file and flags can say, checked before a model
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,20 @@ from typing import Literal
 import avdiff
 from avdiff.train.loop.task import FitOptions
 
-TOGETHER = ("joint", "a2v", "v2a", "extend", "image", "retake", "inpaint")  # drawn per row, both modalities present
-APART = ("t2v", "t2a", "isolated")  # drawn per micro-batch: a modality is absent, or the two do not see each other
+TOGETHER = (
+    "joint",
+    "a2v",
+    "v2a",
+    "extend",
+    "image",
+    "retake",
+    "inpaint",
+)  # drawn per row, both modalities present
+APART = (
+    "t2v",
+    "t2a",
+    "isolated",
+)  # drawn per micro-batch: a modality is absent, or the two do not see each other
 TASKS = (*TOGETHER, *APART)
 BRANCHES = ("video", "audio", "cross", "shared", "text", "memory")
 Modality = Literal["video", "audio"]
@@ -23,16 +37,21 @@ class ModelOptions:
     """Which model is trained."""
 
     pretrained_model_name_or_path: str | None = None
-    """Pipeline folder or hub name to start from, or presenter for the one in the package; nothing trains from
-    scratch."""
+    """Pipeline folder or hub name to start from, or presenter for the one in the package; nothing
+    trains from scratch.
+    """
     preset: str = "presenter"
     """Size of a model from scratch: tiny, presenter, base or large."""
     codecs: str | None = None
-    """Folder with vae, audio_vae and vocoder for the exported pipeline; nothing takes those of the model or teacher."""
+    """Folder with vae, audio_vae and vocoder for the exported pipeline; nothing takes those of the
+    model or teacher.
+    """
     vocab_size: int = 4096
     """Entries of the caption tokenizer that scratch training makes from the captions."""
     preset_changes: dict[str, int] = field(default_factory=dict)
-    """Numbers of the preset that differ, such as { num_layers = 4 }; its lists of layers then end earlier."""
+    """Numbers of the preset that differ, such as { num_layers = 4 }; its lists of layers then end
+    earlier.
+    """
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -59,7 +78,9 @@ class DataOptions:
     audio_caption_dropout: float = 0.0
     """Share of rows whose sound alone does not follow the description."""
     video_script: float = 0.5
-    """Share of micro-batches with sound in which the video branch reads the words too, warped by up to 80 ms."""
+    """Share of micro-batches with sound in which the video branch reads the words too, warped by up
+    to 80 ms.
+    """
     validation_items: int = 32
     """Held-out clips that each validation measures."""
 
@@ -69,7 +90,9 @@ class ObjectiveOptions:
     """What counts as good."""
 
     modalities: tuple[Modality, ...] = ("video", "audio")
-    """Branches that are trained; the other one, and all that it reads, keeps its weights bit for bit."""
+    """Branches that are trained; the other one, and all that it reads, keeps its weights bit for
+    bit.
+    """
     tasks: dict[str, float] = field(default_factory=lambda: {"joint": 1.0})
     """Shares of tasks: joint, a2v, v2a, t2v, t2a, isolated, extend, image, retake, inpaint."""
     prediction_type: Literal["x0", "velocity"] = "x0"
@@ -77,12 +100,16 @@ class ObjectiveOptions:
     noise_coupling: Literal["shared", "paired", "independent"] = "paired"
     """Noise levels of the two modalities: one for both, one time with two shifts, or two times."""
     shift_video: float | None = None
-    """Time shift of video, above 1 towards noise; nothing takes that of the model or teacher, 3 for a preset."""
+    """Time shift of video, above 1 towards noise; nothing takes that of the model or teacher, 3 for
+    a preset.
+    """
     shift_audio: float | None = None
     """Time shift of audio; nothing takes that of the model or teacher, 1 for a preset."""
     frame_correlation: float | None = None
-    """Correlation of the video noise of any two frames of a clip, in [0, 1): what stands still is then settled with
-    what moves, and flickers less; nothing takes that of the model or teacher, 0 for a preset."""
+    """Correlation of the video noise of any two frames of a clip, in [0, 1): what stands still is
+    then settled with what moves, and flickers less; nothing takes that of the model or teacher, 0
+    for a preset.
+    """
     logit_mean: float = 0.0
     """Mean of the logit-normal density of noise levels."""
     logit_std: float = 1.0
@@ -90,14 +117,19 @@ class ObjectiveOptions:
     uniform_share: float = 0.1
     """Share of rows with uniform noise levels instead."""
     loss_floor: float = 0.05
-    """Noise level below which the x0 loss is not weighted up further: weight 1 / max(t, floor)^2."""
+    """Noise level below which the x0 loss is not weighted up further: weight 1 / max(t, floor)^2.
+    """
     loss_balance: Literal["fixed", "ema", "uncertainty"] = "fixed"
-    """How the two modalities share the loss: fixed weights, divided by their running means, or learned."""
+    """How the two modalities share the loss: fixed weights, divided by their running means, or
+    learned.
+    """
     loss_weights: dict[str, float] = field(default_factory=lambda: {"video": 1.0, "audio": 1.0})
     """Weight of each modality, on top of the balance."""
     learned_guidance: dict[str, float] = field(default_factory=dict)
-    """Text guidance that is trained into the weights, by modality, such as { video = 2.2, audio = 2.0 }: one pass then
-    answers like two; needs text_dropout. Nothing trains none, and unlearns what a distilled model has."""
+    """Text guidance that is trained into the weights, by modality, such as { video = 2.2, audio =
+    2.0 }: one pass then answers like two; needs text_dropout. Nothing trains none, and unlearns
+    what a distilled model has.
+    """
     phoneme_head: float = 0.0
     """Weight of naming the phoneme that sounds, from the sound's middle block; 0 builds no head."""
     viseme_head: float = 0.0
@@ -111,12 +143,14 @@ class RateOptions:
     """The optimizer, and learning rates that differ from `learning_rate`."""
 
     optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    """adamw; adamw8bit (package bitsandbytes) with a quarter of its memory; or muon for the matrices inside the
-    blocks and adamw for the rest, with one learning rate for both."""
+    """adamw; adamw8bit (package bitsandbytes) with a quarter of its memory; or muon for the
+    matrices inside the blocks and adamw for the rest, with one learning rate for both.
+    """
     branch_learning_rate: dict[str, float] = field(default_factory=dict)
     """Learning rate of a branch: video, audio, cross, shared, text or memory; 0 freezes it."""
     memory_table_learning_rate: float = 0.05
-    """Row-wise Adagrad rate of the memory tables, which follows the same schedule; 0 freezes them."""
+    """Row-wise Adagrad rate of the memory tables, which follows the same schedule; 0 freezes them.
+    """
 
 
 @dataclass(frozen=True)
@@ -137,23 +171,32 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Learning from a teacher. `pretrained_model_name_or_path` is what the student starts from, usually the teacher."""
+    """Learning from a teacher. `pretrained_model_name_or_path` is what the student starts from,
+    usually the teacher.
+    """
 
     teacher: str | None = None
     """Pipeline folder or hub name of the teacher; without one the run is no distillation."""
     distill: Literal["size", "guidance", "steps"] = "steps"
-    """What is learned: the teacher's estimates in a smaller model, its guided estimates in one pass, or where several
-    of its guided steps lead in one."""
+    """What is learned: the teacher's estimates in a smaller model, its guided estimates in one
+    pass, or where several of its guided steps lead in one.
+    """
     teacher_guidance_scale: float | None = None
-    """Text guidance of the teacher's picture; nothing takes what its pipeline recommends, and 1 for size."""
+    """Text guidance of the teacher's picture; nothing takes what its pipeline recommends, and 1 for
+    size.
+    """
     teacher_audio_guidance_scale: float | None = None
     """Text guidance of the teacher's sound; likewise."""
     student_steps: int = 8
-    """Steps of the student's sampler: its grid for `steps` and with `own_steps`, and then what its pipeline uses."""
+    """Steps of the student's sampler: its grid for `steps` and with `own_steps`, and then what its
+    pipeline uses.
+    """
     teacher_substeps: int = 2
     """Guided steps of the teacher inside one step of the student."""
     own_steps: int = 0
-    """Before it learns, the student takes up to so many steps of its own from a noisier point (DAgger); 0 never."""
+    """Before it learns, the student takes up to so many steps of its own from a noisier point
+    (DAgger); 0 never.
+    """
     data_weight: float = 0.0
     """Share of the plain loss on the data, for size and guidance."""
     feature_weight: float = 0.0
@@ -170,7 +213,9 @@ class SampleOptions:
     """Clips made and judged at each validation."""
 
     sample_prompts: tuple[str, ...] = ()
-    """Prompts, words to speak in double quotes; in TOML, since a comma on the command line makes a list."""
+    """Prompts, words to speak in double quotes; in TOML, since a comma on the command line makes a
+    list.
+    """
 
 
 @dataclass(frozen=True)
@@ -205,13 +250,19 @@ class Recipe:
         Raises:
             ValueError: names the option, its value and what fits.
         """
-        o, d, a = self.objective, self.data, self.adapter
+        o = self.objective
+        d = self.data
+        a = self.adapter
         if not d.train_data:
-            raise ValueError("train_data=[]: needs folders of cached latents; `avdiff data cache` makes one")
+            raise ValueError(
+                "train_data=[]: needs folders of cached latents; `avdiff data cache` makes one"
+            )
         for name in ("train_data", "validation_data"):
             for folder in getattr(d, name):
                 if not (Path(folder) / "cache.json").is_file():
-                    raise ValueError(f"{name}: {folder} holds no cache.json; make it with `avdiff data cache`")
+                    raise ValueError(
+                        f"{name}: {folder} holds no cache.json; make it with `avdiff data cache`"
+                    )
         if not o.modalities:
             raise ValueError("modalities=[]: needs video, audio or both")
         _shares("tasks", o.tasks, TASKS)
@@ -220,9 +271,18 @@ class Recipe:
         for only, wrong in (("video", ("t2a", "v2a")), ("audio", ("t2v", "a2v", "image"))):
             hit = [t for t in wrong if o.tasks.get(t)]
             if o.modalities == (only,) and hit:
-                raise ValueError(f"tasks contain {hit[0]}, but modalities={[only]} learns nothing from it; drop it")
-        for name in ("caption_dropout", "script_dropout", "text_dropout", "video_script",
-                     "video_caption_dropout", "audio_caption_dropout"):
+                raise ValueError(
+                    f"tasks contain {hit[0]}, but modalities={[only]} learns nothing from it; "
+                    "drop it"
+                )
+        for name in (
+            "caption_dropout",
+            "script_dropout",
+            "text_dropout",
+            "video_script",
+            "video_caption_dropout",
+            "audio_caption_dropout",
+        ):
             if not 0 <= getattr(d, name) <= 1:
                 raise ValueError(f"{name}={getattr(d, name)}: needs a share from 0 to 1")
         for name in ("phoneme_head", "viseme_head", "router_balance"):
@@ -234,46 +294,81 @@ class Recipe:
                 raise ValueError(f"{name}={value}: needs a number above 0")
         for m, scale in o.learned_guidance.items():
             if m not in ("video", "audio") or not 1 <= scale <= 20:
-                raise ValueError(f"learned_guidance={o.learned_guidance}: needs video, audio or both, from 1 to 20")
+                raise ValueError(
+                    f"learned_guidance={o.learned_guidance}: needs video, audio or both, from 1 "
+                    "to 20"
+                )
         if o.learned_guidance and not d.text_dropout:
-            raise ValueError("learned_guidance: leads away from the answer without text, which only rows without text "
-                             "teach; set text_dropout above 0, such as 0.1")
+            raise ValueError(
+                "learned_guidance: leads away from the answer without text, which only rows "
+                "without text "
+                "teach; set text_dropout above 0, such as 0.1"
+            )
         if o.frame_correlation is not None and not 0 <= o.frame_correlation < 1:
-            raise ValueError(f"frame_correlation={o.frame_correlation}: needs a number from 0 to below 1")
+            raise ValueError(
+                f"frame_correlation={o.frame_correlation}: needs a number from 0 to below 1"
+            )
         _shares("loss_weights", o.loss_weights, ("video", "audio"))
         _shares("branch_learning_rate", self.rates.branch_learning_rate, BRANCHES)
         _shares("branch_rank", a.branch_rank, BRANCHES)
         if a.rank < 0:
             raise ValueError(f"rank={a.rank}: needs a whole number, 0 for full training")
         if a.rank and not self.model.pretrained_model_name_or_path:
-            raise ValueError(f"rank={a.rank}: LoRA needs a trained model; set pretrained_model_name_or_path")
+            raise ValueError(
+                f"rank={a.rank}: LoRA needs a trained model; set pretrained_model_name_or_path"
+            )
         for target in a.lora_targets:
             if target not in (*BRANCHES, "all"):
-                raise ValueError(f"lora_targets: {target!r} matches nothing; needs {', '.join(BRANCHES)} or all")
+                raise ValueError(
+                    f"lora_targets: {target!r} matches nothing; needs {', '.join(BRANCHES)} or all"
+                )
         if a.branch_rank and not a.rank:
             raise ValueError(f"branch_rank={a.branch_rank}: has no effect with rank=0; set rank")
         if self.model.preset_changes and self.model.pretrained_model_name_or_path:
-            raise ValueError(f"preset_changes={self.model.preset_changes}: change a preset, but this run starts from "
-                             "pretrained_model_name_or_path; drop one of them")
+            raise ValueError(
+                f"preset_changes={self.model.preset_changes}: change a preset, but this run "
+                "starts from "
+                "pretrained_model_name_or_path; drop one of them"
+            )
         self._check_distillation()
         self._check_outputs()
 
     def _check_outputs(self) -> None:
-        e, model = self.export, self.model
+        e = self.export
+        model = self.model
         if e.push_to_hub and not e.hub_model_id:
             raise ValueError("push_to_hub=true: needs hub_model_id, such as user/model")
-        if e.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-            raise ValueError("push_to_hub=true: HF_HUB_OFFLINE is set, so nothing can be pushed; unset one of them")
+        if e.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "0").lower() in (
+            "1",
+            "true",
+            "yes",
+            "on",
+        ):
+            raise ValueError(
+                "push_to_hub=true: HF_HUB_OFFLINE is set, so nothing can be pushed; unset one of "
+                "them"
+            )
         if self.samples.sample_prompts and not self.training.validation_steps:
-            raise ValueError("sample_prompts: are made at validations, but validation_steps=0; set it")
-        if self.samples.sample_prompts and not (model.codecs or model.pretrained_model_name_or_path
-                                                or self.distillation.teacher):
-            raise ValueError("sample_prompts: need codecs to be heard and seen; set codecs to a folder with vae, "
-                             "audio_vae and vocoder, such as presenter")
+            raise ValueError(
+                "sample_prompts: are made at validations, but validation_steps=0; set it"
+            )
+        if self.samples.sample_prompts and not (
+            model.codecs or model.pretrained_model_name_or_path or self.distillation.teacher
+        ):
+            raise ValueError(
+                "sample_prompts: need codecs to be heard and seen; set codecs to a folder with "
+                "vae, "
+                "audio_vae and vocoder, such as presenter"
+            )
 
     def _check_distillation(self) -> None:
         d = self.distillation
-        for name, low in (("student_steps", 1), ("teacher_substeps", 1), ("own_steps", 0), ("feature_weight", 0)):
+        for name, low in (
+            ("student_steps", 1),
+            ("teacher_substeps", 1),
+            ("own_steps", 0),
+            ("feature_weight", 0),
+        ):
             if not getattr(d, name) >= low:
                 raise ValueError(f"{name}={getattr(d, name)}: needs at least {low}")
         if not 0 <= d.data_weight <= 1:
@@ -281,19 +376,28 @@ class Recipe:
         if d.teacher is None:
             changed = [f.name for f in fields(d) if getattr(d, f.name) != f.default]
             if changed:
-                raise ValueError(f"{changed[0]}={getattr(d, changed[0])}: has no effect without a teacher; set teacher")
+                raise ValueError(
+                    f"{changed[0]}={getattr(d, changed[0])}: has no effect without a teacher; set "
+                    "teacher"
+                )
         elif self.objective.phoneme_head or self.objective.viseme_head:
-            raise ValueError("phoneme_head, viseme_head: have no effect in a distillation; use feature_weight")
+            raise ValueError(
+                "phoneme_head, viseme_head: have no effect in a distillation; use feature_weight"
+            )
         elif d.distill == "steps" and d.data_weight:
-            raise ValueError(f"data_weight={d.data_weight}: a point where several steps lead has no plain loss; "
-                             "set it to 0 or distill to size or guidance")
+            raise ValueError(
+                f"data_weight={d.data_weight}: a point where several steps lead has no plain loss; "
+                "set it to 0 or distill to size or guidance"
+            )
 
 
 def taught(objective: ObjectiveOptions) -> tuple[str, ...]:
     """Modalities that are trained and that some task of the mix generates."""
     others = {"video": ("t2a", "v2a"), "audio": ("t2v", "a2v")}
     shares = objective.tasks.items()
-    return tuple(m for m in objective.modalities if any(s > 0 and t not in others[m] for t, s in shares))
+    return tuple(
+        m for m in objective.modalities if any(s > 0 and t not in others[m] for t, s in shares)
+    )
 
 
 def _find_shipped(options: object, *names: str) -> None:

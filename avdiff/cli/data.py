@@ -10,11 +10,17 @@ import typer
 
 import avdiff
 
-app = typer.Typer(help="Look at training data and prepare it.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Look at training data and prepare it.", no_args_is_help=True, rich_markup_mode=None
+)
 
-Bank = Annotated[str | None, typer.Option(help="Speech bank folder; default $AVDIFF_BANK, else the mini-bank.")]
+Bank = Annotated[
+    str | None, typer.Option(help="Speech bank folder; default $AVDIFF_BANK, else the mini-bank.")
+]
 Split = Annotated[str, typer.Option(help="train, val, test or test_voices.")]
-Languages = Annotated[str | None, typer.Option(help="Codes joined by commas; default all of the bank.")]
+Languages = Annotated[
+    str | None, typer.Option(help="Codes joined by commas; default all of the bank.")
+]
 
 
 @app.command()
@@ -27,7 +33,9 @@ def corpus(
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
     size: Annotated[int, typer.Option(min=64, max=1024, help="Pixels on a side.")] = 128,
 ) -> None:
-    """Write clips of the presenter corpus: mp4 files and metadata.jsonl; a second call goes on where one stopped."""
+    """Write clips of the presenter corpus: mp4 files and metadata.jsonl; a second call goes on
+    where one stopped.
+    """
     from avdiff.corpus.dataset import PresenterCorpus
     from avdiff.corpus.writer import write_corpus
 
@@ -35,19 +43,25 @@ def corpus(
     written = 0
     for index in _progress("writing")(range(count)):
         written = write_corpus(presenters, folder, [index])
-    print(f"{folder}: {written} clips and metadata.jsonl; to look at them: avdiff data show {folder}")
+    print(
+        f"{folder}: {written} clips and metadata.jsonl; to look at them: avdiff data show {folder}"
+    )
 
 
 @app.command()
 def show(
-    folder: Annotated[Path | None, typer.Argument(help="Folder of clips; default presenters.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of clips; default presenters.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("clips.html"),
     count: Annotated[int, typer.Option(min=1, max=1000, help="At most so many clips.")] = 8,
     bank: Bank = None,
     split: Split = "train",
     languages: Languages = None,
 ) -> None:
-    """One HTML page of clips as training sees them: pictures, spectrogram, mouth and phonemes, captions."""
+    """One HTML page of clips as training sees them: pictures, spectrogram, mouth and phonemes,
+    captions.
+    """
     from avdiff.data.gallery import folder_items, write_gallery
 
     if folder is None:
@@ -67,12 +81,19 @@ def check(
     allow_silent: Annotated[
         bool, typer.Option("--allow-silent", help="Silent clips are told of, not refused.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write all that was measured to this JSON file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write all that was measured to this JSON file.")
+    ] = None,
     codec: Annotated[
-        str, typer.Option(help="Model folder whose vae/ each clip goes through and back; 'none' leaves that out.")
+        str,
+        typer.Option(
+            help="Model folder whose vae/ each clip goes through and back; 'none' leaves that out."
+        ),
     ] = avdiff.PRESENTER,
 ) -> None:
-    """Decode every clip of a folder and name what is wrong. Exit code 1: some refused; 2: none is good."""
+    """Decode every clip of a folder and name what is wrong. Exit code 1: some refused; 2: none is
+    good.
+    """
     from rich.console import Console
     from rich.progress import track
 
@@ -86,7 +107,10 @@ def check(
 
         vae = AVVideoVAE.from_pretrained(Path(codec) / "vae").eval()
     found = check_folder(
-        folder, allow_silent, vae, progress=lambda e: track(e, "checking", console=Console(stderr=True))
+        folder,
+        allow_silent,
+        vae,
+        progress=lambda e: track(e, "checking", console=Console(stderr=True)),
     )
     Console().print(_check_table(found.clips))
     for clip in found.clips:
@@ -100,7 +124,9 @@ def check(
 
 
 def _check_table(clips: list[Any]) -> Any:
-    """One row a clip: what it is, how picture and sound lie to each other, how it sounds, what the codec keeps."""
+    """One row a clip: what it is, how picture and sound lie to each other, how it sounds, what the
+    codec keeps.
+    """
     from rich.table import Table
 
     columns = {
@@ -124,38 +150,63 @@ def _check_table(clips: list[Any]) -> Any:
 @app.command()
 def cache(
     folder: Annotated[
-        Path, typer.Argument(help="Where the latents are kept; a second call goes on where one stopped.")
+        Path,
+        typer.Argument(help="Where the latents are kept; a second call goes on where one stopped."),
     ],
-    count: Annotated[int | None, typer.Option(min=1, help="Number of presenters, or of clips for --decode.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of real clips; default the presenter corpus.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Number of presenters, or of clips for --decode.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of real clips; default the presenter corpus.")
+    ] = None,
     codecs: Annotated[
         str | None, typer.Option(help="Folder with vae/ and audio_vae/; default the embedded ones.")
     ] = None,
-    decode: Annotated[Path | None, typer.Option(help="Write what the cache holds to files in this folder.")] = None,
+    decode: Annotated[
+        Path | None, typer.Option(help="Write what the cache holds to files in this folder.")
+    ] = None,
     bank: Bank = None,
     split: Split = "train",
     languages: Languages = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
     seconds: Annotated[float, typer.Option(help="Length of each presenter clip.")] = 2.52,
     stills: Annotated[
-        bool, typer.Option("--stills", help="One picture of each presenter clip, without sound: many faces soon.")
+        bool,
+        typer.Option(
+            "--stills", help="One picture of each presenter clip, without sound: many faces soon."
+        ),
     ] = False,
     events: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Presenters: share of clips with sounding objects instead.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Presenters: share of clips with sounding objects instead."
+        ),
     ] = 0.2,
     full_captions: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Presenters: share of captions that tell most of what is seen.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Presenters: share of captions that tell most of what is seen."
+        ),
     ] = 0.0,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
-    allow_silent: Annotated[bool, typer.Option("--allow-silent", help="Keep clips without sound.")] = False,
-    no_words: Annotated[
-        bool, typer.Option("--no-words", help="Real clips: do not look for the quoted words in the sound.")
+    allow_silent: Annotated[
+        bool, typer.Option("--allow-silent", help="Keep clips without sound.")
     ] = False,
-    text: Annotated[bool, typer.Option("--text", help="Captions too, for training that freezes the encoder.")] = False,
+    no_words: Annotated[
+        bool,
+        typer.Option(
+            "--no-words", help="Real clips: do not look for the quoted words in the sound."
+        ),
+    ] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Captions too, for training that freezes the encoder.")
+    ] = False,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
-    """Encode presenters or real clips once, so that training reads latents instead of pictures and sound."""
+    """Encode presenters or real clips once, so that training reads latents instead of pictures and
+    sound.
+    """
     import avdiff
 
     _check_rank(rank, ranks)
@@ -173,7 +224,9 @@ def cache(
         from avdiff.data.clips import ClipOptions
 
         options = ClipOptions(buckets=buckets, allow_silent=allow_silent, words=not no_words)
-        cached = cache_clips(folder, data, load_codecs(model, text), options, rank, ranks, _progress("encoding"))
+        cached = cache_clips(
+            folder, data, load_codecs(model, text), options, rank, ranks, _progress("encoding")
+        )
         for name, reason in cached.refused.items():
             print(f"{name}: refused: {reason}")
         print(f"{folder}: {len(cached.names)} clips, {len(cached.refused)} files refused")
@@ -181,29 +234,52 @@ def cache(
     if count is None:
         raise ValueError("needs --count N presenters, or --data FOLDER of real clips")
     made = cache_presenters(
-        folder, load_codecs(model, text), count, bank, split, seed, seconds, _codes(languages), events, stills,
-        full_captions, rank, ranks, _progress("encoding"),
-    )  # fmt: skip
+        folder,
+        load_codecs(model, text),
+        count,
+        bank,
+        split,
+        seed,
+        seconds,
+        _codes(languages),
+        events,
+        stills,
+        full_captions,
+        rank,
+        ranks,
+        _progress("encoding"),
+    )
     print(f"{made}: {count} clips")
 
 
 @app.command()
 def bank(
-    folder: Annotated[Path, typer.Argument(help="Where the bank is kept; a second call goes on where one stopped.")],
-    voices: Annotated[Path, typer.Option(help="What `npm pack kokoro-js` wrote, or that package unpacked.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Where the bank is kept; a second call goes on where one stopped."),
+    ],
+    voices: Annotated[
+        Path, typer.Option(help="What `npm pack kokoro-js` wrote, or that package unpacked.")
+    ],
     count: Annotated[int, typer.Option(min=1, help="Utterances for each language.")] = 1000,
     languages: Languages = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other sentences and voices.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Another seed gives other sentences and voices.")
+    ] = 0,
     rank: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
 ) -> None:
-    """Build a speech bank with phone times: a neural voice speaks sentences (pip install 'avdiff[bank]')."""
+    """Build a speech bank with phone times: a neural voice speaks sentences (pip install
+    'avdiff[bank]').
+    """
     from avdiff.corpus.speech.build import SURE, build_bank, certify
     from avdiff.corpus.speech.synthesis import Synthesiser, Voices
 
     _check_rank(rank, ranks)
     codes = _codes(languages)
-    held = build_bank(folder, Synthesiser(Voices(voices)), count, codes, seed, rank, ranks, _progress("speaking"))
+    held = build_bank(
+        folder, Synthesiser(Voices(voices)), count, codes, seed, rank, ranks, _progress("speaking")
+    )
     print(f"{folder}: {held} utterances")
     if not any(folder.glob("*.tar")):
         return
@@ -219,9 +295,13 @@ def report(
     split: Split = "train",
     languages: Languages = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed gives another corpus.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this file.")
+    ] = None,
 ) -> None:
-    """Measure the presenter corpus: mouths in the pixels, onsets, phone times against the sound, speed."""
+    """Measure the presenter corpus: mouths in the pixels, onsets, phone times against the sound,
+    speed.
+    """
     from avdiff.corpus.speech.read import SpeechBank
     from avdiff.evaluation.corpus_report import measure_corpus, print_report, save_report
 

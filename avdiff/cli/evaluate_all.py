@@ -1,9 +1,10 @@
-"""`avdiff eval all | compare | fidelity | coupling`: everything of the suite but lip-sync, on files.
+"""`avdiff eval all | compare | fidelity | coupling`: everything of the suite but lip-sync, on
+files.
 
-    avdiff eval all runs/evaluation/model --html report.html
-    avdiff eval compare a.json b.json
-    avdiff eval fidelity REAL_FOLDER MADE_FOLDER
-    avdiff eval coupling whole=DIR cut=DIR
+avdiff eval all runs/evaluation/model --html report.html
+avdiff eval compare a.json b.json
+avdiff eval fidelity REAL_FOLDER MADE_FOLDER
+avdiff eval coupling whole=DIR cut=DIR
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def clip_files(paths: list[Path]) -> list[Path]:
         inside = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         found += sorted(inside) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"{', '.join(map(str, paths))}: no clip there; known are {' '.join(SUFFIXES)}")
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: no clip there; known are {' '.join(SUFFIXES)}"
+        )
     return found
 
 
@@ -40,7 +43,10 @@ def _reports(parser: argparse.ArgumentParser) -> None:
 
 
 def _judges(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--judges", help="folder with recogniser, face_reader and lip_network; default: those bundled")
+    parser.add_argument(
+        "--judges",
+        help="folder with recogniser, face_reader and lip_network; default: those bundled",
+    )
 
 
 def _all(arguments: list[str]) -> int:
@@ -51,10 +57,17 @@ def _all(arguments: list[str]) -> int:
     from avdiff.evaluation import suite
     from avdiff.evaluation.report import report
 
-    parser = argparse.ArgumentParser("avdiff eval all", description="Measure speech, lips, looks, events and sound.")
+    parser = argparse.ArgumentParser(
+        "avdiff eval all", description="Measure speech, lips, looks, events and sound."
+    )
     parser.add_argument("clips", nargs="+", type=Path, help="files or folders")
-    parser.add_argument("--prompts", help="prompts that the clips were made from; a clip's name begins with their id")
-    parser.add_argument("--mos", action="store_true", help="predicted opinion scores too (needs speechmos)")
+    parser.add_argument(
+        "--prompts",
+        help="prompts that the clips were made from; a clip's name begins with their id",
+    )
+    parser.add_argument(
+        "--mos", action="store_true", help="predicted opinion scores too (needs speechmos)"
+    )
     _reports(parser)
     _judges(parser)
     options = parser.parse_args(arguments)
@@ -64,8 +77,10 @@ def _all(arguments: list[str]) -> int:
     else:
         prompts = load_prompts(options.prompts) if options.prompts else []
     by = suite.Judges.from_folder(options.judges) if options.judges else suite.Judges.bundled()
-    rows = [suite.measure_file(file, suite.find_wish(file, prompts), by, options.mos)
-            for file in track(files, "measuring", transient=True)]
+    rows = [
+        suite.measure_file(file, suite.find_wish(file, prompts), by, options.mos)
+        for file in track(files, "measuring", transient=True)
+    ]
     for row in rows:
         row.pop("id", None)  # several clips may come from one prompt: here the file is the name
     facts = suite.header(options.judges)
@@ -79,7 +94,9 @@ def _compare(arguments: list[str]) -> int:
     """Paired differences of two runs."""
     from avdiff.evaluation.report import report
 
-    parser = argparse.ArgumentParser("avdiff eval compare", description="Compare two JSON reports, clip by clip.")
+    parser = argparse.ArgumentParser(
+        "avdiff eval compare", description="Compare two JSON reports, clip by clip."
+    )
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
     parser.add_argument("--json", type=Path, help="write the differences")
@@ -97,7 +114,9 @@ def _fidelity(arguments: list[str]) -> int:
     from avdiff.evaluation.report import report
     from avdiff.media.write import Clip, read_clip
 
-    parser = argparse.ArgumentParser("avdiff eval fidelity", description="Frechet and kernel distances of two sets.")
+    parser = argparse.ArgumentParser(
+        "avdiff eval fidelity", description="Frechet and kernel distances of two sets."
+    )
     parser.add_argument("real", type=Path)
     parser.add_argument("made", type=Path)
     parser.add_argument("--json", type=Path, help="write the distances")
@@ -112,7 +131,9 @@ def _fidelity(arguments: list[str]) -> int:
             except ValueError as error:
                 print(f"left out: {error}")
 
-    found = fidelity.fidelity(fidelity.features(clips(options.real), by), fidelity.features(clips(options.made), by))
+    found = fidelity.fidelity(
+        fidelity.features(clips(options.real), by), fidelity.features(clips(options.made), by)
+    )
     fidelity.print_fidelity(found)
     if options.json:
         report.write_text(options.json, json.dumps([asdict(one) for one in found], indent=1) + "\n")
@@ -123,7 +144,9 @@ def _coupling(arguments: list[str]) -> int:
     """Arms that were generated before, such as by samples/coupling.py."""
     from avdiff.evaluation import coupling, suite
 
-    parser = argparse.ArgumentParser("avdiff eval coupling", description="Lips and sound with links cut.")
+    parser = argparse.ArgumentParser(
+        "avdiff eval coupling", description="Lips and sound with links cut."
+    )
     parser.add_argument("arms", nargs="+", help="NAME=FOLDER; one must be called whole")
     _judges(parser)
     options = parser.parse_args(arguments)
@@ -138,8 +161,12 @@ def _coupling(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"all": _all, "compare": _compare, "fidelity": _fidelity,
-                                                  "coupling": _coupling}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "all": _all,
+    "compare": _compare,
+    "fidelity": _fidelity,
+    "coupling": _coupling,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,6 @@
-"""What `avdiff generate` is given: pictures, sound and film from files, as the pipeline wants them."""
+"""What `avdiff generate` is given: pictures, sound and film from files, as the pipeline wants
+them.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ def given_parts(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, A
         raise ValueError("audio and video are both given: nothing is left to generate")
     for name in changed:
         if wish.video is None and (name != "retake" or wish.audio is None):
-            raise ValueError(f"{name}={getattr(wish, name)}: needs --video, the film that it is done to")
+            raise ValueError(
+                f"{name}={getattr(wish, name)}: needs --video, the film that it is done to"
+            )
     if wish.extend is not None and len(changed) > 1:
         raise ValueError(f"extend and {changed[1]} are both given: needs one of them")
     size = (arguments.get("height", 128), arguments.get("width", 128))
-    fps, clock, rate = as_fps(arguments.get("frame_rate", 25)), pipe.clock, pipe.audio_vae.config.sample_rate
+    fps = as_fps(arguments.get("frame_rate", 25))
+    clock = pipe.clock
+    rate = pipe.audio_vae.config.sample_rate
     parts: dict[str, Any] = {}
     for name in ("image", "last_image"):
         if getattr(wish, name) is not None:
@@ -45,7 +51,11 @@ def given_parts(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, A
         if film.frames is None:
             raise ValueError(f"video={wish.video}: has no pictures in it")
         whole = 1 + (len(film.frames) - 1) // clock.video_stride * clock.video_stride
-        parts |= {"video": _to_video(film.frames[:whole])[None], "num_frames": whole, "seconds": None}
+        parts |= {
+            "video": _to_video(film.frames[:whole])[None],
+            "num_frames": whole,
+            "seconds": None,
+        }
         sound = film.audio if changed else None
     if wish.audio is not None:
         sound = read_clip(wish.audio, sample_rate=rate, max_seconds=wish.seconds).audio
@@ -61,26 +71,39 @@ def given_parts(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, A
     if wish.retake is not None:
         parts["retake"] = _span(wish.retake)
     if wish.mask is not None:
-        parts["mask"] = torch.from_numpy(_read_image("mask", wish.mask, size)[0].mean(axis=-1) / 255).float()
+        parts["mask"] = torch.from_numpy(
+            _read_image("mask", wish.mask, size)[0].mean(axis=-1) / 255
+        ).float()
     return parts
 
 
-def continue_clip(pipe: Any, wish: Wish, arguments: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the given film and what follows it, piece by piece in constant memory; returns length and size."""
-    video, fps = arguments["video"], as_fps(arguments.get("frame_rate", 25))
+def continue_clip(
+    pipe: Any, wish: Wish, arguments: dict[str, Any], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the given film and what follows it, piece by piece in constant memory; returns length
+    and size.
+    """
+    video = arguments["video"]
+    fps = as_fps(arguments.get("frame_rate", 25))
     arguments = {k: v for k, v in arguments.items() if k not in ("num_frames", "seconds")}
     if "audio" not in arguments:
         arguments["generate_audio"] = False  # a silent film stays silent
-    total = ClipSpec.from_seconds(video.shape[2] / fps + Fraction(str(wish.extend)), fps, clock=pipe.clock)
+    total = ClipSpec.from_seconds(
+        video.shape[2] / fps + Fraction(str(wish.extend)), fps, clock=pipe.clock
+    )
     frames, sound = streams(pipe.stream(wish.prompt, total.seconds, **arguments))
     rate = None if sound is None else pipe.vocoder.config.sampling_rate
     write_clip(str(wish.output), frames, fps, sound, rate, facts)
-    return {"seconds": round(float(total.seconds), 3), "frames": total.num_frames, "height": video.shape[3],
-            "width": video.shape[4]}
+    return {
+        "seconds": round(float(total.seconds), 3),
+        "frames": total.num_frames,
+        "height": video.shape[3],
+        "width": video.shape[4],
+    }
 
 
 def _span(text: str) -> Retake:
-    """"1.5:2" -> Retake(1.5, 2.0)."""
+    """ "1.5:2" -> Retake(1.5, 2.0)."""
     try:
         start, end = (float(part) for part in text.split(":"))
         return Retake(start, end)

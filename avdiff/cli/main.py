@@ -1,7 +1,8 @@
 """The command line, the roof of the house: `avdiff generate | info | doctor | train | ...`.
 
-Commands import what they need when they run, so that `avdiff --help` answers at once. Errors of the user are one line
-on stderr with exit code 2; `--debug`, anywhere on the line, shows the traceback instead.
+Commands import what they need when they run, so that `avdiff --help` answers at once. Errors of the
+user are one line on stderr with exit code 2; `--debug`, anywhere on the line, shows the traceback
+instead.
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ app = typer.Typer(
 # Commands that have a command line of their own, in their own module: name -> (module, help).
 PASSED_ON = {
     "train": ("avdiff.train.finetune", "Train or fine-tune by a recipe (see avdiff train --help)."),
-    "train-codec": ("avdiff.train.codecs.train_codec", "Train or fine-tune a codec (see avdiff train-codec --help)."),
-    "train-judge": ("avdiff.train.evaluators.train_evaluator", "Train a judge: recogniser, face reader or lip network."),
+    "train-codec": (
+        "avdiff.train.codecs.train_codec",
+        "Train or fine-tune a codec (see avdiff train-codec --help).",
+    ),
+    "train-judge": (
+        "avdiff.train.evaluators.train_evaluator",
+        "Train a judge: recogniser, face reader or lip network.",
+    ),
     "train-reader": ("avdiff.train.g2p.train_g2p", "Train the pronunciation reader."),
 }
 
 
-# --------------------------------------------------------------------------------------------------------- generate
+# ----------------------------------------------------------------------------------------- generate
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,12 @@ class Wish:
             raise ValueError(f"{where}prompt: is empty, needs a description of the clip")
         for name in ("seconds", "extend"):
             value = getattr(self, name)
-            if value is not None and (type(value) not in (int, float) or not 0 < value <= 3600):  # also refuses NaN
-                raise ValueError(f"{where}{name}={value}: needs a duration above 0 and at most 3600 s")
+            if value is not None and (
+                type(value) not in (int, float) or not 0 < value <= 3600
+            ):  # also refuses NaN
+                raise ValueError(
+                    f"{where}{name}={value}: needs a duration above 0 and at most 3600 s"
+                )
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise ValueError(f"{where}seed={self.seed}: needs a whole number from 0 to 2^63 - 1")
         return self
@@ -101,55 +112,93 @@ class Sampling:
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="Description; spoken words in double quotes.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Description; spoken words in double quotes.")
+    ] = None,
     output: Annotated[
         str, typer.Option("-o", "--output", help="File (.mp4, .wav), or folder for --prompts.")
     ] = "out.mp4",
-    prompts: Annotated[Path | None, typer.Option(help="JSON lines: prompt and any of output, seed, seconds...")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines: prompt and any of output, seed, seconds...")
+    ] = None,
     model: Annotated[
         str, typer.Option(help="Folder or hub name of a pipeline; 'presenter' is in the package.")
     ] = "presenter",
-    seed: Annotated[int | None, typer.Option(help="Same seed, same clip. Drawn and reported if not given.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length; by default as long as the words take.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same clip. Drawn and reported if not given.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length; by default as long as the words take.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Of the spoken words: en, es, fr, hi, it, ja, pt or zh; found out if not given.")
+        str | None,
+        typer.Option(
+            help="Of the spoken words: en, es, fr, hi, it, ja, pt or zh; found out if not given."
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", "--guidance-scale", help="Text guidance of the picture; 1 is none.")
+        float | None,
+        typer.Option(
+            "--guidance", "--guidance-scale", help="Text guidance of the picture; 1 is none."
+        ),
     ] = None,
     audio_guidance: Annotated[
         float | None,
-        typer.Option("--audio-guidance", "--audio-guidance-scale", help="Text guidance of the sound; 1 is none."),
+        typer.Option(
+            "--audio-guidance",
+            "--audio-guidance-scale",
+            help="Text guidance of the sound; 1 is none.",
+        ),
     ] = None,
     steadiness: Annotated[
-        float | None, typer.Option(help="Changes of a pixel, of 255, that count as flicker and are averaged away.")
+        float | None,
+        typer.Option(
+            help="Changes of a pixel, of 255, that count as flicker and are averaged away."
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     fps: Annotated[str | None, typer.Option(help="Frames a second: 25, 29.97, 30000/1001.")] = None,
     image: Annotated[str | None, typer.Option(help="Picture file: the first frame.")] = None,
     audio: Annotated[str | None, typer.Option(help="Sound file that drives the picture.")] = None,
-    video: Annotated[str | None, typer.Option(help="Film that gets its sound, or is changed as below.")] = None,
+    video: Annotated[
+        str | None, typer.Option(help="Film that gets its sound, or is changed as below.")
+    ] = None,
     last_image: Annotated[str | None, typer.Option(help="Picture file: the last frame.")] = None,
-    extend: Annotated[float | None, typer.Option(help="Seconds by which --video is continued.")] = None,
-    retake: Annotated[str | None, typer.Option(help="START:END, seconds of --video or --audio made anew.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Picture file: white where --video is made anew.")] = None,
+    extend: Annotated[
+        float | None, typer.Option(help="Seconds by which --video is continued.")
+    ] = None,
+    retake: Annotated[
+        str | None, typer.Option(help="START:END, seconds of --video or --audio made anew.")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Picture file: white where --video is made anew.")
+    ] = None,
     no_video: Annotated[bool, typer.Option("--no-video", help="Sound alone.")] = False,
     no_audio: Annotated[bool, typer.Option("--no-audio", help="Picture alone.")] = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Try a prompt that the model says it cannot follow.")
     ] = False,
     lora: Annotated[
-        str | None, typer.Option(help="Folder of a LoRA that `avdiff train` made; guidance is then 2 unless told.")
+        str | None,
+        typer.Option(
+            help="Folder of a LoRA that `avdiff train` made; guidance is then 2 unless told."
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the best there is if not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each clip.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps; the best there is if not given.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each clip.")
+    ] = False,
 ) -> None:
-    """Make a clip from a description: `avdiff generate 'A woman says "good morning"' -o out.mp4`."""
+    """Make a clip from a description: `avdiff generate 'A woman says "good morning"' -o
+    out.mp4`.
+    """
     if (prompt is None) == (prompts is None):
         raise ValueError("needs either a prompt or --prompts FILE")
     given = (image, audio, video, last_image, mask, retake, extend)
@@ -157,7 +206,13 @@ def generate(
     wishes = [common.check()] if prompts is None else read_wishes(prompts, common)
     _check_outputs(wishes)
     sampling = Sampling(
-        height, width, fps, steps, guidance, audio_guidance, steadiness,
+        height,
+        width,
+        fps,
+        steps,
+        guidance,
+        audio_guidance,
+        steadiness,
         *(False if left_out else None for left_out in (no_video, no_audio, anyway)),
     )
     pipe = load_pipeline(model, device)
@@ -169,17 +224,22 @@ def generate(
 
 
 def read_wishes(path: Path, common: Wish) -> list[Wish]:
-    """A prompts file: one JSON object a line; what a line does not say is taken from the command's options.
+    """A prompts file: one JSON object a line; what a line does not say is taken from the command's
+    options.
 
     Raises:
-        ValueError: unreadable file, or a line that is no object, has an unknown key or a wrong value.
+        ValueError: unreadable file, or a line that is no object, has an unknown key or a wrong
+            value.
     """
     if not path.is_file():
         raise ValueError(f"prompts={path}: no such file")
     known = {f.name for f in fields(Wish)}
-    folder, wishes = Path(common.output or "."), []
+    folder = Path(common.output or ".")
+    wishes = []
     try:
-        text = path.read_text(encoding="utf-8-sig")  # also without the mark that some editors put in front
+        text = path.read_text(
+            encoding="utf-8-sig"
+        )  # also without the mark that some editors put in front
     except ValueError as error:
         raise ValueError(f"prompts={path}: needs UTF-8 text ({error})") from error
     for number, line in enumerate(text.split("\n"), 1):
@@ -204,7 +264,9 @@ def read_wishes(path: Path, common: Wish) -> list[Wish]:
     names = [wish.output for wish in wishes]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: output={double} is asked for twice, needs a name of its own for each line")
+        raise ValueError(
+            f"{path}: output={double} is asked for twice, needs a name of its own for each line"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return wishes
 
@@ -216,18 +278,26 @@ def _check_outputs(wishes: list[Wish]) -> None:
         if path.suffix.lower() not in (".mp4", ".mov", ".m4a", ".wav"):
             raise ValueError(f"output={path}: needs a name that ends in .mp4, .mov, .m4a or .wav")
         if "\0" in str(path) or path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"output={str(path)!r}: needs a file name, without NUL, in a folder that exists")
+            raise ValueError(
+                f"output={str(path)!r}: needs a file name, without NUL, in a folder that exists"
+            )
 
 
 def load_pipeline(model: str, device: str | None) -> Any:
-    """The pipeline by a preset's name, a folder or a hub name; a model that cannot be loaded is one sentence."""
+    """The pipeline by a preset's name, a folder or a hub name; a model that cannot be loaded is one
+    sentence.
+    """
     if len(model) > 1000:
         raise ValueError(f"model={model[:40]}...: needs the folder or the hub name of a pipeline")
     folder = Path(avdiff.PRESENTER) if model == "presenter" else Path(model)
     if model == "presenter" and not (folder / "model_index.json").is_file():
-        raise ValueError("model=presenter: this copy of avdiff has no weights in it; give --model FOLDER")
+        raise ValueError(
+            "model=presenter: this copy of avdiff has no weights in it; give --model FOLDER"
+        )
     if folder.is_file() or (folder.is_dir() and not (folder / "model_index.json").is_file()):
-        raise ValueError(f"model={model}: needs the folder of a pipeline, with a model_index.json in it")
+        raise ValueError(
+            f"model={model}: needs the folder of a pipeline, with a model_index.json in it"
+        )
     import torch
     from diffusers.utils import logging
 
@@ -236,7 +306,9 @@ def load_pipeline(model: str, device: str | None) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        pipe = AVDiffPipeline.from_pretrained(str(folder) if folder.is_dir() else model, use_safetensors=True)
+        pipe = AVDiffPipeline.from_pretrained(
+            str(folder) if folder.is_dir() else model, use_safetensors=True
+        )
     except Exception as error:  # whatever a broken or foreign file provokes in the loaders
         said = shorten(str(error).strip() or type(error).__name__, 240)
         raise ValueError(f"model={model}: cannot be loaded ({said})") from error
@@ -246,13 +318,16 @@ def load_pipeline(model: str, device: str | None) -> Any:
             raise RuntimeError("it holds no values")
         return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device}: is not usable here ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"device={device}: is not usable here ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_lora(pipe: Any, folder: str) -> None:
     """Put a LoRA on the pipeline; one that cannot be loaded is one sentence.
 
-    Guidance that was distilled into the weights is asked for again by default: plain training unlearns it.
+    Guidance that was distilled into the weights is asked for again by default: plain training
+    unlearns it.
     """
     from avdiff.pipelines.pipeline_av import RECOMMENDED
 
@@ -261,7 +336,11 @@ def load_lora(pipe: Any, folder: str) -> None:
     except Exception as error:  # whatever a broken or foreign file provokes in the loaders
         said = shorten(str(error).strip() or type(error).__name__, 240)
         raise ValueError(f"lora={folder}: cannot be loaded ({said})") from error
-    again = {key: value for key, value in RECOMMENDED.items() if "guidance" in key and pipe.config[key] <= 1}
+    again = {
+        key: value
+        for key, value in RECOMMENDED.items()
+        if "guidance" in key and pipe.config[key] <= 1
+    }
     pipe.register_to_config(**again)
 
 
@@ -293,41 +372,55 @@ def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any
         frames = None if result.frames is None else result.frames[0]
         audio = None if result.audio is None else result.audio[0].float().cpu().numpy()
         write_clip(str(wish.output), frames, result.frame_rate, audio, result.sampling_rate, facts)
-        shape = {"seconds": round(float(0 if audio is None else audio.shape[-1] / result.sampling_rate), 3)}
+        shape = {
+            "seconds": round(
+                float(0 if audio is None else audio.shape[-1] / result.sampling_rate), 3
+            )
+        }
         if frames is not None:
-            shape = {"seconds": round(float(len(frames) / result.frame_rate), 3), "frames": len(frames),
-                     "height": frames.shape[1], "width": frames.shape[2]}
+            shape = {
+                "seconds": round(float(len(frames) / result.frame_rate), 3),
+                "frames": len(frames),
+                "height": frames.shape[1],
+                "width": frames.shape[2],
+            }
     seconds = time.perf_counter() - start
-    return {
-        "output": wish.output,
-        **facts,
-        **shape,
-        "compute_seconds": round(seconds, 2),
-    }
+    return {"output": wish.output, **facts, **shape, "compute_seconds": round(seconds, 2)}
 
 
 def _sentence(report: dict[str, Any]) -> str:
     return (
-        f"{report['output']}: {report['seconds']:.2f} s, seed {report['seed']}, made in {report['compute_seconds']} s"
+        f"{report['output']}: {report['seconds']:.2f} s, seed {report['seed']}, made in "
+        f"{report['compute_seconds']} s"
     )
 
 
-# --------------------------------------------------------------------------------------------------- info and doctor
+# ---------------------------------------------------------------------------------- info and doctor
 
 
 @app.command()
 def info(
-    file: Annotated[Path | None, typer.Argument(help="A media file; without one, what is in the package.")] = None,
-    presets: Annotated[bool, typer.Option("--presets", help="How large the sizes are that can be trained.")] = False,
+    file: Annotated[
+        Path | None, typer.Argument(help="A media file; without one, what is in the package.")
+    ] = None,
+    presets: Annotated[
+        bool, typer.Option("--presets", help="How large the sizes are that can be trained.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What the package holds (networks, licence, training data), the presets' sizes, or what is in a media file."""
+    """What the package holds (networks, licence, training data), the presets' sizes, or what is in
+    a media file.
+    """
     from avdiff.cli.info import describe_bundled, describe_file, describe_presets
 
     if file is not None:
         print(describe_file(file, as_json))
     else:
-        print(describe_presets(as_json) if presets else describe_bundled(Path(avdiff.PRESENTER), as_json))
+        print(
+            describe_presets(as_json)
+            if presets
+            else describe_bundled(Path(avdiff.PRESENTER), as_json)
+        )
 
 
 @app.command()
@@ -340,7 +433,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     raise typer.Exit(0 if healthy else 1)
 
 
-# ------------------------------------------------------------------------------------------- commands of other modules
+# ------------------------------------------------------------------------ commands of other modules
 
 
 def _passed_on(name: str, module: str) -> Callable[[typer.Context], None]:
@@ -355,11 +448,15 @@ app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 for _name, (_module, _help) in PASSED_ON.items():
     _settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(_name, help=_help, add_help_option=False, context_settings=_settings)(_passed_on(_name, _module))
+    app.command(_name, help=_help, add_help_option=False, context_settings=_settings)(
+        _passed_on(_name, _module)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the console script: run, and turn the user's errors into one line and exit code 2."""
+    """Entry point of the console script: run, and turn the user's errors into one line and exit
+    code 2.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
@@ -370,7 +467,11 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        text = error.format_message() if isinstance(error, TyperException) else str(error) or type(error).__name__
+        text = (
+            error.format_message()
+            if isinstance(error, TyperException)
+            else str(error) or type(error).__name__
+        )
         if not isinstance(error, TyperException | ValueError | OSError):
             text = f"{type(error).__name__}: {text} (a fault of avdiff; --debug shows where)"
         print(f"avdiff: {' '.join(text.split())}", file=sys.stderr)

@@ -1,1 +1,3 @@
-"""Blocks that know neither audio nor video: attention, RoPE, modulation, feed-forward, MoE, Engram."""
+"""Blocks that know neither audio nor video: attention, RoPE, modulation, feed-forward, MoE,
+Engram.
+"""

@@ -1,6 +1,7 @@
 """Attention over one or several sources, through diffusers' backend dispatch.
 
-Shape legend: B batch, Q queries, K keys of all sources, H heads, E channels of a head, D model width.
+Shape legend: B batch, Q queries, K keys of all sources, H heads, E channels of a head, D model
+width.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ from torch.nn import functional as F
 
 from avdiff.core.rope import apply_rotary
 
-# Above this many scores the fused kernel's memory saving matters more than its slow backward pass on CPU.
+# Above this many scores the fused kernel's memory saving matters more than its slow backward pass
+# on CPU.
 MAX_PLAIN_SCORES = 2**25
 
 
 def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(QK^T / sqrt(E)) V in two matrix products; (B, Q, H, E), (B, K, H, E) -> (B, Q, H, E)."""
+    """softmax(QK^T / sqrt(E)) V in two matrix products; (B, Q, H, E), (B, K, H, E) -> (B, Q, H,
+    E).
+    """
     scores = torch.einsum("bqhe,bkhe->bhqk", query * query.shape[-1] ** -0.5, key)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -32,8 +39,8 @@ def plain_attention(
 class AVAttnProcessor:
     """Calls `dispatch_attention_fn`, so that every diffusers attention backend can be chosen.
 
-    Training on CPU takes `plain_attention` instead unless a backend was set: for a few hundred tokens it is 2.5 times
-    as fast, forward and backward, as the fused CPU kernel.
+    Training on CPU takes `plain_attention` instead unless a backend was set: for a few hundred
+    tokens it is 2.5 times as fast, forward and backward, as the fused CPU kernel.
     """
 
     _attention_backend = None
@@ -47,7 +54,9 @@ class AVAttnProcessor:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query (B, Q, H, E), key and value (B, K, H, E), mask (1|B, 1, 1|Q, K) of bool -> (B, Q, H, E)."""
+        """query (B, Q, H, E), key and value (B, K, H, E), mask (1|B, 1, 1|Q, K) of bool -> (B, Q,
+        H, E).
+        """
         scores = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
         if (
             self._attention_backend is None
@@ -67,7 +76,9 @@ class AVAttnProcessor:
 
 
 class HeadNorm(nn.Module):
-    """Heads of x (..., E) with unit RMS times a weight; in the dtype of x, which autocast may have lowered."""
+    """Heads of x (..., E) with unit RMS times a weight; in the dtype of x, which autocast may have
+    lowered.
+    """
 
     def __init__(self, dim_head: int) -> None:
         super().__init__()
@@ -78,12 +89,15 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with QK-norm (Henry et al. 2020) whose keys may come from several token sources.
+    """Multi-head attention with QK-norm (Henry et al. 2020) whose keys may come from several token
+    sources.
 
     Args:
-        query_dim: width of the queries and of the output. heads, dim_head: inner width is their product.
-        source_dims: width of each source. The first uses `to_k`/`to_v`, the others `add_k_proj`/`add_v_proj`.
-            Each source has its own projections: tokens of different kinds do not share a key space by accident.
+        query_dim: width of the queries and of the output. heads, dim_head: inner width is their
+            product.
+        source_dims: width of each source. The first uses `to_k`/`to_v`, the others
+            `add_k_proj`/`add_v_proj`. Each source has its own projections: tokens of different
+            kinds do not share a key space by accident.
     """
 
     processor: Callable[..., torch.Tensor]
@@ -91,9 +105,12 @@ class Attention(nn.Module, AttentionModuleMixin):
     _available_processors = [AVAttnProcessor]
     _supports_qkv_fusion = False
 
-    def __init__(self, query_dim: int, heads: int, dim_head: int, source_dims: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, query_dim: int, heads: int, dim_head: int, source_dims: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        self.heads, self.dim_head = heads, dim_head
+        self.heads = heads
+        self.dim_head = dim_head
         self.is_cross_attention = source_dims is not None
         self.use_bias = False
         inner = heads * dim_head
@@ -119,25 +136,32 @@ class Attention(nn.Module, AttentionModuleMixin):
         """Attend from x (B, Q, D) to all present sources (B, K_i, D_i), or to x itself.
 
         Args:
-            key_phases: one entry per source. attention_mask: bool over the present sources' keys, in order.
+            key_phases: one entry per source. attention_mask: bool over the present sources' keys,
+                in order.
         """
         sources = (x,) if sources is None else sources
         key_phases = (query_phases,) * len(sources) if key_phases is None else key_phases
-        to_k, to_v = [self.to_k, *self.add_k_proj], [self.to_v, *self.add_v_proj]
+        to_k = [self.to_k, *self.add_k_proj]
+        to_v = [self.to_v, *self.add_v_proj]
 
         query = self.norm_q(self._heads(self.to_q(x)))  # (B, Q, H, E)
         if query_phases is not None:
             query = apply_rotary(query, query_phases)
-        keys, values = [], []
+        keys = []
+        values = []
         for source, phases, k, v in zip(sources, key_phases, to_k, to_v, strict=True):
             if source is None:
                 continue
             key = self.norm_k(self._heads(k(source)))
             keys.append(key if phases is None else apply_rotary(key, phases))
             values.append(self._heads(v(source)))
-        key, value = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # (B, K, H, E)
+        # (B, K, H, E)
+        key = torch.cat(keys, dim=1)
+        value = torch.cat(values, dim=1)
 
-        out = self.processor(self, query.to(value.dtype), key.to(value.dtype), value, attention_mask)
+        out = self.processor(
+            self, query.to(value.dtype), key.to(value.dtype), value, attention_mask
+        )
         return self.to_out[0](out.flatten(2))  # (B, Q, D)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 
 class SwiGLU(nn.Module):
-    """(B, N, dim) -> (B, N, dim): W_out(silu(W_gate x) * W_up x); gate and up are one matrix product."""
+    """(B, N, dim) -> (B, N, dim): W_out(silu(W_gate x) * W_up x); gate and up are one matrix
+    product.
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()

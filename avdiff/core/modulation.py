@@ -1,4 +1,6 @@
-"""Timestep modulation: one embedding MLP for the model, one small table for each block (ada-single, PixArt-alpha)."""
+"""Timestep modulation: one embedding MLP for the model, one small table for each block (ada-single,
+PixArt-alpha).
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,13 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def sinusoid(sigma: torch.Tensor, dim: int) -> torch.Tensor:
-    """Noise levels (...,) in [0, 1] -> (..., dim) fp32 sines and cosines, scaled by 1000 as is the custom."""
+    """Noise levels (...,) in [0, 1] -> (..., dim) fp32 sines and cosines, scaled by 1000 as is the
+    custom.
+    """
     rates = torch.exp(
-        -math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32, device=sigma.device) / (dim // 2)
+        -math.log(10000.0)
+        * torch.arange(dim // 2, dtype=torch.float32, device=sigma.device)
+        / (dim // 2)
     )
     angles = sigma.float()[..., None] * 1000.0 * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -44,7 +50,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, dim: int, rows: int, frequencies: int = 128) -> None:
         super().__init__()
-        self.frequencies, self.rows = frequencies, rows
+        self.frequencies = frequencies
+        self.rows = rows
         self.linear_1 = nn.Linear(frequencies, dim)
         self.linear_2 = nn.Linear(dim, dim)
         self.to_rows = nn.Linear(dim, rows * dim)
@@ -61,7 +68,9 @@ class TimestepEmbedding(nn.Module):
 
 
 class ModulationTable(nn.Module):
-    """A block's own learned offsets for `records` Modulations; shifts and scales start at 0, gates at `gate`."""
+    """A block's own learned offsets for `records` Modulations; shifts and scales start at 0, gates
+    at `gate`.
+    """
 
     def __init__(self, dim: int, records: int, gate: float = 1.0) -> None:
         super().__init__()
@@ -70,6 +79,10 @@ class ModulationTable(nn.Module):
         self.table = nn.Parameter(start.flatten(0, 1))
 
     def forward(self, rows: torch.Tensor) -> list[Modulation]:
-        """rows (B, 1|N, 3 * records, D) from `TimestepEmbedding` -> one Modulation for each record."""
+        """rows (B, 1|N, 3 * records, D) from `TimestepEmbedding` -> one Modulation for each
+        record.
+        """
         shift_scale_gate = (self.table + rows).unbind(dim=-2)
-        return [Modulation(*shift_scale_gate[i : i + 3]) for i in range(0, len(shift_scale_gate), 3)]
+        return [
+            Modulation(*shift_scale_gate[i : i + 3]) for i in range(0, len(shift_scale_gate), 3)
+        ]

@@ -10,7 +10,8 @@ import torch
 def native_bf16() -> bool:
     """Whether the device that accelerate will choose multiplies bf16 in hardware.
 
-    A processor without such instructions emulates them, fifty times slower than fp32 (AVX2: 1 against 50 GFLOP/s).
+    A processor without such instructions emulates them, fifty times slower than fp32 (AVX2: 1
+    against 50 GFLOP/s).
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,7 +1,8 @@
 """Rotary positions in physical units: seconds on the clock, pixels on the picture.
 
-RoPE (Su et al. 2021, arXiv:2104.09864) with axes as in LTX-2: attention depends on differences in seconds, so both
-streams stay in phase at any frame rate, and moving a whole clip in time changes nothing.
+RoPE (Su et al. 2021, arXiv:2104.09864) with axes as in LTX-2: attention depends on differences in
+seconds, so both streams stay in phase at any frame rate, and moving a whole clip in time changes
+nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 
 import torch
 
-# Shortest and longest wavelength of an axis. Time: from a tick (80 ms) to a long clip; pixels: from a token (64 px) up.
+# Shortest and longest wavelength of an axis. Time: from a tick (80 ms) to a long clip; pixels: from
+# a token (64 px) up.
 SECONDS_BAND = (0.16, 80.0)
 PIXELS_BAND = (128.0, 4096.0)
 
@@ -24,8 +26,8 @@ def _angles(position: torch.Tensor, pairs: int, band: tuple[float, float]) -> to
 
 
 def rotary_phases(positions: torch.Tensor, dim_head: int) -> torch.Tensor:
-    """exp(i * angle), complex64 (1, N, 1, dim_head / 2), for positions (N, 1) in seconds or (N, 3) in seconds, row and
-    column pixels.
+    """exp(i * angle), complex64 (1, N, 1, dim_head / 2), for positions (N, 1) in seconds or (N, 3)
+    in seconds, row and column pixels.
 
     With three axes, half of the channel pairs turn with time and a quarter with each picture axis.
     """

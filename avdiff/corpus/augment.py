@@ -1,7 +1,8 @@
-"""Degraded speech: level, noise, room and pitch, so that speech from a real microphone can drive a face later.
+"""Degraded speech: level, noise, room and pitch, so that speech from a real microphone can drive a
+face later.
 
-Everything keeps time: the direct sound of a room comes first, and a change of pitch (by resampling) reports its factor
-so that phone times can follow.
+Everything keeps time: the direct sound of a room comes first, and a change of pitch (by resampling)
+reports its factor so that phone times can follow.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import numpy as np
 from scipy.signal import fftconvolve, resample_poly
 
 KINDS = ("level", "noise", "room", "pitch")
-PITCH_FACTORS = tuple(Fraction(n, 50) for n in (45, 46, 47, 48, 52, 53, 54, 55))  # above 1: higher and faster
+PITCH_FACTORS = tuple(
+    Fraction(n, 50) for n in (45, 46, 47, 48, 52, 53, 54, 55)
+)  # above 1: higher and faster
 SNR_DB = (6.0, 28.0)
 REVERB_SECONDS = (0.15, 0.6)  # RT60
 LEVEL_DB = (-14.0, 6.0)
@@ -32,7 +35,9 @@ def draw_plan(rng: np.random.Generator, share: float) -> Plan:
         return Plan()
     count = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     kinds = set(rng.choice(KINDS, size=count, replace=False).tolist())
-    pitch = PITCH_FACTORS[int(rng.integers(len(PITCH_FACTORS)))] if "pitch" in kinds else Fraction(1)
+    pitch = (
+        PITCH_FACTORS[int(rng.integers(len(PITCH_FACTORS)))] if "pitch" in kinds else Fraction(1)
+    )
     return Plan(tuple(kind for kind in KINDS if kind in kinds), pitch)
 
 
@@ -41,8 +46,12 @@ def shift_pitch(audio: np.ndarray, factor: Fraction) -> np.ndarray:
     return resample_poly(audio, factor.denominator, factor.numerator).astype(np.float32)
 
 
-def degrade(rng: np.random.Generator, audio: np.ndarray, kinds: tuple[str, ...], rate: int) -> np.ndarray:
-    """Room, then noise, then level (the order of a real recording): (S,) float32 -> (S,) float32 in [-1, 1]."""
+def degrade(
+    rng: np.random.Generator, audio: np.ndarray, kinds: tuple[str, ...], rate: int
+) -> np.ndarray:
+    """Room, then noise, then level (the order of a real recording): (S,) float32 -> (S,) float32 in
+    [-1, 1].
+    """
     room, hiss, gain = rng.spawn(3)
     loudness = float(np.sqrt(np.mean(audio**2)) + 1e-6)
     if "room" in kinds:
@@ -55,12 +64,16 @@ def degrade(rng: np.random.Generator, audio: np.ndarray, kinds: tuple[str, ...],
     peak = float(np.abs(audio).max(initial=0.0))
     if peak > 0.99:
         # half of loud microphones clip, half have a limiter
-        audio = np.clip(audio, -0.99, 0.99) if gain.random() < 0.5 else audio * np.float32(0.99 / peak)
+        audio = (
+            np.clip(audio, -0.99, 0.99) if gain.random() < 0.5 else audio * np.float32(0.99 / peak)
+        )
     return audio.astype(np.float32)
 
 
 def add_room(rng: np.random.Generator, audio: np.ndarray, rate: int) -> np.ndarray:
-    """Convolve with the direct sound and an exponentially decaying tail (Polack 1988): (S,) -> (S,), no delay."""
+    """Convolve with the direct sound and an exponentially decaying tail (Polack 1988): (S,) ->
+    (S,), no delay.
+    """
     seconds = rng.uniform(*REVERB_SECONDS)
     length = round(seconds * rate)
     times = np.arange(length) / rate
@@ -80,5 +93,7 @@ def coloured_noise(rng: np.random.Generator, length: int, rate: int) -> np.ndarr
     noise /= np.sqrt(np.mean(noise**2)) + 1e-12
     if rng.random() < 0.25:
         phase = 2 * np.pi * float(rng.choice([50.0, 60.0])) * np.arange(length) / rate
-        noise += rng.uniform(0.2, 0.8) * (np.sin(phase) + 0.5 * np.sin(2 * phase + 1) + 0.3 * np.sin(3 * phase + 2))
+        noise += rng.uniform(0.2, 0.8) * (
+            np.sin(phase) + 0.5 * np.sin(2 * phase + 1) + 0.3 * np.sin(3 * phase + 2)
+        )
     return (noise / (np.sqrt(np.mean(noise**2)) + 1e-12)).astype(np.float32)

@@ -1,7 +1,9 @@
-"""Captions: many natural ways to say what a clip shows and what is spoken, in eight languages, and the way back.
+"""Captions: many natural ways to say what a clip shows and what is spoken, in eight languages, and
+the way back.
 
-The words are tables in `avdiff/bundled/captions.json`; this module chooses, orders and joins them. In a template,
-`A|B` holds the form for a woman and for a man; a Japanese feature holds its joining and its final form.
+The words are tables in `avdiff/bundled/captions.json`; this module chooses, orders and joins them.
+In a template, `A|B` holds the form for a woman and for a man; a Japanese feature holds its joining
+and its final form.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ WEIGHTS = {
     "skin": 1.0,
 }
 FEATURE_COUNTS = (0.12, 0.22, 0.30, 0.24, 0.12)  # chance of 0, 1, 2... features in a caption
-OWN_COLOUR = ("wood", "metal", "skin", "brass", "silver", "hands")  # materials whose colour goes without saying
+OWN_COLOUR = (
+    "wood",
+    "metal",
+    "skin",
+    "brass",
+    "silver",
+    "hands",
+)  # materials whose colour goes without saying
 SPEECH = "\x00"  # stands for the quoted words until the sentence around them is finished
 
 
@@ -66,15 +75,24 @@ def join_sentences(texts: Sequence[str], language: str, rng: np.random.Generator
     return joined
 
 
-def speech_captions(attributes: Mapping[str, str], text: str, language: str, rng: np.random.Generator,
-                    full_share: float = 0.0) -> list[str]:
-    """Captions of a presenter who says `text`: four in English, then (for other languages) two in the language.
+def speech_captions(
+    attributes: Mapping[str, str],
+    text: str,
+    language: str,
+    rng: np.random.Generator,
+    full_share: float = 0.0,
+) -> list[str]:
+    """Captions of a presenter who says `text`: four in English, then (for other languages) two in
+    the language.
 
     Args:
-        attributes: as `Identity.attributes()`; "none" or a missing key is not told. `augmented` lists degradations.
+        attributes: as `Identity.attributes()`; "none" or a missing key is not told. `augmented`
+            lists degradations.
         text: spoken words. language: code of the language they are in.
-        full_share: chance of a caption that tells most of what is there to be seen, where people tell some of it.
+        full_share: chance of a caption that tells most of what is there to be seen, where people
+            tell some of it.
     """
+
     def caption(written: str) -> str:
         full = full_share > 0 and rng.random() < full_share
         return _speech_caption(attributes, text, written, language, rng, full)
@@ -84,12 +102,19 @@ def speech_captions(attributes: Mapping[str, str], text: str, language: str, rng
 
 
 def _speech_caption(
-    attributes: Mapping[str, str], text: str, language: str, spoken: str, rng: np.random.Generator, full: bool
+    attributes: Mapping[str, str],
+    text: str,
+    language: str,
+    spoken: str,
+    rng: np.random.Generator,
+    full: bool,
 ) -> str:
-    table, draw = phrases(language), rng.random(5)
+    table = phrases(language)
+    draw = rng.random(5)
     male = attributes.get("gender") == "male"
     if draw[0] < 0.08 and not full:
-        template, words = _pick(rng, table["speech_only"]), {}
+        template = _pick(rng, table["speech_only"])
+        words = {}
     else:
         words = {
             "who": _who(attributes, table, rng, full),
@@ -117,31 +142,46 @@ def _speech_caption(
     return _finish(sentence, language, rng).replace(SPEECH, quote.format(text))
 
 
-def _who(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool) -> str:
+def _who(
+    attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool
+) -> str:
     """The person with some of what can be seen: "a woman with red hair and glasses"."""
     gender = "male" if attributes.get("gender") == "male" else "female"
     told = _features(attributes, table, rng, full)
     person = _pick(rng, table["person"][gender])
     adjective = _adjective(attributes, table, told, rng)
     if adjective:
-        person = table["adjective_person"].format(adjective=adjective, noun=_pick(rng, table["noun"][gender]))
+        person = table["adjective_person"].format(
+            adjective=adjective, noun=_pick(rng, table["noun"][gender])
+        )
     listed = list(told.values())
     if table.get("chain"):
         listed = [_form(text, second=i == len(listed) - 1) for i, text in enumerate(listed)]
     if listed:
-        items = listed[0] if len(listed) == 1 else table["comma"].join(listed[:-1]) + table["and"] + listed[-1]
+        items = (
+            listed[0]
+            if len(listed) == 1
+            else table["comma"].join(listed[:-1]) + table["and"] + listed[-1]
+        )
         who = _form(_pick(rng, table["with"]), gender == "male").format(person=person, list=items)
     else:
         who = table.get("alone", {}).get(gender, "{person}").format(person=person)
     clothes = attributes.get("clothes", "none")
-    if "wearing" in table and clothes in table["clothes"] and rng.random() < (0.8 if full else 0.35):
-        worn = _pick(rng, table["clothes"][clothes]).format(**table["colors"][attributes["clothes_color"]])
+    if (
+        "wearing" in table
+        and clothes in table["clothes"]
+        and rng.random() < (0.8 if full else 0.35)
+    ):
+        worn = _pick(rng, table["clothes"][clothes]).format(
+            **table["colors"][attributes["clothes_color"]]
+        )
         who = _form(_pick(rng, table["wearing"]), gender == "male").format(who=who, clothes=worn)
     return who
 
 
-def _features(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool,
-              ) -> dict[str, str]:
+def _features(
+    attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool
+) -> dict[str, str]:
     """Some of the features, or most of them, in the order of telling."""
     can: dict[str, list[str]] = {}
     for name in FEATURES:
@@ -149,7 +189,9 @@ def _features(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.r
         if name == "hair":
             can |= _hair(attributes, table, rng)
         elif value in table.get(name, {}):
-            forms = table["colors"].get(attributes.get("hat_color", ""), {}) if name == "hat" else {}
+            forms = (
+                table["colors"].get(attributes.get("hat_color", ""), {}) if name == "hat" else {}
+            )
             if name != "hat" or forms:
                 can[name] = [text.format(**forms) for text in table[name][value]]
     if "wearing" not in table and attributes.get("clothes") in table["clothes"]:
@@ -160,15 +202,20 @@ def _features(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.r
     if not count:
         return {}
     weights = np.array([WEIGHTS.get(name, 2.0) for name in can])
-    chosen = [list(can)[i] for i in rng.choice(len(can), count, replace=False, p=weights / weights.sum())]
+    chosen = [
+        list(can)[i] for i in rng.choice(len(can), count, replace=False, p=weights / weights.sum())
+    ]
     if rng.random() < 0.6:
         chosen.sort(key=lambda name: name != "hair")  # most people name the hair first
     return {name: _pick(rng, can[name]) for name in chosen}
 
 
-def _hair(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator) -> dict[str, list[str]]:
+def _hair(
+    attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator
+) -> dict[str, list[str]]:
     """Ways to tell colour and style of the hair: often the colour alone."""
-    style, color = attributes.get("hair_style", ""), attributes.get("hair_color", "none")
+    style = attributes.get("hair_style", "")
+    color = attributes.get("hair_color", "none")
     if style == "bald":
         return {"hair": table["hair"]["bald"]}
     if color not in table["hair_color"]:
@@ -179,7 +226,10 @@ def _hair(attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.rando
 
 
 def _adjective(
-    attributes: Mapping[str, str], table: Mapping[str, Any], told: dict[str, str], rng: np.random.Generator
+    attributes: Mapping[str, str],
+    table: Mapping[str, Any],
+    told: dict[str, str],
+    rng: np.random.Generator,
 ) -> str:
     """Sometimes a feature becomes an adjective ("a bearded man") and leaves the list."""
     adjectives = table.get("adjective")
@@ -213,14 +263,20 @@ def _finish(sentence: str, language: str, rng: np.random.Generator) -> str:
 
 
 def event_captions(event: Event, language: str, rng: np.random.Generator) -> list[str]:
-    """Captions of an event with the number of impacts: four in English, two in the language if it is another."""
+    """Captions of an event with the number of impacts: four in English, two in the language if it
+    is another.
+    """
     captions = [_event_caption(event, "en", rng) for _ in range(4)]
-    return captions + [_event_caption(event, language, rng) for _ in range(2 if language != "en" else 0)]
+    return captions + [
+        _event_caption(event, language, rng) for _ in range(2 if language != "en" else 0)
+    ]
 
 
 def _event_caption(event: Event, language: str, rng: np.random.Generator) -> str:
     table = phrases(language)
-    plain = (event.kind in ("ball", "bell", "knock") and event.material in OWN_COLOUR) or rng.random() < 0.4
+    plain = (
+        event.kind in ("ball", "bell", "knock") and event.material in OWN_COLOUR
+    ) or rng.random() < 0.4
     forms = {key: "" if plain else value for key, value in table["colors"][event.color].items()}
     sizes = {key: _pick(rng, value) for key, value in table["size"][event.size].items()}
     if rng.random() < 0.4:
@@ -243,7 +299,9 @@ def _event_caption(event: Event, language: str, rng: np.random.Generator) -> str
     sentence = _pick(rng, table["event"][event.kind]).format(**words)
     if event.kind not in ("ball", "knock") and rng.random() < 0.25:
         background = _pick(rng, table["background"]).format(**table["colors"][event.background])
-        sentence = _pick(rng, table["event_background"]).format(event=sentence, background=background)
+        sentence = _pick(rng, table["event_background"]).format(
+            event=sentence, background=background
+        )
     return _finish(sentence, language, rng)
 
 
@@ -263,28 +321,39 @@ QUOTES = (
     ("``", "''"),
     ("‘", "’"),
 )
-_SPOKEN = re.compile("|".join(f"{re.escape(a)}((?:(?!{re.escape(b)}).)+){re.escape(b)}" for a, b in QUOTES), re.DOTALL)
-# single straight quotes also mark apostrophes: they quote only where no word touches them outside or is cut by them
+_SPOKEN = re.compile(
+    "|".join(f"{re.escape(a)}((?:(?!{re.escape(b)}).)+){re.escape(b)}" for a, b in QUOTES),
+    re.DOTALL,
+)
+# single straight quotes also mark apostrophes: they quote only where no word touches them outside
+# or is cut by them
 _SINGLE = re.compile(r"(?<!\w)'(\S(?:[^']|(?<=\w)'(?=\w))*?)'(?!\w)", re.DOTALL)
 _OPEN = re.compile(r"(?<![\d\w\"])[\"“„«「]\s*([^\"“”„«»「」]+)$", re.DOTALL)
 _VERBS = (
-    r"says?|said|saying|speaks?|speaking|tells? us|announces?|asks?|replies|whispers?|shouts?|dice|diciendo|dicen|"
+    r"says?|said|saying|speaks?|speaking|tells? "
+    r"us|announces?|asks?|replies|whispers?|shouts?|dice|diciendo|dicen|"
     r"dit|disant|diz|dizendo|कहत[ाीे] है|बोलत[ाीे] है|说|說|と言う|言う"
 )
-_COLON = re.compile(rf"(?:\b(?:{_VERBS})[^:：\n]{{0,24}}|说|說)\s?[:：]\s*(\S.*)$", re.DOTALL | re.IGNORECASE)
+_COLON = re.compile(
+    rf"(?:\b(?:{_VERBS})[^:：\n]{{0,24}}|说|說)\s?[:：]\s*(\S.*)$", re.DOTALL | re.IGNORECASE
+)
 
 
 def parse_prompt(prompt: str) -> tuple[str, str | None]:
     """Split a prompt into what is seen and what is spoken.
 
-    Knows “ ” " " „ “ « » 「 」 『 』 ‘ ’ and ' ', a quotation left open at the end, and `says: words` without quotes.
-    Several quotations are joined by a comma.
+    Knows “ ” " " „ “ « » 「 」 『 』 ‘ ’ and ' ', a quotation left open at the end,
+    and `says: words`
+    without quotes. Several quotations are joined by a comma.
 
     Returns:
-        (description without the spoken words, spoken words or None). A prompt that is all quotation has description "".
+        (description without the spoken words, spoken words or None). A prompt that is all quotation
+        has description "".
     """
     for pattern in (_SPOKEN, _SINGLE, _OPEN):
-        found = [next(g for g in match.groups() if g is not None) for match in pattern.finditer(prompt)]
+        found = [
+            next(g for g in match.groups() if g is not None) for match in pattern.finditer(prompt)
+        ]
         spoken = [part.strip().rstrip(",，、 ") for part in found if part.strip(" ,.;，、。")]
         if spoken:
             return _tidy(pattern.sub(" ", prompt)), ", ".join(spoken)

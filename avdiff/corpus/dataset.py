@@ -1,7 +1,8 @@
-"""The presenter corpus: clip number -> a drawn presenter who speaks, or an object that sounds, with the exact truth.
+"""The presenter corpus: clip number -> a drawn presenter who speaks, or an object that sounds, with
+the exact truth.
 
-Everything about a clip follows from (seed, split, index): the same in any process, with any number of workers, and the
-same scene at any size or frame rate.
+Everything about a clip follows from (seed, split, index): the same in any process, with any number
+of workers, and the same scene at any size or frame rate.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from avdiff.phonetics.visemes import viseme_track
 PAUSE_SECONDS = (0.2, 0.6)  # between sentences
 LEAD_SECONDS = (0.04, 0.35)  # before the first word
 TAIL_SECONDS = (0.05, 0.4)  # after the last word
-SPARE_SECONDS = 0.5  # sound made beyond the clip, so that rounding to whole frames never asks for more
+SPARE_SECONDS = (
+    0.5  # sound made beyond the clip, so that rounding to whole frames never asks for more
+)
 LONGEST_EVENT = 4.0  # seconds, where clips may be shorter or longer
 
 
@@ -54,13 +57,17 @@ class CorpusOptions:
 
     Args:
         size: pixels of the square picture. fps: frame rate.
-        seconds: (shortest, longest) clip, or one number: every clip has the fewest frames that last so long.
+        seconds: (shortest, longest) clip, or one number: every clip has the fewest frames that last
+            so long.
         max_sentences: sentences in a clip; 1 for single utterances.
-        event_share: share of clips with sounding objects. augment_share: share of speech clips with degraded sound.
+        event_share: share of clips with sounding objects. augment_share: share of speech clips with
+            degraded sound.
         keep_clean: return the undegraded sound too, as `audio_clean`.
         video, audio: leave one out to save its time.
-        full_captions: chance of a caption that tells most of what is there to be seen, where people tell some of it.
-        still: one picture of a random moment instead, without sound or words: many presenters for little time.
+        full_captions: chance of a caption that tells most of what is there to be seen, where people
+            tell some of it.
+        still: one picture of a random moment instead, without sound or words: many presenters for
+            little time.
     """
 
     size: int = 128
@@ -80,7 +87,9 @@ class CorpusOptions:
             raise ValueError(f"size={self.size}: needs 16 to 4096 pixels")
         low, high = self.range
         if not 0.2 <= low <= high <= 60:
-            raise ValueError(f"seconds={self.seconds}: needs a number, or (shortest, longest), from 0.2 to 60")
+            raise ValueError(
+                f"seconds={self.seconds}: needs a number, or (shortest, longest), from 0.2 to 60"
+            )
         for name in ("event_share", "augment_share", "full_captions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: needs a share from 0 to 1")
@@ -97,22 +106,24 @@ class CorpusOptions:
 class PresenterCorpus(Dataset):
     """Clips by number. Items are dicts:
 
-    video (F, S, S, 3) uint8 and audio (1, samples) float32 tensors (absent if not wanted), fps Fraction, sample_rate,
-    caption str, captions list, language, text (spoken words, "" for events), phones tuple that tiles the clip (empty
-    for events), mouth (F, 6) and lip_points (F, K, 2) float32 arrays at the middle of each frame (absent for events),
-    attributes dict of strings, kind "speech" or "event", impacts tuple of seconds, split, index; with keep_clean also
-    audio_clean (1, samples).
+    video (F, S, S, 3) uint8 and audio (1, samples) float32 tensors (absent if not wanted), fps
+    Fraction, sample_rate, caption str, captions list, language, text (spoken words, "" for events),
+    phones tuple that tiles the clip (empty for events), mouth (F, 6) and lip_points (F, K, 2)
+    float32 arrays at the middle of each frame (absent for events), attributes dict of strings, kind
+    "speech" or "event", impacts tuple of seconds, split, index; with keep_clean also audio_clean
+    (1, samples).
 
     Args:
         bank: a `SpeechBank` (any split), or the folder of one; None as in `SpeechBank`.
-        split: "train", "val", "test" or "test_voices": sentences and presenters of one are in no other, and the voices
-            of the last are in no other.
+        split: "train", "val", "test" or "test_voices": sentences and presenters of one are in no
+            other, and the voices of the last are in no other.
         languages: codes to keep; None keeps all that the bank holds.
         length: number of clips; any index below it is one clip.
         seed: another seed gives another corpus.
 
     Raises:
-        ValueError: an option out of range, or a bank without sentences for this split and these languages.
+        ValueError: an option out of range, or a bank without sentences for this split and these
+            languages.
     """
 
     def __init__(
@@ -128,16 +139,21 @@ class PresenterCorpus(Dataset):
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: needs one of {', '.join(SPLITS)}")
         if options is not None and changes:
-            raise ValueError(f"options and {', '.join(changes)} given: needs either the record or single options")
+            raise ValueError(
+                f"options and {', '.join(changes)} given: needs either the record or single options"
+            )
         self.options = options or CorpusOptions(**changes)
         self.bank = bank if isinstance(bank, SpeechBank) else SpeechBank(bank)
-        self.split, self.length, self.seed = split, length, seed
+        self.split = split
+        self.length = length
+        self.seed = seed
         self.utterances = split_utterances(self.bank, split, languages)
         longest = self.options.range[1]
         self._fitting = [u for u in self.utterances if u.duration - 0.35 <= longest]
         if not self._fitting and self.options.event_share < 1:
             raise ValueError(
-                f"split={split!r}, languages={languages}: the bank has no sentence of at most {longest} s there"
+                f"split={split!r}, languages={languages}: the bank has no sentence of at most "
+                f"{longest} s there"
             )
         self._by_voice: dict[tuple[str, str], list[Utterance]] = defaultdict(list)
         for utterance in self._fitting:
@@ -157,7 +173,9 @@ class PresenterCorpus(Dataset):
         return make(rng, {"sample_rate": SAMPLE_RATE, "split": self.split, "index": index})
 
     def _clip(self, seconds: float) -> ClipSpec:
-        """The clip of at least `seconds`; the picture's size is not bound to the codec's grid here."""
+        """The clip of at least `seconds`; the picture's size is not bound to the codec's grid
+        here.
+        """
         return ClipSpec.from_seconds(round(seconds, 4), as_fps(self.options.fps))
 
     def _times(self, clip: ClipSpec, moment: np.random.Generator) -> np.ndarray:
@@ -172,7 +190,9 @@ class PresenterCorpus(Dataset):
         plan = draw_plan(sound, self.options.augment_share)
         passage, clip = self._passage(words, plan)
         first = passage.utterances[0]
-        identity = sample_identity(face, first.gender, "test" if self.split == "test_voices" else self.split)
+        identity = sample_identity(
+            face, first.gender, "test" if self.split == "test_voices" else self.split
+        )
         times = self._times(clip, moment)
         mouth = viseme_track(passage.phones, times)
         poses = pose_track(motion, times, passage.phones)
@@ -192,16 +212,24 @@ class PresenterCorpus(Dataset):
             "caption": captions[int(phrase.integers(len(captions)))],
             "phones": () if self.options.still else tile(passage.phones, float(clip.seconds)),
             "mouth": mouth,
-            "lip_points": np.stack([lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]),
+            "lip_points": np.stack(
+                [lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]
+            ),
             "attributes": attributes,
             "impacts": (),
             "fps": clip.fps,
         }
         if self.options.audio and not self.options.still:
-            degraded = degrade(sound, passage.audio, plan.kinds, SAMPLE_RATE) if plan.kinds else passage.audio
+            degraded = (
+                degrade(sound, passage.audio, plan.kinds, SAMPLE_RATE)
+                if plan.kinds
+                else passage.audio
+            )
             item["audio"] = torch.from_numpy(degraded[: clip.num_samples].copy())[None]
             if self.options.keep_clean:
-                item["audio_clean"] = torch.from_numpy(passage.audio[: clip.num_samples].copy())[None]
+                item["audio_clean"] = torch.from_numpy(passage.audio[: clip.num_samples].copy())[
+                    None
+                ]
         if self.options.video:
             item["video"] = _stack(
                 lambda i: render_face(identity, mouth[i], poses[i], self.options.size), len(times)
@@ -209,21 +237,33 @@ class PresenterCorpus(Dataset):
         return item
 
     def _passage(self, rng: np.random.Generator, plan: Plan) -> tuple[Passage, ClipSpec]:
-        """Sentences of one voice, and the clip that holds them; sound and phones reach `SPARE_SECONDS` further."""
+        """Sentences of one voice, and the clip that holds them; sound and phones reach
+        `SPARE_SECONDS` further.
+        """
         shortest, longest = self.options.range
-        lead, tail = rng.uniform(*LEAD_SECONDS), rng.uniform(*TAIL_SECONDS)
+        lead = rng.uniform(*LEAD_SECONDS)
+        tail = rng.uniform(*TAIL_SECONDS)
         wanted = rng.uniform(shortest, longest)
         pieces, pauses, spoken = self._pieces(rng, plan, wanted - lead - tail)
-        seconds = longest if shortest == longest else min(max(spoken + lead + tail, shortest), longest)
+        seconds = (
+            longest if shortest == longest else min(max(spoken + lead + tail, shortest), longest)
+        )
         room = seconds - spoken
         lead = room * lead / (lead + tail) if shortest == longest else min(lead, room)
-        # nothing above depends on the frame rate; only here is the clip rounded up to whole groups of frames
+        # nothing above depends on the frame rate; only here is the clip rounded up to whole groups
+        # of frames
         clip = self._clip(seconds)
-        return join_pieces(pieces, pauses, lead, round((seconds + SPARE_SECONDS) * SAMPLE_RATE)), clip
+        return join_pieces(
+            pieces, pauses, lead, round((seconds + SPARE_SECONDS) * SAMPLE_RATE)
+        ), clip
 
-    def _pieces(self, rng: np.random.Generator, plan: Plan, room: float) -> tuple[list[Piece], list[float], float]:
+    def _pieces(
+        self, rng: np.random.Generator, plan: Plan, room: float
+    ) -> tuple[list[Piece], list[float], float]:
         """Sentences of one voice, the pause before each, and their length together."""
-        for _ in range(100):  # `_fitting` is a rough cut: now and then a sentence is too long after all
+        for _ in range(
+            100
+        ):  # `_fitting` is a rough cut: now and then a sentence is too long after all
             first = self._fitting[int(rng.integers(len(self._fitting)))]
             pieces, pauses = choose_pieces(
                 rng,
@@ -237,14 +277,17 @@ class PresenterCorpus(Dataset):
             spoken = sum(piece.seconds for piece in pieces) + sum(pauses)
             if spoken <= self.options.range[1]:
                 return pieces, pauses, spoken
-        raise ValueError(f"seconds={self.options.seconds}: too short for the sentences of this bank")
+        raise ValueError(
+            f"seconds={self.options.seconds}: too short for the sentences of this bank"
+        )
 
     def _event(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
         """An object sounds."""
         shape, phrase, moment = rng.spawn(3)
         low, high = self.options.range
         seconds = shape.uniform(low, max(low, min(high, LONGEST_EVENT)))
-        clip, event = self._clip(seconds), sample_event(shape, seconds)
+        clip = self._clip(seconds)
+        event = sample_event(shape, seconds)
         languages = sorted({u.lang for u in self.utterances}) or list(LANGUAGES)
         language = str(phrase.choice(languages))
         captions = event_captions(event, language, phrase)
@@ -260,15 +303,22 @@ class PresenterCorpus(Dataset):
             "fps": clip.fps,
         }
         if self.options.audio and not self.options.still:
-            item["audio"] = torch.from_numpy(event_audio(event, clip.num_samples, SAMPLE_RATE))[None]
+            item["audio"] = torch.from_numpy(event_audio(event, clip.num_samples, SAMPLE_RATE))[
+                None
+            ]
         if self.options.video:
             times = self._times(clip, moment)
-            item["video"] = _stack(lambda i: render_event(event, float(times[i]), self.options.size), len(times))
+            item["video"] = _stack(
+                lambda i: render_event(event, float(times[i]), self.options.size), len(times)
+            )
         return item
 
 
-def split_utterances(bank: SpeechBank, split: str, languages: Sequence[str] | None = None) -> list[Utterance]:
-    """Utterances of a split whose normalised text is in no earlier split (train before val, test, test_voices).
+def split_utterances(
+    bank: SpeechBank, split: str, languages: Sequence[str] | None = None
+) -> list[Utterance]:
+    """Utterances of a split whose normalised text is in no earlier split (train before val, test,
+    test_voices).
 
     Raises:
         ValueError: a language that the bank does not hold.
@@ -277,14 +327,17 @@ def split_utterances(bank: SpeechBank, split: str, languages: Sequence[str] | No
     for language in languages or ():
         if language not in held:
             raise ValueError(
-                f"languages={list(languages or ())}: this bank has no {language!r}, only {', '.join(sorted(held))}"
+                f"languages={list(languages or ())}: this bank has no {language!r}, only "
+                f"{', '.join(sorted(held))}"
             )
     earlier = SPLITS[: SPLITS.index(split)]
     taken = {normalised_text(u.text) for u in bank if u.split in earlier}
     return [
         u
         for u in bank
-        if u.split == split and (not languages or u.lang in languages) and normalised_text(u.text) not in taken
+        if u.split == split
+        and (not languages or u.lang in languages)
+        and normalised_text(u.text) not in taken
     ]
 
 

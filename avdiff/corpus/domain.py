@@ -1,4 +1,6 @@
-"""The world of a model that learned from the presenter corpus: the caption tables, and what they do not tell."""
+"""The world of a model that learned from the presenter corpus: the caption tables, and what they do
+not tell.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,31 @@ from avdiff.corpus.captions import phrases
 from avdiff.models.prompt_domain import PromptWorld, caption_words
 
 ABOUT = (
-    "draws one cartoon presenter who says the words in quotes (English, Spanish, French, Hindi, Italian, Japanese, "
-    "Portuguese or Chinese), or one event that sounds: a bouncing ball, a drum, a bell, a tapped glass, clapping hands "
+    "draws one cartoon presenter who says the words in quotes (English, Spanish, French, Hindi, "
+    "Italian, Japanese, "
+    "Portuguese or Chinese), or one event that sounds: a bouncing ball, a drum, a bell, a tapped "
+    "glass, clapping hands "
     "or a knock on a door"
 )
-# How the Unicode names of letters begin that the eight languages use (ª and º, full-width forms and 々 among them).
-SCRIPTS = ("LATIN", "DEVANAGARI", "HIRAGANA", "KATAKANA", "CJK", "FEMININE", "MASCULINE", "FULLWIDTH", "HALFWIDTH",
-           "IDEOGRAPHIC", "MODIFIER")
+# How the Unicode names of letters begin that the eight languages use (ª and º, full-width forms and
+# 々 among them).
+SCRIPTS = (
+    "LATIN",
+    "DEVANAGARI",
+    "HIRAGANA",
+    "KATAKANA",
+    "CJK",
+    "FEMININE",
+    "MASCULINE",
+    "FULLWIDTH",
+    "HALFWIDTH",
+    "IDEOGRAPHIC",
+    "MODIFIER",
+)
 CODES = ("en", "es", "fr", "hi", "it", "ja", "pt", "zh")
 FILLER = (
-    "the and with who whose that this these those her his their its she they very some one from for into there are was "
+    "the and with who whose that this these those her his their its she they very some one from "
+    "for into there are was "
     "then now while which "
     "los las una unos unas del con por que para esta este muy "
     "les des une dans avec sur qui que est elle très ses son "
@@ -28,8 +45,10 @@ FILLER = (
     "है हैं और के की का को में से पर एक यह वह"
 )
 PEOPLE = (
-    "woman women man men lady guy presenter person people someone somebody voice girl boy host hostess anchor "
-    "newsreader reporter speaker narrator teacher moderator announcer face character figure portrait she he "
+    "woman women man men lady guy presenter person people someone somebody voice girl boy host "
+    "hostess anchor "
+    "newsreader reporter speaker narrator teacher moderator announcer face character figure "
+    "portrait she he "
     "mujer señora presentadora hombre señor presentador alguien voz persona chica chico niña niño "
     "femme dame présentatrice homme monsieur présentateur quelqu voix personne fille garçon "
     "donna signora presentatrice uomo signore presentatore qualcuno voce persona ragazza ragazzo "
@@ -38,7 +57,8 @@ PEOPLE = (
     "女性 女の人 男性 男の人 誰か 声 人 女 男 女士 女人 女子 先生 男人 男子 有人 声音"
 )
 OBJECTS = (
-    "ball balls marble marbles drum drums drumstick bell bells glass hand hands clap claps clapping fist door doors "
+    "ball balls marble marbles drum drums drumstick bell bells glass hand hands clap claps "
+    "clapping fist door doors "
     "knock knocks knocking "
     "pelota bola canica tambor baqueta campana copa manos palmas mano puerta "
     "balle boule bille tambour baguette cloche verre mains main porte "
@@ -57,9 +77,12 @@ ACTIONS = (
     "跳ね 弾 落ち たた 鳴 打 拍手 ノック 弹 落 敲 响 拍"
 )
 FOREIGN = (
-    "photo photos photograph photographs photography photographic photorealistic realistic photoreal footage landscape "
-    "landscapes scenery mountain mountains ocean sea forest river waterfall beach sunset sunrise city skyline street "
-    "painting watercolor watercolour sketch anime manga 3d render cinematic drone aerial movie trailer dog cat horse "
+    "photo photos photograph photographs photography photographic photorealistic realistic "
+    "photoreal footage landscape "
+    "landscapes scenery mountain mountains ocean sea forest river waterfall beach sunset sunrise "
+    "city skyline street "
+    "painting watercolor watercolour sketch anime manga 3d render cinematic drone aerial movie "
+    "trailer dog cat horse "
     "bird dragon robot car train spaceship castle crowd "
     "foto fotografía fotografia paisaje montaña montañas bosque playa ciudad perro gato "
     "photographie paysage montagne montagnes forêt plage ville chien chat "

@@ -1,6 +1,7 @@
 """From the caption of an event to its script: how often something is struck, and when.
 
-What a caption tells of time is a number: "bounces three times". The times themselves are drawn as the corpus draws
+What a caption tells of time is a number: "bounces three times". The times themselves are drawn as
+the corpus draws
 them: a steady beat, or the flights of a ball, each shorter than the one before.
 """
 
@@ -17,9 +18,15 @@ from avdiff.corpus.events.scene import MOST_IMPACTS, sample_event, stroke_phones
 from avdiff.files import BUNDLED
 from avdiff.phonetics.visemes import Phone
 
-BALLS = re.compile(r"\b(?:balls?|marbles?|pelota|bola|canica|balle|boule|bille|palla|biglia)\b|गेंद|गोली|ボール|玉|球")
+BALLS = re.compile(
+    r"\b(?:balls?|marbles?|pelota|bola|canica|balle|boule|bille|palla|biglia)\b|गेंद|गोली|ボール|玉|球"
+)
 NUMBER = re.compile(r"(\d+)\s*(?:times\b|veces\b|fois\b|volt[ae]\b|vezes\b|x\b|×|बार|回|次|度)")
-ALSO = {2: ("twice", "二次", "二回", "2x"), 3: ("thrice",), 1: ("one time", "una sola vez", "une seule fois")}
+ALSO = {
+    2: ("twice", "二次", "二回", "2x"),
+    3: ("thrice",),
+    1: ("one time", "una sola vez", "une seule fois"),
+}
 TRIES = 2000
 
 
@@ -30,7 +37,10 @@ def _counts() -> tuple[tuple[re.Pattern[str], int], ...]:
     told = [(phrase, n) for table in tables.values() for n, phrase in enumerate(table["times"], 1)]
     told += [(phrase, n) for n, more in ALSO.items() for phrase in more]
     edge = {True: r"\b", False: ""}
-    return tuple((re.compile(edge[p.isascii()] + re.escape(_plain(p)) + edge[p.isascii()]), n) for p, n in told)
+    return tuple(
+        (re.compile(edge[p.isascii()] + re.escape(_plain(p)) + edge[p.isascii()]), n)
+        for p, n in told
+    )
 
 
 def _plain(text: str) -> str:
@@ -48,10 +58,12 @@ def strokes_told(description: str) -> int | None:
 
 
 def event_script(description: str, seconds: float, seed: int) -> tuple[Phone, ...]:
-    """Strokes of an event on the clock of a clip, as many as its caption tells, or as chance has it.
+    """Strokes of an event on the clock of a clip, as many as its caption tells, or as chance has
+    it.
 
     Args:
-        description: caption in any of the eight languages. seconds: length of the clip. seed: another one, other times.
+        description: caption in any of the eight languages. seconds: length of the clip. seed:
+            another one, other times.
 
     Raises:
         ValueError: more strokes than fit into the clip, or than any event has.
@@ -63,5 +75,9 @@ def event_script(description: str, seconds: float, seed: int) -> tuple[Phone, ..
         impacts = sample_event(rng, seconds, kind).impacts
         if count is None or len(impacts) == count:
             return stroke_phones(impacts)
-    most = f"at most {MOST_IMPACTS} strokes are known" if (count or 0) > MOST_IMPACTS else "ask for a longer clip"
+    most = (
+        f"at most {MOST_IMPACTS} strokes are known"
+        if (count or 0) > MOST_IMPACTS
+        else "ask for a longer clip"
+    )
     raise ValueError(f"{count} strokes do not fit into a clip of {seconds:.1f} s: {most}")

@@ -1,6 +1,8 @@
-"""Write corpus clips as a folder of real files: `<index>.mp4` and one line each in `metadata.jsonl`.
+"""Write corpus clips as a folder of real files: `<index>.mp4` and one line each in
+`metadata.jsonl`.
 
-The folder is in the form that `avdiff.data.clips` reads, with the truth (phones, impacts, attributes, mouth) beside it.
+The folder is in the form that `avdiff.data.clips` reads, with the truth (phones, impacts,
+attributes, mouth) beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from avdiff.corpus.dataset import PresenterCorpus
 from avdiff.media.write import write_clip
 
 TABLE = "metadata.jsonl"
-PLAIN = ("caption", "captions", "language", "text", "kind", "split", "index", "attributes", "impacts")
+PLAIN = (
+    "caption",
+    "captions",
+    "language",
+    "text",
+    "kind",
+    "split",
+    "index",
+    "attributes",
+    "impacts",
+)
 
 
 def write_corpus(
@@ -26,7 +38,8 @@ def write_corpus(
     indices: Iterable[int] | None = None,
     report: Callable[[int], None] | None = None,
 ) -> int:
-    """Write clips as H.264 + AAC with `metadata.jsonl`; clips already there are kept, so a broken run goes on.
+    """Write clips as H.264 + AAC with `metadata.jsonl`; clips already there are kept, so a broken
+    run goes on.
 
     Args:
         folder: made if missing. indices: clips to write; None writes all.
@@ -52,7 +65,9 @@ def write_corpus(
     records: dict[int, dict[str, Any]] = {}
     if (target / TABLE).is_file():
         lines = (target / TABLE).read_text(encoding="utf8").splitlines()
-        records = {r["index"]: r for r in map(json.loads, lines) if (target / r["file_name"]).is_file()}
+        records = {
+            r["index"]: r for r in map(json.loads, lines) if (target / r["file_name"]).is_file()
+        }
     for index in range(len(corpus)) if indices is None else indices:
         if index not in records:
             records[index] = _write_one(corpus[index], target)
@@ -68,7 +83,10 @@ def _claim(path: Path, made_by: dict[str, Any]) -> None:
     """Note what made the folder; refuse a folder that something else made."""
     if path.is_file():
         if json.loads(path.read_text()) != made_by:
-            raise ValueError(f"folder={str(path.parent)!r}: holds clips of another corpus; choose an empty folder")
+            raise ValueError(
+                f"folder={str(path.parent)!r}: holds clips of another corpus; choose an empty "
+                "folder"
+            )
         return
     _write_text(path, json.dumps(made_by, indent=1) + "\n")
 
@@ -78,7 +96,11 @@ def _write_one(item: dict[str, Any], target: Path) -> dict[str, Any]:
     name = f"{item['index']:06d}.mp4"
     sound = item["audio"].numpy() if "audio" in item else None
     write_clip(target / name, item["video"].numpy(), item["fps"], sound, item["sample_rate"])
-    record = {"file_name": name, **{key: item[key] for key in PLAIN}, "phones": [list(p) for p in item["phones"]]}
+    record = {
+        "file_name": name,
+        **{key: item[key] for key in PLAIN},
+        "phones": [list(p) for p in item["phones"]],
+    }
     if "mouth" in item:
         record["mouth"] = np.round(item["mouth"], 3).astype(float).tolist()
     return record

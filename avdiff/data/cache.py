@@ -1,7 +1,9 @@
-"""Latents computed once: a folder of safetensors shards that training reads instead of pictures and sound.
+"""Latents computed once: a folder of safetensors shards that training reads instead of pictures and
+sound.
 
-A cache carries the fingerprint of all that made it (codecs, clock, source and its options). Another fingerprint is a
-named error, never a silent mixture. A shard's table is written last and vouches for its tensors: a broken run goes on.
+A cache carries the fingerprint of all that made it (codecs, clock, source and its options). Another
+fingerprint is a named error, never a silent mixture. A shard's table is written last and vouches
+for its tensors: a broken run goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Codecs:
-    """The frozen networks that turn a clip into packed, normalised latents and, with `text`, captions into features."""
+    """The frozen networks that turn a clip into packed, normalised latents and, with `text`,
+    captions into features.
+    """
 
     vae: Any
     audio_vae: Any
@@ -46,8 +50,12 @@ class Codecs:
     text: CaptionFeatures | None = None
 
     @torch.no_grad()
-    def encode(self, video: torch.Tensor | None, audio: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """video (B, F, H, W, 3) uint8, audio (B, C, S) -> {"video": (B, N_v, C_v), "audio": (B, N_a, C_a)} fp16."""
+    def encode(
+        self, video: torch.Tensor | None, audio: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """video (B, F, H, W, 3) uint8, audio (B, C, S) -> {"video": (B, N_v, C_v), "audio": (B,
+        N_a, C_a)} fp16.
+        """
         out = {}
         if video is not None:
             x = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -59,9 +67,13 @@ class Codecs:
         return out
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash of each codec's weights and statistics; `text_encoder` where captions are encoded too."""
+        """Hash of each codec's weights and statistics; `text_encoder` where captions are encoded
+        too.
+        """
         made_by = {"vae": weights_hash(self.vae), "audio_vae": weights_hash(self.audio_vae)}
-        return made_by if self.text is None else {**made_by, "text_encoder": self.text.fingerprint()}
+        return (
+            made_by if self.text is None else {**made_by, "text_encoder": self.text.fingerprint()}
+        )
 
 
 @dataclass(frozen=True)
@@ -73,24 +85,34 @@ class CaptionFeatures:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[torch.Tensor]:
-        """Descriptions, without the spoken words in quotes -> fp16 features (L, dim) each; L may be 0."""
+        """Descriptions, without the spoken words in quotes -> fp16 features (L, dim) each; L may be
+        0.
+        """
         found = []
         for caption in captions:
             description = parse_prompt(caption)[0]
             length = self.encoder.config.max_length
-            ids = self.tokenizer(description, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
-            found.append(self.encoder(ids.long(), torch.ones_like(ids))[0].half() if ids.shape[1]
-                         else torch.zeros(0, self.encoder.config.dim, dtype=torch.float16))  # fmt: skip
+            ids = self.tokenizer(
+                description, truncation=True, max_length=length, return_tensors="pt"
+            )["input_ids"]
+            found.append(
+                self.encoder(ids.long(), torch.ones_like(ids))[0].half()
+                if ids.shape[1]
+                else torch.zeros(0, self.encoder.config.dim, dtype=torch.float16)
+            )
         return found
 
     def fingerprint(self) -> str:
         """Hash of the encoder's weights and the tokenizer's vocabulary."""
-        words = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+        words = hashlib.sha256(
+            json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()
+        ).hexdigest()
         return f"{weights_hash(self.encoder)}-{words[:8]}"
 
 
 def load_codecs(model: str | os.PathLike[str], text: bool = False) -> Codecs:
-    """The codecs of a model folder: `vae/` and `audio_vae/`; with `text` also `text_encoder/` and `tokenizer/`.
+    """The codecs of a model folder: `vae/` and `audio_vae/`; with `text` also `text_encoder/` and
+    `tokenizer/`.
 
     Raises:
         ValueError: they are not there.
@@ -99,17 +121,23 @@ def load_codecs(model: str | os.PathLike[str], text: bool = False) -> Codecs:
     from avdiff.models.codecs.video_vae import AVVideoVAE
     from avdiff.models.text_encoder import CaptionEncoder
 
-    folder, features = Path(model), None
+    folder = Path(model)
+    features = None
     for part in ("vae", "audio_vae", *(("text_encoder",) if text else ())):
         if not (folder / part / "config.json").is_file():
             raise ValueError(f"codecs={str(model)!r}: has no {part}/ with a config.json in it")
     if text:
         from transformers import AutoTokenizer
 
-        features = CaptionFeatures(CaptionEncoder.from_pretrained(folder / "text_encoder").eval(),
-                                   AutoTokenizer.from_pretrained(folder / "tokenizer"))  # fmt: skip
-    return Codecs(AVVideoVAE.from_pretrained(folder / "vae").eval(),
-                  AVAudioVAE.from_pretrained(folder / "audio_vae").eval(), text=features)  # fmt: skip
+        features = CaptionFeatures(
+            CaptionEncoder.from_pretrained(folder / "text_encoder").eval(),
+            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        )
+    return Codecs(
+        AVVideoVAE.from_pretrained(folder / "vae").eval(),
+        AVAudioVAE.from_pretrained(folder / "audio_vae").eval(),
+        text=features,
+    )
 
 
 def weights_hash(module: torch.nn.Module) -> str:
@@ -130,10 +158,12 @@ def write_cache(
     ranks: int = 1,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Path:
-    """Encode every clip of `source` into `folder`; finished shards are kept, so a second call goes on.
+    """Encode every clip of `source` into `folder`; finished shards are kept, so a second call goes
+    on.
 
     Args:
-        options: what else decides the content (source name, seed, split, clip length...): part of the fingerprint.
+        options: what else decides the content (source name, seed, split, clip length...): part of
+            the fingerprint.
         rank, ranks: this process encodes every `ranks`-th shard.
 
     Raises:
@@ -153,7 +183,8 @@ def write_cache(
         for index in range(number * SHARD, min((number + 1) * SHARD, len(source))):
             try:
                 sample = source[index]
-            except MediaError as error:  # a real clip that broke after all: named in the table, never given to training
+            except MediaError as error:
+                # a real clip that broke after all: named in the table, never given to training
                 records.append({"index": index, "refused": str(error)})
                 continue
             tensor, record = _encode_one(sample, codecs)
@@ -186,17 +217,27 @@ def cache_presenters(
     """Draw `count` clips of the presenter corpus and cache their latents.
 
     Args:
-        model: folder with `vae/` and `audio_vae/` inside, or what was loaded from it. bank: folder of the speech bank,
-            None for the default one. seconds: length of every clip. stills: one picture of each clip, without sound.
-            The other arguments are those of `PresenterCorpus` and `write_cache`.
+        model: folder with `vae/` and `audio_vae/` inside, or what was loaded from it. bank: folder
+            of the speech bank, None for the default one. seconds: length of every clip. stills: one
+            picture of each clip, without sound. The other arguments are those of `PresenterCorpus`
+            and `write_cache`.
     """
     from avdiff.corpus.dataset import PresenterCorpus
     from avdiff.corpus.speech.read import SpeechBank
 
     codecs = model if isinstance(model, Codecs) else load_codecs(model)
     speech = SpeechBank(bank, decoded=True)
-    corpus = PresenterCorpus(speech, split, languages, count, seed, seconds=seconds, event_share=event_share,
-                             still=stills, full_captions=full_captions)  # fmt: skip
+    corpus = PresenterCorpus(
+        speech,
+        split,
+        languages,
+        count,
+        seed,
+        seconds=seconds,
+        event_share=event_share,
+        still=stills,
+        full_captions=full_captions,
+    )
     options = {
         "source": "presenters",
         "bank": speech.fingerprint,
@@ -227,35 +268,59 @@ def check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
     wrong = {k: (held.get(k), v) for k, v in expected.items() if held.get(k) != v}
     if wrong:
         told = "; ".join(f"{k} is {a!r}, now {b!r}" for k, (a, b) in wrong.items())
-        raise ValueError(f"cache {folder} was made by something else ({told}): delete it or choose another folder")
+        raise ValueError(
+            f"cache {folder} was made by something else ({told}): delete it or choose another "
+            "folder"
+        )
 
 
-def _encode_one(sample: dict[str, Any], codecs: Codecs) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _encode_one(
+    sample: dict[str, Any], codecs: Codecs
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One clip -> its tensors and its JSON-able record."""
-    video, audio = sample.get("video"), sample.get("audio")
+    video = sample.get("video")
+    audio = sample.get("audio")
     encoded = codecs.encode(
-        None if video is None else torch.as_tensor(video)[None], None if audio is None else torch.as_tensor(audio)[None]
+        None if video is None else torch.as_tensor(video)[None],
+        None if audio is None else torch.as_tensor(audio)[None],
     )
     tensors = {name: value[0].contiguous() for name, value in encoded.items()}
     modalities = list(tensors)
     if codecs.text is not None:
         features = codecs.text.encode(sample.get("captions") or [sample.get("caption", "")])
         tensors |= {f"text/{number}": value for number, value in enumerate(features)}
-    keep = ("name", "caption", "captions", "language", "kind", "attributes", "impacts", "split", "sample_rate")
+    keep = (
+        "name",
+        "caption",
+        "captions",
+        "language",
+        "kind",
+        "attributes",
+        "impacts",
+        "split",
+        "sample_rate",
+    )
     record = {k: sample[k] for k in keep if k in sample}
     record |= {"phones": [list(p) for p in sample.get("phones", ())], "fps": str(sample["fps"])}
     record["modalities"] = modalities
-    if video is None and audio is not None:  # sound alone: a clip of its length with the smallest picture
+    if (
+        video is None and audio is not None
+    ):  # sound alone: a clip of its length with the smallest picture
         frames = round(audio.shape[-1] / sample["sample_rate"] * float(sample["fps"]))
         record |= {"num_frames": frames, "height": 64, "width": 64}
     if video is not None:
-        record |= {"num_frames": int(video.shape[0]), "height": int(video.shape[1]), "width": int(video.shape[2])}
+        record |= {
+            "num_frames": int(video.shape[0]),
+            "height": int(video.shape[1]),
+            "width": int(video.shape[2]),
+        }
     return tensors, record
 
 
 class LatentCache(Dataset):
-    """Reads one or more caches. Items: the record's fields, `phones` as Phone tuples, `video` and `audio` tokens fp32;
-    where `text_encoder` (the hash of what made them) is not None, also `text`: the features (L, dim) of each caption.
+    """Reads one or more caches. Items: the record's fields, `phones` as Phone tuples, `video` and
+    `audio` tokens fp32; where `text_encoder` (the hash of what made them) is not None, also `text`:
+    the features (L, dim) of each caption.
 
     Args:
         folders: made by `write_cache`; all must come from the same codecs.
@@ -265,13 +330,17 @@ class LatentCache(Dataset):
         ValueError: no cache there, unfinished, or a fingerprint that differs.
     """
 
-    def __init__(self, folders: Sequence[str | os.PathLike[str]], expect: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folders: Sequence[str | os.PathLike[str]], expect: dict[str, Any] | None = None
+    ) -> None:
         self.items: list[tuple[Path, dict[str, Any]]] = []
         codecs: dict[str, Any] = dict(expect or {})
         self.refused: list[str] = []
         for folder in map(Path, folders):
             if not (folder / "cache.json").is_file():
-                raise ValueError(f"cache {folder}: no cache.json in it; make one with `avdiff data cache`")
+                raise ValueError(
+                    f"cache {folder}: no cache.json in it; make one with `avdiff data cache`"
+                )
             check_fingerprint(folder, codecs)  # the codecs of the first cache bind the others
             held = json.loads((folder / "cache.json").read_text())
             codecs |= {k: held.get(k) for k in ("vae", "audio_vae", "text_encoder")}
@@ -280,10 +349,13 @@ class LatentCache(Dataset):
                 records = json.loads(table.read_text())
                 found += len(records)
                 self.refused += [r["refused"] for r in records if "refused" in r]
-                self.items += [(table.with_suffix(".safetensors"), r) for r in records if "refused" not in r]
+                self.items += [
+                    (table.with_suffix(".safetensors"), r) for r in records if "refused" not in r
+                ]
             if found != held["count"]:
                 raise ValueError(
-                    f"cache {folder} holds {found} of {held['count']} clips: run `avdiff data cache` again to finish it"
+                    f"cache {folder} holds {found} of {held['count']} clips: run `avdiff data "
+                    "cache` again to finish it"
                 )
         self.text_encoder: str | None = codecs.get("text_encoder")
         self._open: dict[Path, Any] = {}
@@ -294,11 +366,14 @@ class LatentCache(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path, record = self.items[index]
-        shard, name = self._shard(path), record["index"]
+        shard = self._shard(path)
+        name = record["index"]
         tensors = {m: shard.get_tensor(f"{name}/{m}").float() for m in self.modalities(index)}
         count = len(record.get("captions") or [""]) if self.text_encoder else 0
         if count:
-            tensors["text"] = [shard.get_tensor(f"{name}/text/{number}").float() for number in range(count)]
+            tensors["text"] = [
+                shard.get_tensor(f"{name}/text/{number}").float() for number in range(count)
+            ]
         return {**record, **tensors, "phones": tuple(Phone(*p) for p in record["phones"])}
 
     def _shard(self, path: Path) -> Any:

@@ -1,4 +1,6 @@
-"""Real clips into a latent cache, after a check that names every file that is left out; and a cache back into files."""
+"""Real clips into a latent cache, after a check that names every file that is left out; and a cache
+back into files.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,24 @@ from avdiff.media.write import write_clip
 
 @dataclass(frozen=True)
 class CachedClips:
-    """What went into a cache: `names` of the clips, and `refused`: name -> reason of every other file."""
+    """What went into a cache: `names` of the clips, and `refused`: name -> reason of every other
+    file.
+    """
 
     folder: Path
     names: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def cache_clips(folder: str | os.PathLike[str], data: str | os.PathLike[str], codecs: Codecs,
-                options: ClipOptions | None = None, rank: int = 0, ranks: int = 1,
-                progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> CachedClips:  # fmt: skip
+def cache_clips(
+    folder: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    codecs: Codecs,
+    options: ClipOptions | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> CachedClips:
     """Check the clips of the folder `data` and cache the good ones in `folder`; see `write_cache`.
 
     Raises:
@@ -39,10 +49,18 @@ def cache_clips(folder: str | os.PathLike[str], data: str | os.PathLike[str], co
     options = options or ClipOptions()
     table = find_clips(data)
     clips = _checked(table, Path(folder), options)
-    made_by = {"source": "clips", "content": content_hash(table), "buckets": options.buckets, "fit": options.fit,
-               "fps": str(options.fps), "allow_silent": options.allow_silent, "words": options.words}  # fmt: skip
+    made_by = {
+        "source": "clips",
+        "content": content_hash(table),
+        "buckets": options.buckets,
+        "fit": options.fit,
+        "fps": str(options.fps),
+        "allow_silent": options.allow_silent,
+        "words": options.words,
+    }
     write_cache(clips, codecs, folder, made_by, rank, ranks, progress)
-    refused, names = dict(clips.refused), [entry.name for entry in clips.entries]
+    refused = dict(clips.refused)
+    names = [entry.name for entry in clips.entries]
     for path in sorted(Path(folder).glob("shard-*.json")):
         for record in json.loads(path.read_text()):
             if "refused" in record:  # it broke when it was read for good
@@ -51,11 +69,18 @@ def cache_clips(folder: str | os.PathLike[str], data: str | os.PathLike[str], co
 
 
 def _checked(table: ClipTable, folder: Path, options: ClipOptions) -> RealClips:
-    """Good clips; the report of the check is kept beside the cache, so a second call does not decode all again."""
+    """Good clips; the report of the check is kept beside the cache, so a second call does not
+    decode all again.
+    """
     note = folder / f"check-{content_hash(table)}-{int(options.allow_silent)}.json"
     if note.is_file():
-        told = {clip["name"]: clip["problems"] for clip in json.loads(note.read_text(encoding="utf8"))["clips"]}
-        clips = RealClips(table.folder, options, only=[name for name, problems in told.items() if not problems])
+        told = {
+            clip["name"]: clip["problems"]
+            for clip in json.loads(note.read_text(encoding="utf8"))["clips"]
+        }
+        clips = RealClips(
+            table.folder, options, only=[name for name, problems in told.items() if not problems]
+        )
         clips.refused |= {name: "; ".join(problems) for name, problems in told.items() if problems}
         return clips
     report = check_folder(table.folder, options.allow_silent)
@@ -79,9 +104,14 @@ def content_hash(table: ClipTable) -> str:
 
 
 @torch.no_grad()
-def decode_cache(cache: str | os.PathLike[str], model: str | os.PathLike[str], target: str | os.PathLike[str],
-                 count: int = 8) -> list[Path]:  # fmt: skip
-    """Write back what a cache holds: the first `count` items as mp4 (or wav) files, as the codecs render them.
+def decode_cache(
+    cache: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    count: int = 8,
+) -> list[Path]:
+    """Write back what a cache holds: the first `count` items as mp4 (or wav) files, as the codecs
+    render them.
 
     Raises:
         ValueError: no cache there, or one of other codecs than the model's.
@@ -91,15 +121,25 @@ def decode_cache(cache: str | os.PathLike[str], model: str | os.PathLike[str], t
     codecs = load_codecs(model)
     items = LatentCache([cache], codecs.fingerprint())
     if not (Path(model) / "vocoder" / "config.json").is_file():
-        raise ValueError(f"codecs={str(model)!r}: has no vocoder/ in it, so sound cannot be written")
-    vocoder, out = AVVocoder.from_pretrained(Path(model) / "vocoder").eval(), Path(target)
+        raise ValueError(
+            f"codecs={str(model)!r}: has no vocoder/ in it, so sound cannot be written"
+        )
+    vocoder = AVVocoder.from_pretrained(Path(model) / "vocoder").eval()
+    out = Path(target)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for index in range(min(count, len(items))):
-        item, clip, frames, sound = items[index], items.clip(index), None, None
+        item = items[index]
+        clip = items.clip(index)
+        frames = None
+        sound = None
         if "video" in item:
-            z = denormalise_latents(unpack_video(item["video"][None], codecs.patch, clip.video_grid), codecs.vae)
-            frames = (codecs.vae.decode(z).sample[0].permute(1, 2, 3, 0).float().clamp(-1, 1) + 1).numpy() / 2
+            z = denormalise_latents(
+                unpack_video(item["video"][None], codecs.patch, clip.video_grid), codecs.vae
+            )
+            frames = (
+                codecs.vae.decode(z).sample[0].permute(1, 2, 3, 0).float().clamp(-1, 1) + 1
+            ).numpy() / 2
         if "audio" in item:
             packed = unpack_audio(item["audio"][None], codecs.audio_vae.config.latent_channels)
             z = denormalise_latents(packed, codecs.audio_vae)

@@ -1,7 +1,8 @@
-"""`avdiff data check`: decode every clip of a folder and say what is wrong with it, before anything learns from it.
+"""`avdiff data check`: decode every clip of a folder and say what is wrong with it, before anything
+learns from it.
 
-A clip with a *problem* is refused; a *warning* is only told. Sound is never taken on trust: a clip whose sound is
-missing, silent or broken is refused unless silence is allowed on purpose.
+A clip with a *problem* is refused; a *warning* is only told. Sound is never taken on trust: a clip
+whose sound is missing, silent or broken is refused unless silence is allowed on purpose.
 """
 
 from __future__ import annotations
@@ -94,8 +95,14 @@ class FolderReport:
         return 2 if not self.good else 1 if self.refused else 0
 
     def as_json(self) -> str:
-        """Everything, as JSON text; values that JSON does not know (-inf LUFS of silence) are null."""
-        facts = {"folder": self.folder, "allow_silent": self.allow_silent, "exit_code": self.exit_code}
+        """Everything, as JSON text; values that JSON does not know (-inf LUFS of silence) are
+        null.
+        """
+        facts = {
+            "folder": self.folder,
+            "allow_silent": self.allow_silent,
+            "exit_code": self.exit_code,
+        }
         counts = {"good": len(self.good), "refused": len(self.refused)}
         record = {**facts, **counts, "clips": [asdict(clip) for clip in self.clips]}
         return json.dumps(_finite(record), ensure_ascii=False, indent=1)
@@ -109,8 +116,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def check_folder(folder: str | os.PathLike[str], allow_silent: bool = False, vae: Any = None,
-                 progress: Callable[[Iterable[ClipEntry]], Iterable[ClipEntry]] = iter) -> FolderReport:  # fmt: skip
+def check_folder(
+    folder: str | os.PathLike[str],
+    allow_silent: bool = False,
+    vae: Any = None,
+    progress: Callable[[Iterable[ClipEntry]], Iterable[ClipEntry]] = iter,
+) -> FolderReport:
     """Decode every clip and report.
 
     Args:
@@ -137,7 +148,9 @@ def check_folder(folder: str | os.PathLike[str], allow_silent: bool = False, vae
     return FolderReport(str(folder), clips, allow_silent)
 
 
-def check_clip(entry: ClipEntry, allow_silent: bool = False, vae: Any = None) -> tuple[ClipReport, np.ndarray | None]:
+def check_clip(
+    entry: ClipEntry, allow_silent: bool = False, vae: Any = None
+) -> tuple[ClipReport, np.ndarray | None]:
     """Check one clip -> report, and its likeness code (None if it cannot be decoded)."""
     report = ClipReport(entry.name)
     try:
@@ -165,12 +178,17 @@ def _decode(entry: ClipEntry, report: ClipReport) -> Clip:
     report.height, report.width = (info.height, info.width) if entry.video else (None, None)
     report.video_seconds = _number(info.video_seconds) if entry.video else None
     report.audio_seconds = _number(heard.audio_seconds)
-    report.sample_rate, report.channels = heard.sample_rate, heard.channels
+    report.sample_rate = heard.sample_rate
+    report.channels = heard.channels
     report.start_gap = 0.0 if entry.audio else float(info.start_gap)
     if entry.video:
         report.variable_rate = has_variable_rate(picture_times(entry.video))
     side = min(max(info.height or 64, 16), 128)
-    size = (side, max(16, round(side * (info.width or side) / (info.height or side)))) if entry.video else None
+    size = (
+        (side, max(16, round(side * (info.width or side) / (info.height or side))))
+        if entry.video
+        else None
+    )
     # a limit switches off the test whether a file is cut short, so only long files get one
     long = max(report.video_seconds or 0.0, report.audio_seconds or 0.0) > LONGEST
     clip = read_clip(main, size=size, max_seconds=LONGEST if long else None)
@@ -201,13 +219,16 @@ def _check_pictures(clip: Clip, report: ClipReport, vae: Any) -> None:
         report.round_trip_psnr = round_trip_psnr(frames, vae)
         if report.round_trip_psnr < LEAST_PSNR:
             report.warnings.append(
-                f"the video codec keeps only {report.round_trip_psnr:.1f} dB of it (it knows drawings, not this): "
-                "use a pipeline whose video VAE knows such pictures (cache it with its folder as --codecs)"
+                f"the video codec keeps only {report.round_trip_psnr:.1f} dB of it (it knows "
+                "drawings, not this): "
+                "use a pipeline whose video VAE knows such pictures (cache it with its folder as "
+                "--codecs)"
             )
 
 
 def _check_sound(clip: Clip, report: ClipReport, allow_silent: bool) -> None:
-    sound, verdicts = clip.audio, report.warnings if allow_silent else report.problems
+    sound = clip.audio
+    verdicts = report.warnings if allow_silent else report.problems
     if sound is None or not clip.sample_rate:
         verdicts.append("has no sound track")
         return
@@ -218,14 +239,18 @@ def _check_sound(clip: Clip, report: ClipReport, allow_silent: bool) -> None:
     wanted = sound.shape[1] if seconds is None else round(seconds * clip.sample_rate)
     filled = np.pad(sound[:, :wanted], ((0, 0), (0, max(0, wanted - sound.shape[1]))))
     report.silence = silence_share(filled, clip.sample_rate)
-    report.clipped, report.loudness = clipped_share(sound), loudness(sound, clip.sample_rate)
+    report.clipped = clipped_share(sound)
+    report.loudness = loudness(sound, clip.sample_rate)
     if report.silence > MOST_SILENCE:
         verdicts.append(f"its sound is silent for {100 * report.silence:.0f} % of the clip")
     elif report.silence > SOME_SILENCE:
         report.warnings.append(f"its sound is silent for {100 * report.silence:.0f} % of the clip")
     if report.clipped > MOST_CLIPPED:
         report.warnings.append(f"{100 * report.clipped:.2f} % of its samples are clipped")
-    if report.silence <= MOST_SILENCE and not LOUDNESS_RANGE[0] <= report.loudness <= LOUDNESS_RANGE[1]:
+    if (
+        report.silence <= MOST_SILENCE
+        and not LOUDNESS_RANGE[0] <= report.loudness <= LOUDNESS_RANGE[1]
+    ):
         report.warnings.append(f"its loudness is {report.loudness:.1f} LUFS")
 
 
@@ -240,7 +265,8 @@ def _check_together(clip: Clip, report: ClipReport) -> None:
     if report.start_gap is not None and abs(report.start_gap) > MOST_GAP:
         report.warnings.append(f"its sound starts {report.start_gap:+.2f} s after its pictures")
     offset, sure = offset_estimate(clip.frames, clip.audio, float(clip.fps), clip.sample_rate)
-    report.offset, report.offset_sure = offset, sure
+    report.offset = offset
+    report.offset_sure = sure
     if abs(offset) >= SURE_OFFSET[0] and sure >= SURE_OFFSET[1]:
         report.warnings.append(f"its sound seems to be {offset:+.2f} s late against its pictures")
 
@@ -252,14 +278,19 @@ def round_trip_psnr(frames: np.ndarray, vae: Any, size: int = 128, count: int = 
 
     stride = vae.config.temporal_compression_ratio
     count = 1 + (min(count, len(frames)) - 1) // stride * stride
-    fitted = [np.asarray(ImageOps.fit(Image.fromarray(frame), (size, size))) for frame in frames[:count]]
+    fitted = [
+        np.asarray(ImageOps.fit(Image.fromarray(frame), (size, size))) for frame in frames[:count]
+    ]
     x = torch.from_numpy(np.stack(fitted)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     decoded = vae.decode(vae.encode(x.to(vae.dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
     return float(10 * torch.log10(4.0 / (decoded - x).square().mean().clamp_min(1e-10)))
 
 
-def checked_clips(folder: str | os.PathLike[str], options: ClipOptions | None = None,
-                  report: FolderReport | None = None) -> RealClips:  # fmt: skip
+def checked_clips(
+    folder: str | os.PathLike[str],
+    options: ClipOptions | None = None,
+    report: FolderReport | None = None,
+) -> RealClips:
     """The good clips of a folder as a dataset; what was refused, and why, is in its `refused`.
 
     Args:

@@ -1,4 +1,6 @@
-"""Numbers about one decoded clip that the data check reports: loudness, silence, clipping, offset, likeness."""
+"""Numbers about one decoded clip that the data check reports: loudness, silence, clipping, offset,
+likeness.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from scipy.signal import lfilter
 
 SILENCE_DB = -60.0  # dBFS; a 50 ms block under it is silent
 BLOCK = 0.4  # seconds, ITU-R BS.1770
-PICTURE_BITS, SOUND_BITS = 8 * 64, 64  # of a likeness code
+# of a likeness code
+PICTURE_BITS = 8 * 64
+SOUND_BITS = 64
 NEAR = (0.02, 0.10)  # shares of differing bits, picture and sound, up to which two clips are copies
 # A word on sound, in the eight languages of the corpus; quotation marks mean that somebody speaks.
 SOUND_WORDS = re.compile(
@@ -46,9 +50,12 @@ def clipped_share(sound: np.ndarray) -> float:
 
 
 def loudness(sound: np.ndarray, rate: int) -> float:
-    """Integrated loudness in LUFS of (C, S), K-weighted and gated (ITU-R BS.1770-4); -inf for silence."""
+    """Integrated loudness in LUFS of (C, S), K-weighted and gated (ITU-R BS.1770-4); -inf for
+    silence.
+    """
     weighted = lfilter(*_shelf(rate), lfilter(*_high_pass(rate), sound.astype(np.float64)))
-    size, step = round(BLOCK * rate), round(BLOCK * rate / 4)
+    size = round(BLOCK * rate)
+    step = round(BLOCK * rate / 4)
     starts = range(0, max(1, weighted.shape[1] - size + 1), step)
     power = np.array([np.mean(weighted[:, s : s + size] ** 2, axis=1).sum() for s in starts])
     with np.errstate(divide="ignore"):
@@ -60,34 +67,48 @@ def loudness(sound: np.ndarray, rate: int) -> float:
 
 
 def _high_pass(rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Second-order high pass of the K weighting (constants: De Man 2014, re-derived from the tables of BS.1770)."""
-    k, q = np.tan(np.pi * 38.13547087602444 / rate), 0.5003270373238773
-    a = np.array([1.0, 2 * (k * k - 1) / (1 + k / q + k * k), (1 - k / q + k * k) / (1 + k / q + k * k)])
+    """Second-order high pass of the K weighting (constants: De Man 2014, re-derived from the tables
+    of BS.1770).
+    """
+    k = np.tan(np.pi * 38.13547087602444 / rate)
+    q = 0.5003270373238773
+    a = np.array(
+        [1.0, 2 * (k * k - 1) / (1 + k / q + k * k), (1 - k / q + k * k) / (1 + k / q + k * k)]
+    )
     return np.array([1.0, -2.0, 1.0]), a
 
 
 def _shelf(rate: int) -> tuple[np.ndarray, np.ndarray]:
     """High shelf of the K weighting: +4 dB above 1.7 kHz (same source)."""
-    k, q, gain = np.tan(np.pi * 1681.974450955533 / rate), 0.7071752369554196, 10 ** (3.999843853973347 / 20)
+    k = np.tan(np.pi * 1681.974450955533 / rate)
+    q = 0.7071752369554196
+    gain = 10 ** (3.999843853973347 / 20)
     band = gain**0.4996667741545416
     a0 = 1 + k / q + k * k
-    b = np.array([gain + band * k / q + k * k, 2 * (k * k - gain), gain - band * k / q + k * k]) / a0
+    b = (
+        np.array([gain + band * k / q + k * k, 2 * (k * k - gain), gain - band * k / q + k * k])
+        / a0
+    )
     return b, np.array([1.0, 2 * (k * k - 1) / a0, (1 - k / q + k * k) / a0])
 
 
 def offset_estimate(
     frames: np.ndarray, sound: np.ndarray, fps: float, rate: int, reach: float = 0.5
 ) -> tuple[float, float]:
-    """Seconds by which the sound is late (+) against the picture, and how sure that is (standard deviations).
+    """Seconds by which the sound is late (+) against the picture, and how sure that is (standard
+    deviations).
 
-    Correlates the rise of the sound's level with the motion in the picture over shifts of up to `reach` seconds. It
-    finds blows and starts of motion; for talking heads it is a hint only: under 4 deviations do not believe it.
+    Correlates the rise of the sound's level with the motion in the picture over shifts of up to
+    `reach` seconds. It finds blows and starts of motion; for talking heads it is a hint only: under
+    4 deviations do not believe it.
 
     Args:
         frames: (F, H, W, 3) uint8. sound: (C, S).
     """
     small = frames[:, ::4, ::4].astype(np.float32).mean(-1)
-    motion = np.abs(np.diff(small, axis=0)).mean((1, 2))  # motion[i]: between the middles of frames i and i + 1
+    motion = np.abs(np.diff(small, axis=0)).mean(
+        (1, 2)
+    )  # motion[i]: between the middles of frames i and i + 1
     hop = rate / fps
     count = min(len(motion), int(sound.shape[1] / hop) - 1)
     if count < 4 * round(reach * fps):  # too short to tell a shift from chance
@@ -113,15 +134,23 @@ def _overlap(motion: np.ndarray, rise: np.ndarray, lag: int) -> float:
 
 
 def likeness_code(frames: np.ndarray | None, sound: np.ndarray | None) -> np.ndarray:
-    """Bits that nearly equal clips share: horizontal brightness steps of 8 frames, and rises of the sound's level.
+    """Bits that nearly equal clips share: horizontal brightness steps of 8 frames, and rises of the
+    sound's level.
 
     Returns:
         (PICTURE_BITS + SOUND_BITS,) bool; the part of a stream that is missing is all False.
     """
     bits = np.zeros(PICTURE_BITS + SOUND_BITS, bool)
     if frames is not None and len(frames):
-        picked = frames[np.linspace(0, len(frames) - 1, 8).round().astype(int)].astype(np.float32).mean(-1)
-        rows, columns = (np.linspace(0, n, k + 1).astype(int) for n, k in zip(picked.shape[1:], (8, 9), strict=True))
+        picked = (
+            frames[np.linspace(0, len(frames) - 1, 8).round().astype(int)]
+            .astype(np.float32)
+            .mean(-1)
+        )
+        rows, columns = (
+            np.linspace(0, n, k + 1).astype(int)
+            for n, k in zip(picked.shape[1:], (8, 9), strict=True)
+        )
         cells = np.add.reduceat(np.add.reduceat(picked, rows[:-1], 1), columns[:-1], 2)
         bits[:PICTURE_BITS] = (np.diff(cells / np.diff(columns), axis=2) > 0).reshape(-1)
     if sound is not None and sound.shape[1] >= 65:
@@ -131,15 +160,20 @@ def likeness_code(frames: np.ndarray | None, sound: np.ndarray | None) -> np.nda
 
 
 def find_copies(codes: dict[str, np.ndarray]) -> dict[str, str]:
-    """Name of each clip that nearly equals an earlier one -> its name. Clips without structure match nothing."""
+    """Name of each clip that nearly equals an earlier one -> its name. Clips without structure
+    match nothing.
+    """
     names = [name for name, code in codes.items() if code.any()]
     copies: dict[str, str] = {}
     if not names:
         return copies
     bits = np.stack([codes[name] for name in names])
-    pictures, sounds = bits[:, :PICTURE_BITS], bits[:, PICTURE_BITS:]
+    pictures = bits[:, :PICTURE_BITS]
+    sounds = bits[:, PICTURE_BITS:]
     for i, name in enumerate(names):
-        near = ((pictures[:i] != pictures[i]).mean(1) <= NEAR[0]) & ((sounds[:i] != sounds[i]).mean(1) <= NEAR[1])
+        near = ((pictures[:i] != pictures[i]).mean(1) <= NEAR[0]) & (
+            (sounds[:i] != sounds[i]).mean(1) <= NEAR[1]
+        )
         # a missing stream is like another missing stream, not like one that is there
         near &= (pictures[:i].any(1) == pictures[i].any()) & (sounds[:i].any(1) == sounds[i].any())
         if near.any():

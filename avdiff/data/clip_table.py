@@ -1,4 +1,5 @@
-"""What a folder of real clips holds: media files with captions from `metadata.jsonl`, `metadata.csv` or `.txt` files.
+"""What a folder of real clips holds: media files with captions from `metadata.jsonl`,
+`metadata.csv` or `.txt` files.
 
 Nothing is left out in silence: every file that cannot be used is named with its reason.
 """
@@ -27,8 +28,9 @@ SIDE_COLUMNS = ("audio", "video_mask", "audio_mask", "reference_video", "referen
 class ClipEntry:
     """One clip of a folder.
 
-    `name` is its path inside the folder; `video` is None for sound alone; `audio` is a separate sound that replaces the
-    video's own; masks and references are files beside it; `extra` holds the other columns of its line.
+    `name` is its path inside the folder; `video` is None for sound alone; `audio` is a separate
+    sound that replaces the video's own; masks and references are files beside it; `extra` holds the
+    other columns of its line.
     """
 
     name: str
@@ -57,10 +59,12 @@ class ClipTable:
 
 
 def find_clips(folder: str | os.PathLike[str]) -> ClipTable:
-    """List the clips of a folder, by its table if it has one, else by media files with captions of the same stem.
+    """List the clips of a folder, by its table if it has one, else by media files with captions of
+    the same stem.
 
     Raises:
-        ValueError: no such folder, a table that cannot be read at all, or a folder without any clip.
+        ValueError: no such folder, a table that cannot be read at all, or a folder without any
+            clip.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -75,7 +79,8 @@ def find_clips(folder: str | os.PathLike[str]) -> ClipTable:
         _from_files(table)
     if not table.entries and not table.refused:
         raise ValueError(
-            f"folder={str(folder)!r}: no clips there; needs media files and {', '.join(TABLES)} or .txt files"
+            f"folder={str(folder)!r}: no clips there; needs media files and {', '.join(TABLES)} "
+            "or .txt files"
         )
     return table
 
@@ -102,7 +107,10 @@ def _rows(path: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
     """(line number, columns or what is wrong) of each line that is not empty."""
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text))
-        return [(reader.line_num, {k: v for k, v in row.items() if k and v not in (None, "")}) for row in reader]
+        return [
+            (reader.line_num, {k: v for k, v in row.items() if k and v not in (None, "")})
+            for row in reader
+        ]
     rows: list[tuple[int, dict[str, Any] | str]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -120,19 +128,28 @@ def _add_row(table: ClipTable, where: str, row: dict[str, Any], used: set[Path])
     media = next((str(row[name]) for name in VIDEO_COLUMNS if row.get(name)), None)
     name = media or str(row.get("audio") or where)
     told = row.get("captions") or next((row[c] for c in CAPTION_COLUMNS if row.get(c)), "")
-    captions = tuple(str(c).strip() for c in (told if isinstance(told, list) else [told]) if str(c).strip())
-    files: dict[str, Path | None] = {key: _beside(table.folder, row.get(key)) for key in SIDE_COLUMNS}
+    captions = tuple(
+        str(c).strip() for c in (told if isinstance(told, list) else [told]) if str(c).strip()
+    )
+    files: dict[str, Path | None] = {
+        key: _beside(table.folder, row.get(key)) for key in SIDE_COLUMNS
+    }
     video = _beside(table.folder, media)
     used.update(path for path in (video, *files.values()) if path is not None)
-    missing = [str(path) for path in (video, *files.values()) if path is not None and not path.is_file()]
+    missing = [
+        str(path) for path in (video, *files.values()) if path is not None and not path.is_file()
+    ]
     if video is not None and video.suffix.lower() in AUDIO_SUFFIXES:
         video, files["audio"] = None, files["audio"] or video
     problem = (
-        "names neither a video nor a sound" if video is None and files["audio"] is None
-        else f"names {missing[0]}, which is not there" if missing
-        else "has no caption" if not captions
+        "names neither a video nor a sound"
+        if video is None and files["audio"] is None
+        else f"names {missing[0]}, which is not there"
+        if missing
+        else "has no caption"
+        if not captions
         else None
-    )  # fmt: skip
+    )
     if problem:
         table.refused[name] = f"{where} {problem}"
         return
@@ -147,8 +164,14 @@ def _beside(folder: Path, value: Any) -> Path | None:
 
 
 def _from_files(table: ClipTable) -> None:
-    """Media files with a caption file of the same stem; a sound beside a video of the same stem replaces its own."""
-    files = [path for path in sorted(table.folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    """Media files with a caption file of the same stem; a sound beside a video of the same stem
+    replaces its own.
+    """
+    files = [
+        path
+        for path in sorted(table.folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
     stems: dict[Path, list[Path]] = {}
     for path in files:
         stems.setdefault(path.with_suffix(""), []).append(path)
@@ -162,18 +185,28 @@ def _from_files(table: ClipTable) -> None:
         if not by_kind["video"] and not by_kind["audio"]:
             for path in group:
                 table.refused[str(path.relative_to(table.folder))] = (
-                    "a caption without a clip of its name" if path.suffix.lower() == ".txt"
-                    else f"{path.suffix or 'a file without suffix'} is no kind of clip that is read here"
-                )  # fmt: skip
+                    "a caption without a clip of its name"
+                    if path.suffix.lower() == ".txt"
+                    else (
+                        f"{path.suffix or 'a file without suffix'} is no kind of clip that is "
+                        "read here"
+                    )
+                )
             continue
         media = (by_kind["video"] or by_kind["audio"])[0]
         name = str(media.relative_to(table.folder))
         if len(by_kind["video"]) > 1:
             for path in by_kind["video"]:
                 others = ", ".join(p.name for p in by_kind["video"] if p != path)
-                table.refused[str(path.relative_to(table.folder))] = f"shares its caption file with {others}"
+                table.refused[str(path.relative_to(table.folder))] = (
+                    f"shares its caption file with {others}"
+                )
             continue
-        captions = _read_captions(by_kind["text"][0]) if by_kind["text"] else "no caption: needs a .txt of its name"
+        captions = (
+            _read_captions(by_kind["text"][0])
+            if by_kind["text"]
+            else "no caption: needs a .txt of its name"
+        )
         if isinstance(captions, str):
             table.refused[name] = captions
             continue

@@ -1,7 +1,9 @@
-"""Real clips on the model's clock: a folder becomes a dataset with the items of the presenter corpus.
+"""Real clips on the model's clock: a folder becomes a dataset with the items of the presenter
+corpus.
 
-Pictures are taken by timestamp at the model's frame rate; sound is resampled and fitted to exactly the clip's length.
-Every clip goes into one bucket of size and length, so that batches hold more than one clip.
+Pictures are taken by timestamp at the model's frame rate; sound is resampled and fitted to exactly
+the clip's length. Every clip goes into one bucket of size and length, so that batches hold more
+than one clip.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ DOWNMIX = {
     8: (0.24, 0.24, 0.17, 0.0, 0.0875, 0.0875, 0.0875, 0.0875),
 }
 LONGEST_SPEECH = 60.0  # seconds of sound that words are looked for in
-STRETCH = (0.8, 1.25)  # a sound may be slowed or sped up this much to fit; beyond it is another recording
+STRETCH = (
+    0.8,
+    1.25,
+)  # a sound may be slowed or sped up this much to fit; beyond it is another recording
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,17 @@ class ClipOptions:
     """How real clips are read.
 
     Args:
-        buckets: "WxHxF" joined by ";", such as "128x128x51;192x128x101" (F frames of the model's clock).
+        buckets: "WxHxF" joined by ";", such as "128x128x51;192x128x101" (F frames of the model's
+            clock).
         fps, sample_rate, channels: what the model expects.
-        fit: "pad" cuts a sound that is too long and fills one that is too short; "stretch" first brings a separate
-            sound to the length of its video, by at most a quarter, without changing its pitch.
-        allow_silent: keep clips without sound; their items have no "audio", so nothing learns silence.
-        words: find out when the words that a caption quotes are heard; a clip that does not say them is refused.
-            Without it items have no phones, and training learns no speech from them.
+        fit: "pad" cuts a sound that is too long and fills one that is too short; "stretch" first
+            brings a separate sound to the length of its video, by at most a quarter, without
+            changing its pitch.
+        allow_silent: keep clips without sound; their items have no "audio", so nothing learns
+            silence.
+        words: find out when the words that a caption quotes are heard; a clip that does not say
+            them is refused. Without it items have no phones, and training learns no speech from
+            them.
     """
 
     buckets: str = "128x128x51"
@@ -81,30 +90,41 @@ def parse_buckets(text: str, options: ClipOptions) -> list[ClipSpec]:
         if len(numbers) != 3 or not all(n.strip().isdigit() for n in numbers):
             raise ValueError(f"buckets={part!r}: needs width x height x frames, such as 128x128x51")
         width, height, frames = (int(n) for n in numbers)
-        clips.append(ClipSpec(frames, as_fps(options.fps), height, width, options.sample_rate, options.clock))
+        clips.append(
+            ClipSpec(frames, as_fps(options.fps), height, width, options.sample_rate, options.clock)
+        )
     if not clips:
-        raise ValueError("buckets='': needs at least one width x height x frames, such as 128x128x51")
+        raise ValueError(
+            "buckets='': needs at least one width x height x frames, such as 128x128x51"
+        )
     return clips
 
 
-def choose_bucket(buckets: Sequence[ClipSpec], height: int, width: int, seconds: Fraction) -> ClipSpec | None:
-    """The bucket nearest in shape among those that the clip fills in time; of these the longest, then the largest."""
+def choose_bucket(
+    buckets: Sequence[ClipSpec], height: int, width: int, seconds: Fraction
+) -> ClipSpec | None:
+    """The bucket nearest in shape among those that the clip fills in time; of these the longest,
+    then the largest.
+    """
     filled = [b for b in buckets if b.seconds <= seconds + Fraction(1, 2) / b.fps]
     if not filled:
         return None
     away = {b: abs(np.log(width / height) - np.log(b.width / b.height)) for b in filled}
     nearest = min(away.values())
-    return max((b for b in filled if away[b] <= nearest + 1e-6), key=lambda b: (b.num_frames, b.width * b.height))
+    return max(
+        (b for b in filled if away[b] <= nearest + 1e-6),
+        key=lambda b: (b.num_frames, b.width * b.height),
+    )
 
 
 class RealClips(Dataset):
     """Clips of a folder. Items are dicts:
 
-    video (F, H, W, 3) uint8 and audio (C, samples) float32 tensors (where the clip has them), fps, sample_rate,
-    caption, captions, language, text (the words that the caption quotes), phones (when they are heard, as in
-    `phones_of_clip`; empty without words or sound), impacts (), attributes {}, kind "clip", name, and where given
-    video_mask (F, H, W) bool, audio_mask (samples,) bool, reference_video (F, H, W, 3) uint8, reference_audio
-    (C, samples).
+    video (F, H, W, 3) uint8 and audio (C, samples) float32 tensors (where the clip has them), fps,
+    sample_rate, caption, captions, language, text (the words that the caption quotes), phones (when
+    they are heard, as in `phones_of_clip`; empty without words or sound), impacts (), attributes
+    {}, kind "clip", name, and where given video_mask (F, H, W) bool, audio_mask (samples,) bool,
+    reference_video (F, H, W, 3) uint8, reference_audio (C, samples).
 
     `refused` names every file that is not used, with the reason.
 
@@ -116,12 +136,17 @@ class RealClips(Dataset):
         ValueError: the folder holds no clip that can be used.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], options: ClipOptions | None = None,
-                 only: Collection[str] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        options: ClipOptions | None = None,
+        only: Collection[str] | None = None,
+    ) -> None:
         self.options = options or ClipOptions()
         self.buckets = parse_buckets(self.options.buckets, self.options)
         table = find_clips(folder)
-        self.folder, self.refused = table.folder, table.refused
+        self.folder = table.folder
+        self.refused = table.refused
         self.entries: list[ClipEntry] = []
         self.specs: list[ClipSpec] = []
         self._held: list[tuple[str, ...]] = []
@@ -157,12 +182,17 @@ class RealClips(Dataset):
 
     def _bucket(self, seen: MediaInfo | None, heard: MediaInfo | None) -> ClipSpec:
         info = seen or heard
-        seconds = (seen.video_seconds if seen else heard.audio_seconds if heard else None) or Fraction(0)
+        seconds = (
+            seen.video_seconds if seen else heard.audio_seconds if heard else None
+        ) or Fraction(0)
         height, width = (info.height or 1, info.width or 1) if seen and info else (1, 1)
         spec = choose_bucket(self.buckets, height, width, seconds)
         if spec is None:
             shortest = min(self.buckets, key=lambda b: b.seconds)
-            raise ValueError(f"lasts {float(seconds):.2f} s; the shortest bucket needs {float(shortest.seconds):.2f} s")
+            raise ValueError(
+                f"lasts {float(seconds):.2f} s; the shortest bucket needs "
+                f"{float(shortest.seconds):.2f} s"
+            )
         return spec
 
     def __len__(self) -> int:
@@ -184,9 +214,12 @@ class RealClips(Dataset):
         """Decode one clip.
 
         Raises:
-            MediaError: the file cannot be decoded, or its sound is silence (unless allow_silent): the message names it.
+            MediaError: the file cannot be decoded, or its sound is silence (unless allow_silent):
+                the message names it.
         """
-        entry, spec, held = self.entries[index], self.specs[index], self._held[index]
+        entry = self.entries[index]
+        spec = self.specs[index]
+        held = self._held[index]
         item: dict[str, Any] = {
             "name": entry.name,
             "index": index,
@@ -211,11 +244,15 @@ class RealClips(Dataset):
                 item["audio"] = torch.from_numpy(sound)
                 item |= self._words(entry, spec, sound)
             elif not self.options.allow_silent:
-                raise MediaError(f"{entry.name}: its sound is silence where it is used; run `avdiff data check`")
+                raise MediaError(
+                    f"{entry.name}: its sound is silence where it is used; run `avdiff data check`"
+                )
         return item | self._beside(entry, spec)
 
     def _words(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray) -> dict[str, Any]:
-        """Text and phones of the quoted words, which may go on after the clip's end, where `sound` (C, S) stops."""
+        """Text and phones of the quoted words, which may go on after the clip's end, where `sound`
+        (C, S) stops.
+        """
         if entry.name not in self._phones:
             try:
                 phones = self._spoken(entry, spec, sound)
@@ -225,26 +262,35 @@ class RealClips(Dataset):
         return {"text": parse_prompt(entry.caption)[1] or "", "phones": self._phones[entry.name]}
 
     def _spoken(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray) -> Sequence[Phone]:
-        """Timed phones: those of the metadata (as `avdiff data corpus` writes them), else those aligned with the words
-        in the whole sound; none without words."""
-        known, text, path = entry.extra.get("phones"), parse_prompt(entry.caption)[1], entry.audio or entry.video
+        """Timed phones: those of the metadata (as `avdiff data corpus` writes them), else those
+        aligned with the words in the whole sound; none without words.
+        """
+        known = entry.extra.get("phones")
+        text = parse_prompt(entry.caption)[1]
+        path = entry.audio or entry.video
         if isinstance(known, list):
             return [Phone(str(p[0]), float(p[1]), float(p[2]), *map(int, p[3:4])) for p in known]
         if not text or path is None or not self.options.words:
             return ()
-        rate, language = spec.sample_rate, entry.extra.get("language")
+        rate = spec.sample_rate
+        language = entry.extra.get("language")
         if self.options.fit == "pad" and (whole := read_sound(path)):
-            sound, rate = whole[0][: round(LONGEST_SPEECH * whole[1])], whole[1]
+            sound = whole[0][: round(LONGEST_SPEECH * whole[1])]
+            rate = whole[1]
         return phones_of_clip(text, sound, rate, None if language is None else str(language))
 
-    def _pictures(self, entry: ClipEntry, path: Path, spec: ClipSpec) -> tuple[torch.Tensor, np.ndarray | None]:
+    def _pictures(
+        self, entry: ClipEntry, path: Path, spec: ClipSpec
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
         """(F, H, W, 3) uint8, and the file's own sound (C, S) at the model's rate."""
         clip = read_clip(path, spec.fps, (spec.height, spec.width), spec.sample_rate, spec.seconds)
         if clip.frames is None:
             raise MediaError(f"{entry.name}: holds no pictures")
         frames = clip.frames[: spec.num_frames]
         if len(frames) < spec.num_frames - 1:
-            raise MediaError(f"{entry.name}: {len(frames)} of {spec.num_frames} frames could be decoded")
+            raise MediaError(
+                f"{entry.name}: {len(frames)} of {spec.num_frames} frames could be decoded"
+            )
         frames = np.concatenate([frames, frames[-1:].repeat(spec.num_frames - len(frames), axis=0)])
         return torch.from_numpy(np.ascontiguousarray(frames)), clip.audio
 
@@ -265,7 +311,11 @@ class RealClips(Dataset):
         """Bring a separate sound to the length of its video where the gap is small enough."""
         wanted = float(probe(video).video_seconds or 0)
         factor = sound.shape[1] / rate / wanted if wanted else 1.0
-        return stretch_time(sound, factor) if STRETCH[0] <= factor <= STRETCH[1] and abs(factor - 1) > 1e-3 else sound
+        return (
+            stretch_time(sound, factor)
+            if STRETCH[0] <= factor <= STRETCH[1] and abs(factor - 1) > 1e-3
+            else sound
+        )
 
     def _beside(self, entry: ClipEntry, spec: ClipSpec) -> dict[str, torch.Tensor]:
         """Masks and references."""
@@ -273,16 +323,24 @@ class RealClips(Dataset):
         for name in ("video_mask", "reference_video"):
             path: Path | None = getattr(entry, name)
             if path is not None:
-                frames, _ = self._pictures(entry, path, spec) if not _is_still(path) else (_still(path, spec), None)
+                frames, _ = (
+                    self._pictures(entry, path, spec)
+                    if not _is_still(path)
+                    else (_still(path, spec), None)
+                )
                 found[name] = frames.float().mean(-1) > 127 if name == "video_mask" else frames
         for name in ("audio_mask", "reference_audio"):
             path = getattr(entry, name)
             if path is not None:
-                sound = read_clip(path, sample_rate=spec.sample_rate, max_seconds=spec.seconds).audio
+                sound = read_clip(
+                    path, sample_rate=spec.sample_rate, max_seconds=spec.seconds
+                ).audio
                 if sound is None:
                     raise MediaError(f"{entry.name}: its {name} {path.name} holds no sound")
                 line = fit_length(mix_channels(sound, self.options.channels), spec.num_samples)
-                found[name] = torch.from_numpy(np.abs(line).max(0) > 0.5 if name == "audio_mask" else line)
+                found[name] = torch.from_numpy(
+                    np.abs(line).max(0) > 0.5 if name == "audio_mask" else line
+                )
         return found
 
 
@@ -294,8 +352,14 @@ def _still(path: Path, spec: ClipSpec) -> torch.Tensor:
     """A picture repeated for the whole clip: (F, H, W, 3) uint8."""
     from PIL import Image, ImageOps
 
-    picture = ImageOps.fit(Image.open(path).convert("RGB"), (spec.width, spec.height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(picture).copy())[None].expand(spec.num_frames, -1, -1, -1).contiguous()
+    picture = ImageOps.fit(
+        Image.open(path).convert("RGB"), (spec.width, spec.height), Image.Resampling.BICUBIC
+    )
+    return (
+        torch.from_numpy(np.asarray(picture).copy())[None]
+        .expand(spec.num_frames, -1, -1, -1)
+        .contiguous()
+    )
 
 
 def mix_channels(sound: np.ndarray, channels: int) -> np.ndarray:
@@ -307,7 +371,9 @@ def mix_channels(sound: np.ndarray, channels: int) -> np.ndarray:
         left = sound[0] + 0.7 * sound[2] if count > 2 else sound[0]
         right = sound[1] + 0.7 * sound[2] if count > 2 else sound[1]
         return np.stack([left, right]) * np.float32(0.6)
-    mono = np.tensordot(np.array(DOWNMIX.get(count, (1 / count,) * count), np.float32), sound, axes=1)[None]
+    mono = np.tensordot(
+        np.array(DOWNMIX.get(count, (1 / count,) * count), np.float32), sound, axes=1
+    )[None]
     return np.repeat(mono, channels, axis=0)
 
 
@@ -318,10 +384,13 @@ def fit_length(sound: np.ndarray, samples: int) -> np.ndarray:
 
 
 def stretch_time(sound: np.ndarray, factor: float) -> np.ndarray:
-    """Play (C, S) faster by `factor` (slower below 1) at the same pitch: phase vocoder -> (C, round(S / factor))."""
+    """Play (C, S) faster by `factor` (slower below 1) at the same pitch: phase vocoder -> (C,
+    round(S / factor)).
+    """
     import torchaudio
 
-    size, hop = 1024, 256
+    size = 1024
+    hop = 256
     window = torch.hann_window(size)
     length = round(sound.shape[1] / factor)
     spectrum = torch.stft(torch.from_numpy(sound), size, hop, window=window, return_complex=True)

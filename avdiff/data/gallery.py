@@ -1,4 +1,6 @@
-"""`avdiff data show`: one HTML page of clips: pictures, spectrogram, mouth curve, captions. No script, no network."""
+"""`avdiff data show`: one HTML page of clips: pictures, spectrogram, mouth curve, captions. No
+script, no network.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,30 @@ from avdiff.data.clip_table import find_clips
 from avdiff.media.write import MediaError, contact_sheet, read_clip, spectrogram_picture
 from avdiff.phonetics.visemes import Phone
 
-WIDTH, CURVE = 960, 60  # pixels
+# pixels
+WIDTH = 960
+CURVE = 60
 STYLE = """body{font:15px/1.4 sans-serif;margin:2em auto;max-width:1000px;color:#222}
 section{margin:0 0 2.5em}img,svg{display:block;width:100%;margin:2px 0}h2{font-size:1.05em;margin:.3em 0}
 small{color:#666}ul{margin:.3em 0;padding-left:1.2em}svg{background:#f4f4f8}"""
 
 
-def write_gallery(items: Iterable[dict[str, Any]], path: str | os.PathLike[str], title: str = "Clips") -> int:
-    """Write clips, as `PresenterCorpus` and `RealClips` give them, as one HTML file -> number of clips.
+def write_gallery(
+    items: Iterable[dict[str, Any]], path: str | os.PathLike[str], title: str = "Clips"
+) -> int:
+    """Write clips, as `PresenterCorpus` and `RealClips` give them, as one HTML file -> number of
+    clips.
 
     Args:
-        items: clips with any of video (F, H, W, 3), audio (C, S), mouth (F, 6), phones, impacts, captions.
+        items: clips with any of video (F, H, W, 3), audio (C, S), mouth (F, 6), phones, impacts,
+            captions.
         path: the file to write; it appears when complete.
     """
     sections = [_section(item) for item in items]
-    head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    head = (
+        "<!doctype html><meta "
+        f"charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    )
     text = "\n".join([head, f"<h1>{html.escape(title)}</h1>", *sections]) + "\n"
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -41,8 +52,8 @@ def write_gallery(items: Iterable[dict[str, Any]], path: str | os.PathLike[str],
 
 
 def folder_items(folder: str | os.PathLike[str], count: int) -> Iterator[dict[str, Any]]:
-    """The first `count` clips of a folder as they are, whatever their size and rate; a file that cannot be read gives
-    an item with its name and `refused`, the reason.
+    """The first `count` clips of a folder as they are, whatever their size and rate; a file that
+    cannot be read gives an item with its name and `refused`, the reason.
 
     Raises:
         ValueError: no such folder, or nothing in it that looks like a clip.
@@ -52,15 +63,27 @@ def folder_items(folder: str | os.PathLike[str], count: int) -> Iterator[dict[st
         item: dict[str, Any] = {"name": entry.name, "captions": list(entry.captions)}
         try:
             clip = read_clip(entry.video or entry.audio or table.folder / entry.name)
-            sound = read_clip(entry.audio) if entry.audio is not None and entry.video is not None else clip
+            sound = (
+                read_clip(entry.audio)
+                if entry.audio is not None and entry.video is not None
+                else clip
+            )
         except MediaError as error:
             yield {**item, "refused": str(error)}
             continue
-        truth: dict[str, Any] = {"phones": tuple(Phone(*p) for p in entry.extra.get("phones") or ())}
+        truth: dict[str, Any] = {
+            "phones": tuple(Phone(*p) for p in entry.extra.get("phones") or ())
+        }
         if entry.extra.get("mouth"):
             truth["mouth"] = np.asarray(entry.extra["mouth"])
-        yield {**item, **truth, "video": clip.frames, "fps": clip.fps, "audio": sound.audio,
-               "sample_rate": sound.sample_rate}  # fmt: skip
+        yield {
+            **item,
+            **truth,
+            "video": clip.frames,
+            "fps": clip.fps,
+            "audio": sound.audio,
+            "sample_rate": sound.sample_rate,
+        }
     for name, reason in list(table.refused.items())[: max(0, count - len(table.entries))]:
         yield {"name": name, "captions": [], "refused": reason}
 
@@ -84,8 +107,14 @@ def _section(item: dict[str, Any]) -> str:
         *(f"<li>{html.escape(c)}</li>" for c in item.get("captions") or [item.get("caption", "")]),
         "</ul>",
     ]
-    facts = {"seconds": f"{seconds:.2f}", "language": item.get("language"), **(item.get("attributes") or {})}
-    told = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, "", "none"))
+    facts = {
+        "seconds": f"{seconds:.2f}",
+        "language": item.get("language"),
+        **(item.get("attributes") or {}),
+    }
+    told = ", ".join(
+        f"{key} {value}" for key, value in facts.items() if value not in (None, "", "none")
+    )
     return "\n".join([*parts, f"<small>{html.escape(told)}</small></section>"])
 
 
@@ -103,17 +132,23 @@ def _picture(picture: Image.Image) -> str:
 
 
 def _curve(item: dict[str, Any], seconds: float) -> str:
-    """Opening of the mouth over time with the phones below it, or the impacts of an event, as SVG; "" without truth."""
+    """Opening of the mouth over time with the phones below it, or the impacts of an event, as SVG;
+    "" without truth.
+    """
     drawn: list[str] = []
     if item.get("mouth") is not None:
         opening = np.asarray(item["mouth"])[:, 0]
-        points = " ".join(f"{(i + 0.5) / len(opening) * WIDTH:.1f},{44 - 40 * v:.1f}" for i, v in enumerate(opening))
+        points = " ".join(
+            f"{(i + 0.5) / len(opening) * WIDTH:.1f},{44 - 40 * v:.1f}"
+            for i, v in enumerate(opening)
+        )
         drawn.append(f'<polyline points="{points}" fill="none" stroke="#c33" stroke-width="1.5"/>')
     for phone in item.get("phones") or ():
         if phone[0] not in ("", "sil"):
             middle = (phone[1] + phone[2]) / 2 / seconds * WIDTH
             drawn.append(
-                f'<text x="{middle:.1f}" y="57" font-size="10" text-anchor="middle">{html.escape(phone[0])}</text>'
+                f'<text x="{middle:.1f}" y="57" font-size="10" '
+                f'text-anchor="middle">{html.escape(phone[0])}</text>'
             )
     for time in item.get("impacts") or ():
         drawn.append(f'<path d="M{time / seconds * WIDTH:.1f} 0V{CURVE}" stroke="#36c"/>')

@@ -1,7 +1,7 @@
 """How exact the corpus is: `python -m avdiff.evaluation.corpus_report --count 300 --bank BANK`.
 
-Mouths and impacts are read off the pixels, onsets and phone times off the sound: never from the truth they are
-compared with.
+Mouths and impacts are read off the pixels, onsets and phone times off the sound: never from the
+truth they are compared with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from avdiff.phonetics.visemes import viseme_of
 
 CLOSED = 1.5 / 128  # opening as a share of the picture: a pixel and a half of antialiasing at 128
 LAGS = range(-3, 4)  # frames
-LEAST_SENTENCES, MOST_SENTENCES = 20, 60  # of a voice, for the shift of its labels
+# of a voice, for the shift of its labels
+LEAST_SENTENCES = 20
+MOST_SENTENCES = 60
 ONSET = 0.005  # seconds
 
 
@@ -61,10 +63,16 @@ class CorpusReport:
 
 
 def measure_corpus(
-    bank: SpeechBank, count: int, split: str = "train", seed: int = 0, languages: Sequence[str] | None = None,
-    size: int = 128, digits: int = 100,
-) -> CorpusReport:  # fmt: skip
-    """Make `count` clips and measure them; then the phone times of every voice, and digit strings where one can.
+    bank: SpeechBank,
+    count: int,
+    split: str = "train",
+    seed: int = 0,
+    languages: Sequence[str] | None = None,
+    size: int = 128,
+    digits: int = 100,
+) -> CorpusReport:
+    """Make `count` clips and measure them; then the phone times of every voice, and digit strings
+    where one can.
 
     Raises:
         ValueError: as `PresenterCorpus`.
@@ -80,7 +88,9 @@ def measure_corpus(
 
 def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
     """Mouths, events and speed."""
-    mouths, errors, spent = _Mouths(), [], 0.0
+    mouths = _Mouths()
+    errors = []
+    spent = 0.0
     seen: list[bool] = []
     for index in range(len(corpus)):
         start = time.process_time()
@@ -93,12 +103,16 @@ def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
             errors += _onset_errors(item)
             seen += _impacts_seen(item)
     report.clips_per_cpu_second = len(corpus) / spent
-    report.speech_clips, report.bilabials = len(mouths.by_clip), len(mouths.closed)
+    report.speech_clips = len(mouths.by_clip)
+    report.bilabials = len(mouths.closed)
     if mouths.by_clip:
         shown, truth = (np.concatenate(part) for part in zip(*mouths.by_clip, strict=True))
-        report.frames, report.mouth_r = len(shown), float(np.corrcoef(shown, truth)[0, 1])
+        report.frames = len(shown)
+        report.mouth_r = float(np.corrcoef(shown, truth)[0, 1])
         report.mouth_r_lowest = min(float(np.corrcoef(a, b)[0, 1]) for a, b in mouths.by_clip)
-        report.mouth_best_lag = int(LAGS[int(np.argmax([_lagged(mouths.by_clip, lag) for lag in LAGS]))])
+        report.mouth_best_lag = int(
+            LAGS[int(np.argmax([_lagged(mouths.by_clip, lag) for lag in LAGS]))]
+        )
     if mouths.closed:
         report.bilabials_closed = float(np.mean(mouths.closed))
     if errors:
@@ -110,16 +124,21 @@ def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
 
 
 class _Mouths:
-    """Openings (F,) in pixels and truth of each clip, and whether the lips were seen closed on each bilabial."""
+    """Openings (F,) in pixels and truth of each clip, and whether the lips were seen closed on each
+    bilabial.
+    """
 
     def __init__(self) -> None:
         self.by_clip: list[tuple[np.ndarray, np.ndarray]] = []
         self.closed: list[bool] = []
 
     def add(self, identity: Identity, item: dict[str, Any]) -> None:
-        frames, fps = item["video"].numpy(), float(item["fps"])
+        frames = item["video"].numpy()
+        fps = float(item["fps"])
         points = item["lip_points"]
-        seen = np.array([mouth_opening_from_pixels(f, identity, p) for f, p in zip(frames, points, strict=True)])
+        seen = np.array(
+            [mouth_opening_from_pixels(f, identity, p) for f, p in zip(frames, points, strict=True)]
+        )
         self.by_clip.append((seen, mouth_opening(identity, item["mouth"])))
         for phone in item["phones"]:
             frame = int((phone.start + phone.end) / 2 * fps)
@@ -142,7 +161,9 @@ def presenter(corpus: PresenterCorpus, item: dict[str, Any]) -> Identity:
     face = rng.spawn(5)[1]
     split = "test" if corpus.split == "test_voices" else corpus.split
     identity = sample_identity(face, item["attributes"]["gender"], split)
-    assert identity_key(identity) == item["attributes"]["identity"], "the corpus draws presenters in another way now"
+    assert identity_key(identity) == item["attributes"]["identity"], (
+        "the corpus draws presenters in another way now"
+    )
     return identity
 
 
@@ -150,12 +171,15 @@ def _onset_errors(item: dict[str, Any]) -> list[float]:
     """Heard minus true time of each impact, in seconds."""
     from avdiff.evaluation.metrics.audio import onset_seconds
 
-    sound, rate = item["audio"][0].numpy(), item["sample_rate"]
+    sound = item["audio"][0].numpy()
+    rate = item["sample_rate"]
     return [onset_seconds(sound, time, rate) - time for time in item["impacts"]]
 
 
 def _impacts_seen(item: dict[str, Any]) -> list[bool]:
-    """Whether each impact is seen in the pixels within half a frame; [] without the impact reader's weights."""
+    """Whether each impact is seen in the pixels within half a frame; [] without the impact reader's
+    weights.
+    """
     from avdiff.evaluation.metrics.events import load_reader, match, visual_impacts
 
     fps = float(item["fps"])
@@ -169,19 +193,26 @@ def _impacts_seen(item: dict[str, Any]) -> list[bool]:
 
 
 def voice_shifts(bank: SpeechBank, languages: Sequence[str] | None = None) -> dict[str, float]:
-    """ "language voice" -> milliseconds by which its labels should come later; a blend counts as its first voice."""
+    """ "language voice" -> milliseconds by which its labels should come later; a blend counts as
+    its first voice.
+    """
     groups: dict[str, list[Any]] = defaultdict(list)
     for utterance in bank:
         if not languages or utterance.lang in languages:
-            groups[f"{utterance.lang} {utterance.voice.split('*')[0].split('+')[0]}"].append(utterance)
+            groups[f"{utterance.lang} {utterance.voice.split('*')[0].split('+')[0]}"].append(
+                utterance
+            )
     return {
         voice: 1000 * best_shift((bank.audio(u), u.phones) for u in members[:MOST_SENTENCES])[0]
-        for voice, members in sorted(groups.items()) if len(members) >= LEAST_SENTENCES
-    }  # fmt: skip
+        for voice, members in sorted(groups.items())
+        if len(members) >= LEAST_SENTENCES
+    }
 
 
 def _measure_digits(bank: SpeechBank, most: int, report: CorpusReport) -> None:
-    """Words that a recogniser with a digit grammar gets wrong; left out where pocketsphinx is not installed."""
+    """Words that a recogniser with a digit grammar gets wrong; left out where pocketsphinx is not
+    installed.
+    """
     from avdiff.evaluation.metrics.audio import DigitReader, word_errors
 
     strings = [u for u in bank if is_digit_string(u)][:most]
@@ -203,7 +234,11 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
         return "-" if value is None else format(value, form)
 
     return [
-        ("clips (speech)", f"{report.clips} ({report.speech_clips}), {report.seconds_of_clips:.0f} s", ""),
+        (
+            "clips (speech)",
+            f"{report.clips} ({report.speech_clips}), {report.seconds_of_clips:.0f} s",
+            "",
+        ),
         ("mouth in the pixels against truth, r", told(report.mouth_r), "0.98"),
         ("  worst clip", told(report.mouth_r_lowest), ""),
         ("  best lag, frames", told(report.mouth_best_lag, "d"), "0"),
@@ -211,9 +246,17 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
         (f"event onsets within 5 ms, of {report.impacts}", told(report.onset_within_5ms), "1.0"),
         ("  worst, ms", told(report.onset_worst_ms, ".1f"), "5"),
         ("  impacts seen within half a frame", told(report.impacts_seen), "0.98"),
-        (f"phone labels against sound, {len(report.voices)} voices, mean shift, ms", f"{shifts.mean():+.1f}", ""),
+        (
+            f"phone labels against sound, {len(report.voices)} voices, mean shift, ms",
+            f"{shifts.mean():+.1f}",
+            "",
+        ),
         (f"  worst voice ({worst}), ms", f"{shifts[np.abs(shifts).argmax()]:+.1f}", "10"),
-        (f"digit word errors, {report.digit_strings} strings", told(report.digit_wer, ".3f"), "0.05"),
+        (
+            f"digit word errors, {report.digit_strings} strings",
+            told(report.digit_wer, ".3f"),
+            "0.05",
+        ),
         ("clips a CPU second", told(report.clips_per_cpu_second, ".1f"), "8 (2.5 s clips)"),
     ]
 
@@ -233,7 +276,9 @@ def save_report(report: CorpusReport, path: str | os.PathLike[str]) -> None:
     """Write the JSON, aside first."""
     target = Path(path)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf8")
+    aside.write_text(
+        json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf8"
+    )
     os.replace(aside, target)
 
 
@@ -241,14 +286,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300, help="clips to make and measure")
-    parser.add_argument("--bank", help="speech bank folder; default $AVDIFF_BANK, else the mini-bank")
+    parser.add_argument(
+        "--bank", help="speech bank folder; default $AVDIFF_BANK, else the mini-bank"
+    )
     parser.add_argument("--split", default="train", choices=SPLITS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=128, help="pixels on a side")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args(arguments)
-    report = measure_corpus(SpeechBank(options.bank, decoded=True), options.count, options.split, options.seed,
-                            size=options.size)  # fmt: skip
+    report = measure_corpus(
+        SpeechBank(options.bank, decoded=True),
+        options.count,
+        options.split,
+        options.seed,
+        size=options.size,
+    )
     print_report(report)
     if options.json:
         save_report(report, options.json)

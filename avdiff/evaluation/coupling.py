@@ -1,8 +1,10 @@
-"""Is it the coupling that makes lips fit? The same prompts and seeds with the links between sound and picture cut.
+"""Is it the coupling that makes lips fit? The same prompts and seeds with the links between sound
+and picture cut.
 
-An *arm* is a folder of clips of the same names: `whole` with the links, `cut` without cross-attention and shared
-stream, and any others. From the whole arm's own clips `swapped` is measured too: each picture with the sound of another
-clip. If lips fit as well with the links cut, they follow the script and not the sound.
+An *arm* is a folder of clips of the same names: `whole` with the links, `cut` without
+cross-attention and shared stream, and any others. From the whole arm's own clips `swapped` is
+measured too: each picture with the sound of another clip. If lips fit as well with the links cut,
+they follow the script and not the sound.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ KEY = "mouth_r"
 
 
 def swapped(clips: Sequence[Clip]) -> list[Clip]:
-    """Each clip's pictures with the sound of the next one, cut or filled with silence to its length.
+    """Each clip's pictures with the sound of the next one, cut or filled with silence to its
+    length.
 
     Raises:
         ValueError: fewer than two clips, or one without sound.
@@ -35,7 +38,9 @@ def swapped(clips: Sequence[Clip]) -> list[Clip]:
         assert one.audio is not None and other.audio is not None and other.sample_rate is not None
         seconds = one.audio.shape[-1] / float(one.sample_rate or 1)
         wanted = round(seconds * other.sample_rate)
-        sound = np.pad(other.audio, ((0, 0), (0, max(0, wanted - other.audio.shape[-1]))))[:, :wanted]
+        sound = np.pad(other.audio, ((0, 0), (0, max(0, wanted - other.audio.shape[-1]))))[
+            :, :wanted
+        ]
         mixed.append(replace(one, audio=sound, sample_rate=other.sample_rate))
     return mixed
 
@@ -55,7 +60,9 @@ def arm_rows(clips: Mapping[str, Clip], by: Judges) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Coupling:
-    """One arm: its correlation of lips and sound, and the paired difference to the whole model's."""
+    """One arm: its correlation of lips and sound, and the paired difference to the whole
+    model's.
+    """
 
     arm: str
     r: Estimate
@@ -74,13 +81,21 @@ def couplings(arms: Mapping[str, Sequence[Row]], whole: str = "whole") -> list[C
     for name, rows in arms.items():
         values = column(rows, KEY)
         if not len(values):
-            raise ValueError(f"arm {name!r}: lips and sound could be compared in none of its {len(rows)} clips")
-        pairs = None if name == whole else next((d for d in compare(arms[whole], rows) if d.key == KEY), None)
+            raise ValueError(
+                f"arm {name!r}: lips and sound could be compared in none of its {len(rows)} clips"
+            )
+        pairs = (
+            None
+            if name == whole
+            else next((d for d in compare(arms[whole], rows) if d.key == KEY), None)
+        )
         found.append(Coupling(name, interval(values), pairs))
     return found
 
 
-def measure_arms(folders: Mapping[str, Path], by: Judges | None = None, whole: str = "whole") -> list[Coupling]:
+def measure_arms(
+    folders: Mapping[str, Path], by: Judges | None = None, whole: str = "whole"
+) -> list[Coupling]:
     """Arms on disk: name -> folder of clips; `swapped` is made from the arm with all links.
 
     Raises:
@@ -95,7 +110,9 @@ def measure_arms(folders: Mapping[str, Path], by: Judges | None = None, whole: s
         clips = {file.stem: read_clip(file) for file in files}
         arms[name] = arm_rows(clips, by)
         if name == whole and len(clips) > 1:
-            arms["swapped"] = arm_rows(dict(zip(clips, swapped(list(clips.values())), strict=True)), by)
+            arms["swapped"] = arm_rows(
+                dict(zip(clips, swapped(list(clips.values())), strict=True)), by
+            )
     return couplings(arms, whole)
 
 
@@ -108,5 +125,7 @@ def print_couplings(found: Sequence[Coupling]) -> None:
     for one in found:
         d = one.difference.difference if one.difference else None
         less = "" if d is None else f"{-d.mean:.3f} \\[{-d.high:.3f}, {-d.low:.3f}]"
-        table.add_row(one.arm, f"{one.r.mean:.3f} \\[{one.r.low:.3f}, {one.r.high:.3f}]", less, str(one.r.n))
+        table.add_row(
+            one.arm, f"{one.r.mean:.3f} \\[{one.r.low:.3f}, {one.r.high:.3f}]", less, str(one.r.n)
+        )
     Console(highlight=False).print(table)

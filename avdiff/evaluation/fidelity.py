@@ -2,8 +2,9 @@
 
     print_fidelity(fidelity(real_clips, made_clips))
 
-Numbers of this kind depend on the features and on how many clips there are, so they are never given alone: beside the
-distance of made to real stands that of real to real, with as many clips, and each has an interval. Too few clips are
+Numbers of this kind depend on the features and on how many clips there are, so they are never given
+alone: beside the distance of made to real stands that of real to real, with as many clips, and each
+    has an interval. Too few clips are
 refused. Feature spaces, all of frozen judges or plain statistics:
 
 - looks: the face reader's deepest map, mean over the picture and over eight pictures of the clip.
@@ -11,7 +12,8 @@ refused. Feature spaces, all of frozen judges or plain statistics:
 - speech: mean and spread over time of the recogniser's last hidden layer.
 - mel: mean and spread over time of 100 log-mel bands: no network.
 
-Each is brought to 32 numbers by a fixed random projection (seed 0), so that a covariance can be estimated.
+Each is brought to 32 numbers by a fixed random projection (seed 0), so that a covariance can be
+estimated.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ PICTURES = 8
 FOLDS = 10
 
 
-# ------------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 def _over_time(values: Tensor) -> np.ndarray:
     """(T, D) -> mean and spread (2 D,)."""
     return torch.cat([values.mean(0), values.std(0, correction=0)]).cpu().numpy().astype(np.float64)
@@ -51,7 +53,12 @@ def looks(clip: Clip, by: Judges) -> np.ndarray:
     chosen = clip.frames[np.linspace(0, len(clip.frames) - 1, PICTURES).round().astype(int)]
     reader = by.face_reader
     pictures = to_square(to_pictures(torch.from_numpy(np.ascontiguousarray(chosen))))
-    return reader.deep(reader.middle(reader.stem(pictures))).mean(dim=(0, 2, 3)).numpy().astype(np.float64)
+    return (
+        reader.deep(reader.middle(reader.stem(pictures)))
+        .mean(dim=(0, 2, 3))
+        .numpy()
+        .astype(np.float64)
+    )
 
 
 @torch.no_grad()
@@ -72,7 +79,9 @@ def speech(clip: Clip, by: Judges) -> np.ndarray:
     judge = by.recogniser
     assert clip.audio is not None and clip.sample_rate is not None
     kept: list[Tensor] = []
-    hook = judge.fine_out.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    hook = judge.fine_out.register_forward_hook(
+        lambda _module, _inputs, output: kept.append(output)
+    )
     try:
         judge.listen(as_waveform(clip.audio, clip.sample_rate, judge.config.sample_rate))
     finally:
@@ -90,12 +99,20 @@ def mel(clip: Clip, by: Judges) -> np.ndarray:
     return _over_time(LogMel(24000, 960, 240, 100)(whole[None])[0])
 
 
-SPACES: dict[str, Callable[[Clip, Judges], np.ndarray]] = {"looks": looks, "motion": motion, "speech": speech,
-                                                          "mel": mel}
+SPACES: dict[str, Callable[[Clip, Judges], np.ndarray]] = {
+    "looks": looks,
+    "motion": motion,
+    "speech": speech,
+    "mel": mel,
+}
 
 
-def features(clips: Iterable[Clip], by: Judges, spaces: Iterable[str] = tuple(SPACES)) -> dict[str, np.ndarray]:
-    """Features of each space: name -> (clips that have it, D). A clip without the modality, or a face, is left out."""
+def features(
+    clips: Iterable[Clip], by: Judges, spaces: Iterable[str] = tuple(SPACES)
+) -> dict[str, np.ndarray]:
+    """Features of each space: name -> (clips that have it, D). A clip without the modality, or a
+    face, is left out.
+    """
     found: dict[str, list[np.ndarray]] = {name: [] for name in spaces}
     for clip in clips:
         for name, rows in found.items():
@@ -109,10 +126,13 @@ def features(clips: Iterable[Clip], by: Judges, spaces: Iterable[str] = tuple(SP
     return {name: np.stack(rows) if rows else np.zeros((0, DIM)) for name, rows in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ distances
+# ---------------------------------------------------------------------------------------- distances
 def project(real: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """All sets in the same 32 numbers: each feature to unit variance over `real`, then a fixed random projection."""
-    centre, spread = real.mean(0), real.std(0) + 1e-6
+    """All sets in the same 32 numbers: each feature to unit variance over `real`, then a fixed
+    random projection.
+    """
+    centre = real.mean(0)
+    spread = real.std(0) + 1e-6
     width = real.shape[1]
     away = np.random.default_rng(0).normal(size=(width, min(DIM, width)))
     basis = np.linalg.qr(away)[0] if width > DIM else np.eye(width)
@@ -120,28 +140,38 @@ def project(real: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 
 
 def frechet(one: np.ndarray, two: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of sets (n, D), (m, D) (Dowson and Landau 1982)."""
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of sets (n, D), (m, D) (Dowson and Landau
+    1982).
+    """
     mean = one.mean(0) - two.mean(0)
-    first, second = np.cov(one, rowvar=False), np.cov(two, rowvar=False)
-    # tr (C1 C2)^(1/2) = sum of the roots of the eigenvalues of C1 C2, which are real and not negative
+    first = np.cov(one, rowvar=False)
+    second = np.cov(two, rowvar=False)
+    # tr (C1 C2)^(1/2) = sum of the roots of the eigenvalues of C1 C2, which are real and not
+    # negative
     roots = np.sqrt(np.clip(np.linalg.eigvals(first @ second).real, 0, None)).sum()
     return float(mean @ mean + np.trace(first) + np.trace(second) - 2 * roots)
 
 
 def kernel(one: np.ndarray, two: np.ndarray) -> float:
-    """Unbiased squared MMD with the kernel (x y / D + 1)^3 (Binkowski et al. 2018, KID); may be below 0."""
+    """Unbiased squared MMD with the kernel (x y / D + 1)^3 (Binkowski et al. 2018, KID); may be
+    below 0.
+    """
     width = one.shape[1]
 
     def k(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / width + 1) ** 3
 
-    n, m = len(one), len(two)
+    n = len(one)
+    m = len(two)
     own = (k(one, one).sum() - np.trace(k(one, one))) / (n * (n - 1))
     other = (k(two, two).sum() - np.trace(k(two, two))) / (m * (m - 1))
     return float(own + other - 2 * k(one, two).mean())
 
 
-DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"frechet": frechet, "kernel": kernel}
+DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "frechet": frechet,
+    "kernel": kernel,
+}
 
 
 @dataclass(frozen=True)
@@ -155,26 +185,36 @@ class Distance:
 
 
 def measured(name: str, one: np.ndarray, two: np.ndarray) -> Distance:
-    """A distance of two sets and its jackknife interval (ten folds left out in turn, Efron and Stein 1981).
+    """A distance of two sets and its jackknife interval (ten folds left out in turn, Efron and
+    Stein 1981).
 
-    Not the bootstrap: repeated clips make a set look narrower than it is, and both distances read that as far.
+    Not the bootstrap: repeated clips make a set look narrower than it is, and both distances read
+    that as far.
 
     Raises:
         ValueError: too few clips.
     """
     least = LEAST[name]
     if min(len(one), len(two)) < least:
-        raise ValueError(f"{name}: {len(one)} and {len(two)} clips; needs at least {least} on each side")
+        raise ValueError(
+            f"{name}: {len(one)} and {len(two)} clips; needs at least {least} on each side"
+        )
     value = DISTANCES[name](one, two)
-    parts = [DISTANCES[name](np.delete(one, np.s_[f::FOLDS], 0), np.delete(two, np.s_[f::FOLDS], 0))
-             for f in range(FOLDS)]
-    half = 1.96 * math.sqrt((FOLDS - 1) / FOLDS * float(np.square(np.array(parts) - np.mean(parts)).sum()))
+    parts = [
+        DISTANCES[name](np.delete(one, np.s_[f::FOLDS], 0), np.delete(two, np.s_[f::FOLDS], 0))
+        for f in range(FOLDS)
+    ]
+    half = 1.96 * math.sqrt(
+        (FOLDS - 1) / FOLDS * float(np.square(np.array(parts) - np.mean(parts)).sum())
+    )
     return Distance(value, value - half, value + half, min(len(one), len(two)))
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One space and distance: made against real, and real against real with as many clips; or why there is none."""
+    """One space and distance: made against real, and real against real with as many clips; or why
+    there is none.
+    """
 
     space: str
     name: str
@@ -183,12 +223,15 @@ class Fidelity:
     refused: str = ""
 
 
-def fidelity(real: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray], seed: int = 0) -> list[Fidelity]:
+def fidelity(
+    real: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray], seed: int = 0
+) -> list[Fidelity]:
     """Distances in every space, on sets of one size.
 
     Args:
-        real, made: of `features`. The real clips are split into two halves at random: one stands for the real ones, the
-            other shows what distance 0 looks like; as many of the made ones are compared.
+        real, made: of `features`. The real clips are split into two halves at random: one stands
+            for the real ones, the other shows what distance 0 looks like; as many of the made ones
+            are compared.
     """
     found: list[Fidelity] = []
     for space in made:
@@ -199,13 +242,19 @@ def fidelity(real: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray], see
         chosen = np.random.default_rng(seed + 1).permutation(len(made[space]))[:size]
         for name in DISTANCES:
             if size < LEAST[name]:
-                why = (f"{len(real[space])} real and {len(made[space])} made clips: needs {2 * LEAST[name]} and "
-                       f"{LEAST[name]}")
+                why = (
+                    f"{len(real[space])} real and {len(made[space])} made clips: needs "
+                    f"{2 * LEAST[name]} and "
+                    f"{LEAST[name]}"
+                )
                 found.append(Fidelity(space, name, None, None, why))
                 continue
-            first, second, other = project(real[space][order[:size]], real[space][order[size : 2 * size]],
-                                           made[space][chosen])
-            found.append(Fidelity(space, name, measured(name, first, other), measured(name, first, second)))
+            first, second, other = project(
+                real[space][order[:size]], real[space][order[size : 2 * size]], made[space][chosen]
+            )
+            found.append(
+                Fidelity(space, name, measured(name, first, other), measured(name, first, second))
+            )
     return found
 
 

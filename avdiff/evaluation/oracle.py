@@ -1,8 +1,9 @@
 """What a perfect generator would score: the corpus draws and says the held-out prompts itself.
 
-The clips are measured by the same judges as a generator's, so whatever they read wrong shows here. Digit strings and
-GRID commands have no recording in the bank and so no clip; a prompt's colours are drawn as the plain colour of their
-name, and events have strokes at other times than anybody asked for, but as many.
+The clips are measured by the same judges as a generator's, so whatever they read wrong shows here.
+Digit strings and GRID commands have no recording in the bank and so no clip; a prompt's colours are
+drawn as the plain colour of their name, and events have strokes at other times than anybody asked
+for, but as many.
 """
 
 from __future__ import annotations
@@ -24,18 +25,29 @@ from avdiff.data.heldout import Prompt
 from avdiff.media.write import Clip
 from avdiff.phonetics.visemes import viseme_track
 
-LEAD, TAIL, PAUSE = 0.12, 0.30, 0.2  # seconds before, after and between sentences
-SIZE, FPS = 128, 25
+# seconds before, after and between sentences
+LEAD = 0.12
+TAIL = 0.30
+PAUSE = 0.2
+SIZE = 128
+FPS = 25
 TRIES = 5000  # scenes drawn until one has the wanted number of strokes
 
 
 def presenter_of(prompt: Prompt) -> Identity:
-    """A presenter with all the looks of a prompt; what no word tells (sizes, nose...) follows from its seed."""
+    """A presenter with all the looks of a prompt; what no word tells (sizes, nose...) follows from
+    its seed.
+    """
     rng = np.random.default_rng(prompt.seed)
     wanted = prompt.attributes
     base = sample_identity(rng, wanted["gender"])
-    tables = {"hair": looks.HAIRS, "hat": looks.COLORS, "clothes": looks.COLORS, "background": looks.BACKDROPS,
-              "eye": looks.IRISES}
+    tables = {
+        "hair": looks.HAIRS,
+        "hat": looks.COLORS,
+        "clothes": looks.COLORS,
+        "background": looks.BACKDROPS,
+        "eye": looks.IRISES,
+    }
     drawn: dict[str, Any] = {"skin_rgb": looks.SKINS[wanted["skin"]]}
     for name, table in tables.items():
         value = wanted.get(f"{name}_color", "none")
@@ -43,8 +55,11 @@ def presenter_of(prompt: Prompt) -> Identity:
             drawn[f"{name}_rgb"] = table[value]
     if wanted.get("lipstick", "none") in looks.LIPSTICKS:
         drawn["lip_rgb"] = looks.LIPSTICKS[wanted["lipstick"]]
-    drawn |= {name: value for name, value in wanted.items() if hasattr(base, name)
-              and not (name in ("hair_color", "hat_color") and value == "none")}
+    drawn |= {
+        name: value
+        for name, value in wanted.items()
+        if hasattr(base, name) and not (name in ("hair_color", "hat_color") and value == "none")
+    }
     return replace(base, **drawn)
 
 
@@ -59,22 +74,33 @@ def event_of(prompt: Prompt) -> Event:
     for _ in range(TRIES):
         event = sample_event(rng, prompt.seconds, wanted["event"])
         if len(event.impacts) == prompt.impacts and event.material == wanted["material"]:
-            return replace(event, color=wanted["color"], rgb=looks.COLORS[wanted["color"]],
-                           background=wanted["background_color"],
-                           background_rgb=looks.BACKDROPS[wanted["background_color"]],
-                           skin=wanted["skin"], skin_rgb=looks.SKINS[wanted["skin"]],
-                           floor=wanted.get("floor", event.floor))
-    raise ValueError(f"prompt {prompt.id}: no scene of {prompt.impacts} strokes in {prompt.seconds} s was drawn")
+            return replace(
+                event,
+                color=wanted["color"],
+                rgb=looks.COLORS[wanted["color"]],
+                background=wanted["background_color"],
+                background_rgb=looks.BACKDROPS[wanted["background_color"]],
+                skin=wanted["skin"],
+                skin_rgb=looks.SKINS[wanted["skin"]],
+                floor=wanted.get("floor", event.floor),
+            )
+    raise ValueError(
+        f"prompt {prompt.id}: no scene of {prompt.impacts} strokes in {prompt.seconds} s was drawn"
+    )
 
 
 def truth_clip(prompt: Prompt, bank: SpeechBank) -> Clip | None:
-    """The corpus clip of a prompt, 128 pixels and 25 fps; None for words that the bank does not hold."""
+    """The corpus clip of a prompt, 128 pixels and 25 fps; None for words that the bank does not
+    hold.
+    """
     if prompt.kind == "event":
         event = event_of(prompt)
         spec = ClipSpec.from_seconds(prompt.seconds, FPS)
         times = (np.arange(spec.num_frames) + 0.5) / FPS
         frames = np.stack([render_event(event, float(t), SIZE) for t in times])
-        return Clip(frames, event_audio(event, spec.num_samples, SAMPLE_RATE)[None], spec.fps, SAMPLE_RATE)
+        return Clip(
+            frames, event_audio(event, spec.num_samples, SAMPLE_RATE)[None], spec.fps, SAMPLE_RATE
+        )
     if not prompt.source:
         return None
     try:
@@ -88,5 +114,7 @@ def truth_clip(prompt: Prompt, bank: SpeechBank) -> Clip | None:
     mouths = viseme_track(passage.phones, times)
     poses = pose_track(np.random.default_rng([prompt.seed, 1]), times, passage.phones)
     identity = presenter_of(prompt)
-    frames = np.stack([render_face(identity, m, p, SIZE) for m, p in zip(mouths, poses, strict=True)])
+    frames = np.stack(
+        [render_face(identity, m, p, SIZE) for m, p in zip(mouths, poses, strict=True)]
+    )
     return Clip(frames, passage.audio[: spec.num_samples][None], spec.fps, SAMPLE_RATE)

@@ -1,6 +1,8 @@
-"""All measures of one clip in one row: `measure_file("a.mp4", wish)`; each picture is read and each sound heard once.
+"""All measures of one clip in one row: `measure_file("a.mp4", wish)`; each picture is read and each
+sound heard once.
 
-What a clip was asked to show and say is a held-out `Prompt`, or nothing: then only what needs no wish is measured.
+What a clip was asked to show and say is a held-out `Prompt`, or nothing: then only what needs no
+wish is measured.
 """
 
 from __future__ import annotations
@@ -42,10 +44,16 @@ class Judges:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Judges:
-        """Judges saved in folder/recogniser, folder/face_reader, folder/lip_network and folder/impact_reader."""
+        """Judges saved in folder/recogniser, folder/face_reader, folder/lip_network and
+        folder/impact_reader.
+        """
         place = Path(folder)
-        return cls(judges.load("recogniser", place / "recogniser"), judges.load("face_reader", place / "face_reader"),
-                   judges.load("lip_network", place / "lip_network"), events.load_reader(place / "impact_reader"))
+        return cls(
+            judges.load("recogniser", place / "recogniser"),
+            judges.load("face_reader", place / "face_reader"),
+            judges.load("lip_network", place / "lip_network"),
+            events.load_reader(place / "impact_reader"),
+        )
 
 
 def header(folder: str | Path | None = None) -> dict[str, str]:
@@ -53,16 +61,23 @@ def header(folder: str | Path | None = None) -> dict[str, str]:
     from avdiff import __version__
 
     place = Path(folder) if folder else judges.BUNDLED
-    found = {name: judges.weight_hash(name, place / name) for name in (*judges.JUDGES, "impact_reader")}
-    return {"avdiff": __version__, **{f"{name} weights": digest for name, digest in found.items()},
-            "sign": "positive offsets and lags: the audio is late"}
+    found = {
+        name: judges.weight_hash(name, place / name) for name in (*judges.JUDGES, "impact_reader")
+    }
+    return {
+        "avdiff": __version__,
+        **{f"{name} weights": digest for name, digest in found.items()},
+        "sign": "positive offsets and lags: the audio is late",
+    }
 
 
-def measure_clip(clip: Clip, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False) -> dict[str, Any]:
+def measure_clip(
+    clip: Clip, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False
+) -> dict[str, Any]:
     """Every measure that the clip and the wish allow, as one flat dict without `file`.
 
-    `status` is ok, no_face, no_speech, no_picture or no_sound: what a speaking clip lacks; an event lacks nothing but
-    picture or sound.
+    `status` is ok, no_face, no_speech, no_picture or no_sound: what a speaking clip lacks; an event
+    lacks nothing but picture or sound.
 
     Args:
         mos: predict opinion scores too (needs the package speechmos).
@@ -82,18 +97,23 @@ def measure_clip(clip: Clip, wish: Prompt | None = None, by: Judges | None = Non
     if clip.audio is None or not clip.audio.size:
         row["status"] = "no_sound" if row["status"] == "ok" else "error"
     if wish is not None and wish.kind == "event":
-        return row | (events.events(clip, wish.impacts, by.impact_reader) if row["status"] == "ok" else {})
+        return row | (
+            events.events(clip, wish.impacts, by.impact_reader) if row["status"] == "ok" else {}
+        )
     return row | _speaker(clip, wish, by, row)
 
 
 def _speaker(clip: Clip, wish: Prompt | None, by: Judges, row: dict[str, Any]) -> dict[str, Any]:
     """Measures of somebody who speaks."""
     found: dict[str, Any] = {}
-    phones, reading = None, None
+    phones = None
+    reading = None
     if row["status"] in ("ok", "no_picture"):
         phones = known_truth.hear(clip, by.recogniser)
         if wish is not None and wish.text:
-            found |= speech.speech(clip, wish.text, wish.language, wish.phones, phones, by.recogniser)
+            found |= speech.speech(
+                clip, wish.text, wish.language, wish.phones, phones, by.recogniser
+            )
             found |= adherence.gender_of_voice(clip, wish.gender)
     if row["status"] in ("ok", "no_sound"):
         assert clip.frames is not None
@@ -105,9 +125,16 @@ def _speaker(clip: Clip, wish: Prompt | None, by: Judges, row: dict[str, Any]) -
             found |= known_truth.steadiness(clip, reading, by.face_reader)
         if wish is not None:
             found |= adherence.adherence(reading, wish.attributes, wish.told)
-    if row["status"] == "ok" and "status" not in found and reading is not None and phones is not None:
+    if (
+        row["status"] == "ok"
+        and "status" not in found
+        and reading is not None
+        and phones is not None
+    ):
         if any(phone.symbol != known_truth.SILENCE for phone in phones):
-            found |= known_truth.known_truth(clip, reading, phones) | _sync(clip, reading, by.lip_network)
+            found |= known_truth.known_truth(clip, reading, phones) | _sync(
+                clip, reading, by.lip_network
+            )
         else:
             found["status"] = "no_speech"
     return found
@@ -118,17 +145,29 @@ def _sync(clip: Clip, reading: judges.FaceReading, network: LipNetwork) -> dict[
     assert clip.audio is not None and clip.sample_rate is not None and clip.fps is not None
     reach = min(judges.REACH, 0.45 * clip.audio.shape[-1] / clip.sample_rate)
     try:
-        curve = judges.sync_curve(reading.points, known_truth.frame_times(clip), clip.audio, clip.sample_rate, reach,
-                                  network)
+        curve = judges.sync_curve(
+            reading.points,
+            known_truth.frame_times(clip),
+            clip.audio,
+            clip.sample_rate,
+            reach,
+            network,
+        )
     except ValueError:
         return {}
     frames = curve.offset * float(clip.fps)
-    return {"offset_ms": 1000 * curve.offset, "offset_frames": frames, "within_1_frame": abs(frames) <= 1.0,
-            "sync_score": curve.score, "sync_score_at_0": curve.score_at_zero}
+    return {
+        "offset_ms": 1000 * curve.offset,
+        "offset_frames": frames,
+        "within_1_frame": abs(frames) <= 1.0,
+        "sync_score": curve.score,
+        "sync_score_at_0": curve.score_at_zero,
+    }
 
 
-def measure_file(path: str | Path, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False,
-                 ) -> dict[str, Any]:
+def measure_file(
+    path: str | Path, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False
+) -> dict[str, Any]:
     """The row of a file; one that cannot be read or measured has status "error" and says why."""
     row: dict[str, Any] = {"file": str(path)}
     if wish is not None:
@@ -140,7 +179,9 @@ def measure_file(path: str | Path, wish: Prompt | None = None, by: Judges | None
 
 
 def score(clip: Clip, wish: Prompt, by: Judges | None = None) -> float:
-    """Reward of a whole clip, 0 to 1: words, lips and looks in equal parts; for an event, sound against picture."""
+    """Reward of a whole clip, 0 to 1: words, lips and looks in equal parts; for an event, sound
+    against picture.
+    """
     by = by or Judges.bundled()
     if wish.kind == "event":
         return events.score(clip, wish.impacts, by.impact_reader)
@@ -153,6 +194,8 @@ def score(clip: Clip, wish: Prompt, by: Judges | None = None) -> float:
 
 
 def find_wish(path: str | Path, prompts: Sequence[Prompt]) -> Prompt | None:
-    """The prompt whose id begins the name of the file ("en-digits-03-s1.mp4"), None if there is none."""
+    """The prompt whose id begins the name of the file ("en-digits-03-s1.mp4"), None if there is
+    none.
+    """
     name = Path(path).stem
     return next((p for p in prompts if name == p.id or name.startswith(p.id + "-")), None)

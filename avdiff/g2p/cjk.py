@@ -1,7 +1,9 @@
-"""Japanese and Chinese: words and their sounds from segmenters' readings, in the speech bank's symbols.
+"""Japanese and Chinese: words and their sounds from segmenters' readings, in the speech bank's
+symbols.
 
-fugashi with unidic-lite (MIT, BSD) segments Japanese and says how each word is pronounced in kana; jieba and pypinyin
-(both MIT) do the same for Chinese in pinyin. Kana and pinyin are regular, so two small tables turn them into phonemes.
+fugashi with unidic-lite (MIT, BSD) segments Japanese and says how each word is pronounced in kana;
+jieba and pypinyin (both MIT) do the same for Chinese in pinyin. Kana and pinyin are regular, so two
+small tables turn them into phonemes.
 """
 
 from __future__ import annotations
@@ -12,18 +14,61 @@ from functools import cache
 from typing import Any
 from unicodedata import normalize
 
-# --------------------------------------------------------------------------------------------------- Japanese
+# ----------------------------------------------------------------------------------------- Japanese
 _VOWELS = dict(zip("アイウエオ", "aiɯeo", strict=True))
-_ROWS = {"カキクケコ": "k", "ガギグゲゴ": "ɡ", "サシスセソ": "s", "ザジズゼゾ": "ʣ", "タチツテト": "t",
-         "ダヂヅデド": "d", "ナニヌネノ": "n", "ハヒフヘホ": "h", "バビブベボ": "b", "パピプペポ": "p",
-         "マミムメモ": "m", "ラリルレロ": "ɾ"}
-_IRREGULAR = {
-    "シ": "ɕi", "ス": "sɨ", "ジ": "ʥi", "ズ": "zɨ", "チ": "ʨi", "ツ": "ʦɨ", "ヂ": "ʥi", "ヅ": "zɨ", "ニ": "ɲi",
-    "ヒ": "çi", "フ": "ɸɯ", "ヤ": "ja", "ユ": "jɯ", "ヨ": "jo", "ワ": "βa", "ヰ": "i", "ヱ": "e", "ヲ": "o", "ン": "ɴ",
-    "ッ": "ʔ", "ー": "ː", "ヴ": "vɯ", "ヶ": "ke", "ヵ": "ka", "ヮ": "βa",
+_ROWS = {
+    "カキクケコ": "k",
+    "ガギグゲゴ": "ɡ",
+    "サシスセソ": "s",
+    "ザジズゼゾ": "ʣ",
+    "タチツテト": "t",
+    "ダヂヅデド": "d",
+    "ナニヌネノ": "n",
+    "ハヒフヘホ": "h",
+    "バビブベボ": "b",
+    "パピプペポ": "p",
+    "マミムメモ": "m",
+    "ラリルレロ": "ɾ",
 }
-_PALATAL = {"シ": "ɕ", "ジ": "ʥ", "チ": "ʨ", "ヂ": "ʥ", "ニ": "ɲ", "ヒ": "ç", "フ": "ɸʲ", "ヴ": "vʲ", "テ": "tʲ",
-            "デ": "dʲ"}
+_IRREGULAR = {
+    "シ": "ɕi",
+    "ス": "sɨ",
+    "ジ": "ʥi",
+    "ズ": "zɨ",
+    "チ": "ʨi",
+    "ツ": "ʦɨ",
+    "ヂ": "ʥi",
+    "ヅ": "zɨ",
+    "ニ": "ɲi",
+    "ヒ": "çi",
+    "フ": "ɸɯ",
+    "ヤ": "ja",
+    "ユ": "jɯ",
+    "ヨ": "jo",
+    "ワ": "βa",
+    "ヰ": "i",
+    "ヱ": "e",
+    "ヲ": "o",
+    "ン": "ɴ",
+    "ッ": "ʔ",
+    "ー": "ː",
+    "ヴ": "vɯ",
+    "ヶ": "ke",
+    "ヵ": "ka",
+    "ヮ": "βa",
+}
+_PALATAL = {
+    "シ": "ɕ",
+    "ジ": "ʥ",
+    "チ": "ʨ",
+    "ヂ": "ʥ",
+    "ニ": "ɲ",
+    "ヒ": "ç",
+    "フ": "ɸʲ",
+    "ヴ": "vʲ",
+    "テ": "tʲ",
+    "デ": "dʲ",
+}
 _SMALL = dict(zip("ァィゥェォャュョ", "aiɯeoaɨo", strict=True))
 _NASALS = (("mbp", "m"), ("kɡ", "ŋ"), ("tdnzɾ", "n"), ("ʨʥɲ", "ɲ"))
 
@@ -40,21 +85,29 @@ def kana_table() -> dict[str, str]:
         for kana in row:
             for small, vowel in _SMALL.items():
                 palatal = small in "ャュョ"
-                stem = _PALATAL.get(kana, consonant + "ʲ" if palatal or small == "ィ" else table[kana][:-1])
+                stem = _PALATAL.get(
+                    kana, consonant + "ʲ" if palatal or small == "ィ" else table[kana][:-1]
+                )
                 if not palatal and kana in "シジチヂ":
                     stem = _PALATAL[kana]
                 elif not palatal and small != "ィ":
                     stem = table[kana].rstrip("aiɯeoɨʲ")
-                table[kana + small] = stem + (vowel if palatal else {"ィ": "i"}.get(small, _SMALL[small]))
+                table[kana + small] = stem + (
+                    vowel if palatal else {"ィ": "i"}.get(small, _SMALL[small])
+                )
     table |= {"ウ" + small: "β" + _SMALL[small] for small in "ァィェォ"} | {"イェ": "je"}
     table |= {"ヴ" + small: "v" + _SMALL[small] for small in "ァィェォ"} | {"ヴュ": "vʲɨ"}
     return table | _SMALL
 
 
 def read_kana(kana: str) -> str:
-    """Hiragana or katakana -> phonemes, long vowels and nasals settled; other characters are dropped."""
+    """Hiragana or katakana -> phonemes, long vowels and nasals settled; other characters are
+    dropped.
+    """
     kana = "".join(chr(ord(c) + 0x60) if "ぁ" <= c <= "ゖ" else c for c in normalize("NFKC", kana))
-    table, out, i = kana_table(), "", 0
+    table = kana_table()
+    out = ""
+    i = 0
     while i < len(kana):
         width = 2 if kana[i : i + 2] in table else 1
         out += table.get(kana[i : i + width], "")
@@ -72,6 +125,7 @@ def settle_nasals(phonemes: str) -> str:
 @cache
 def _tagger() -> Any:
     import fugashi  # type: ignore[import-untyped]
+
     return fugashi.Tagger()
 
 
@@ -87,31 +141,95 @@ def _kana(word: Any) -> str:
     return word.surface if re.fullmatch(r"[ぁ-ゖァ-ヺー]+", word.surface) else ""
 
 
-# --------------------------------------------------------------------------------------------------- Chinese
-_INITIALS = {"b": "p", "p": "pʰ", "m": "m", "f": "f", "d": "t", "t": "tʰ", "n": "n", "l": "l", "g": "k", "k": "kʰ",
-             "h": "x", "j": "ʨ", "q": "ʨʰ", "x": "ɕ", "zh": "ꭧ", "ch": "ꭧʰ", "sh": "ʂ", "r": "ɻ",
-             "z": "ʦ", "c": "ʦʰ", "s": "s"}
+# ------------------------------------------------------------------------------------------ Chinese
+_INITIALS = {
+    "b": "p",
+    "p": "pʰ",
+    "m": "m",
+    "f": "f",
+    "d": "t",
+    "t": "tʰ",
+    "n": "n",
+    "l": "l",
+    "g": "k",
+    "k": "kʰ",
+    "h": "x",
+    "j": "ʨ",
+    "q": "ʨʰ",
+    "x": "ɕ",
+    "zh": "ꭧ",
+    "ch": "ꭧʰ",
+    "sh": "ʂ",
+    "r": "ɻ",
+    "z": "ʦ",
+    "c": "ʦʰ",
+    "s": "s",
+}
 # "T" is where the tone goes: after the vowels, before a final nasal.
-_FINALS = {"a": "aT", "o": "woT", "e": "ɤT", "ai": "aiT", "ei": "eiT", "ao": "auT", "ou": "ouT", "an": "aTn",
-           "en": "əTn", "ang": "aTŋ", "eng": "əTŋ", "ong": "ʊTŋ", "er": "ɚT", "i": "iT", "ia": "jaT", "ie": "jeT",
-           "iao": "jauT", "iou": "jouT", "ian": "jɛTn", "in": "iTn", "iang": "jaTŋ", "ing": "iTŋ", "iong": "jʊTŋ",
-           "u": "uT", "ua": "waT", "uo": "woT", "uai": "waiT", "uei": "weiT", "uan": "waTn", "uen": "wəTn",
-           "uang": "waTŋ", "ueng": "wəTŋ",
-           "v": "yT", "ve": "ɥeT", "van": "ɥɛTn", "vn": "yTn", "ê": "ɛT", "io": "joT", "m": "m", "n": "n", "ng": "ŋ"}
+_FINALS = {
+    "a": "aT",
+    "o": "woT",
+    "e": "ɤT",
+    "ai": "aiT",
+    "ei": "eiT",
+    "ao": "auT",
+    "ou": "ouT",
+    "an": "aTn",
+    "en": "əTn",
+    "ang": "aTŋ",
+    "eng": "əTŋ",
+    "ong": "ʊTŋ",
+    "er": "ɚT",
+    "i": "iT",
+    "ia": "jaT",
+    "ie": "jeT",
+    "iao": "jauT",
+    "iou": "jouT",
+    "ian": "jɛTn",
+    "in": "iTn",
+    "iang": "jaTŋ",
+    "ing": "iTŋ",
+    "iong": "jʊTŋ",
+    "u": "uT",
+    "ua": "waT",
+    "uo": "woT",
+    "uai": "waiT",
+    "uei": "weiT",
+    "uan": "waTn",
+    "uen": "wəTn",
+    "uang": "waTŋ",
+    "ueng": "wəTŋ",
+    "v": "yT",
+    "ve": "ɥeT",
+    "van": "ɥɛTn",
+    "vn": "yTn",
+    "ê": "ɛT",
+    "io": "joT",
+    "m": "m",
+    "n": "n",
+    "ng": "ŋ",
+}
 _ARROWS = {"1": "→", "2": "↗", "3": "↓", "4": "↘", "": "", "5": ""}
 
 
 def read_pinyin(initial: str, final: str) -> str:
-    """Initial and final with its tone digit ("sh", "i4") in pypinyin's strict form -> phonemes with a tone arrow."""
+    """Initial and final with its tone digit ("sh", "i4") in pypinyin's strict form -> phonemes with
+    a tone arrow.
+    """
     tone = final[-1] if final[-1:].isdigit() else ""
     vowels = final.removesuffix(tone)
-    shape = "ɨT" if vowels == "i" and initial in ("zh", "ch", "sh", "r", "z", "c", "s") else _FINALS.get(vowels, "")
+    shape = (
+        "ɨT"
+        if vowels == "i" and initial in ("zh", "ch", "sh", "r", "z", "c", "s")
+        else _FINALS.get(vowels, "")
+    )
     return _INITIALS.get(initial, "") + shape.replace("T", _ARROWS[tone])
 
 
 @cache
 def _jieba() -> Any:
     import jieba  # type: ignore[import-untyped]
+
     jieba.setLogLevel(logging.ERROR)
     jieba.initialize()
     return jieba
@@ -125,9 +243,11 @@ def segment_chinese(text: str) -> list[str]:
 def read_chinese(word: str) -> str:
     """Phonemes of a word, each character by its reading in that word.
 
-    Tones are those of the characters, as in the bank: it writes no tone sandhi and leaves that to the voice.
+    Tones are those of the characters, as in the bank: it writes no tone sandhi and leaves that to
+    the voice.
     """
     from pypinyin import Style, lazy_pinyin
+
     initials = lazy_pinyin(word, style=Style.INITIALS, strict=True, errors="ignore")
     finals = lazy_pinyin(word, style=Style.FINALS_TONE3, strict=True, errors="ignore")
     return "".join(read_pinyin(i, f) for i, f in zip(initials, finals, strict=True))

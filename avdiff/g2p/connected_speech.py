@@ -1,7 +1,8 @@
 """Words by themselves -> words in a sentence: what neighbours do to each other's sounds.
 
-The rules are those by which the bank's sentences differ from its lexicon; each is one line of phonetics. Words that
-change by themselves inside a sentence (function words lose their stress) are in the lexicon's `forms`.
+The rules are those by which the bank's sentences differ from its lexicon; each is one line of
+phonetics. Words that change by themselves inside a sentence (function words lose their stress) are
+in the lexicon's `forms`.
 """
 
 from __future__ import annotations
@@ -46,16 +47,23 @@ def link(words: Sequence[Spoken], language: str) -> list[Spoken]:
 
 
 def _english(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
-    linked = after is not None and following_class(after.phonemes) == "vowel" and word.phonemes.endswith("ɚ")
+    linked = (
+        after is not None
+        and following_class(after.phonemes) == "vowel"
+        and word.phonemes.endswith("ɚ")
+    )
     return word.phonemes + "ɹ" if linked else word.phonemes
 
 
 def _spanish(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
-    """b d ɡ soften unless a nasal or a pause comes before, a final d before a vowel; a final n takes the place of what
-    follows."""
+    """b d ɡ soften unless a nasal or a pause comes before, a final d before a vowel; a final n
+    takes the place of what follows.
+    """
     phonemes = word.phonemes
     if before is not None and before.phonemes[-1:] not in "mnŋɲ":
-        phonemes = re.sub(r"^([ˈˌ]?)([bdɡ])", lambda m: m[1] + {"b": "β", "d": "ð", "ɡ": "ɣ"}[m[2]], phonemes)
+        phonemes = re.sub(
+            r"^([ˈˌ]?)([bdɡ])", lambda m: m[1] + {"b": "β", "d": "ð", "ɡ": "ɣ"}[m[2]], phonemes
+        )
     first = after.phonemes.lstrip(_MARKS)[:1] if after is not None else ""
     if phonemes.endswith("n") and first:
         phonemes = phonemes[:-1] + ("m" if first in "pbm" else "ŋ" if first in "kɡ" else "n")
@@ -68,15 +76,23 @@ def _french(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
     """Liaison: a silent final s, x or z sounds as z before a vowel."""
     if word.text == "vingt" and before is not None and before.text == "quatre":
         return "vˈɛ̃"  # its t sounds in 21 to 29, never in 81 to 99
-    if word.settled or after is None or following_class(after.phonemes) != "vowel" or after.text[:1] in "hH":
+    if (
+        word.settled
+        or after is None
+        or following_class(after.phonemes) != "vowel"
+        or after.text[:1] in "hH"
+    ):
         return word.phonemes
     silent = word.text.lower()[-1:] in "sxz" and word.phonemes[-1:] not in "sz"
     return word.phonemes + "z" if silent else word.phonemes
 
 
 def _portuguese(word: Spoken, before: Spoken | None, after: Spoken | None) -> str:
-    """Final unstressed vowels glide into the next vowel; a final s is voiced by what follows, r becomes a tap."""
-    stem, last = word.phonemes[:-1], word.phonemes[-1:]
+    """Final unstressed vowels glide into the next vowel; a final s is voiced by what follows, r
+    becomes a tap.
+    """
+    stem = word.phonemes[:-1]
+    last = word.phonemes[-1:]
     first = after.phonemes.lstrip(_MARKS)[:1] if after is not None else ""
     if last == "s" and first and first in VOWELS + VOICED + "x":
         return stem + "z"
@@ -89,5 +105,8 @@ def _portuguese(word: Spoken, before: Spoken | None, after: Spoken | None) -> st
 
 
 _RULES: dict[str, Callable[[Spoken, Spoken | None, Spoken | None], str]] = {
-    "en": _english, "es": _spanish, "fr": _french, "pt": _portuguese,
+    "en": _english,
+    "es": _spanish,
+    "fr": _french,
+    "pt": _portuguese,
 }

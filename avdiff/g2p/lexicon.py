@@ -1,4 +1,6 @@
-"""Exact look-up of frequent words: 14 to 30 thousand a language, with phonemes as the speech bank writes them."""
+"""Exact look-up of frequent words: 14 to 30 thousand a language, with phonemes as the speech bank
+writes them.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class Lexicon:
 
     Args:
         words: word -> phonemes of the word by itself.
-        forms: word -> {what follows: phonemes inside a sentence}, for the words that change there (function words lose
-            their stress, final consonants link).
+        forms: word -> {what follows: phonemes inside a sentence}, for the words that change there
+            (function words lose their stress, final consonants link).
     """
 
     language: str
@@ -36,8 +38,9 @@ class Lexicon:
         return self.words.get(word) or self.words.get(word.lower())
 
     def form(self, word: str, following: str) -> tuple[str, bool] | None:
-        """Phonemes inside a sentence, if they differ, and whether they hold for this very place; `following` is a class
-        of `avdiff.g2p.connected_speech`."""
+        """Phonemes inside a sentence, if they differ, and whether they hold for this very place;
+        `following` is a class of `avdiff.g2p.connected_speech`.
+        """
         forms = self.forms.get(word.lower(), {})
         if following in forms:
             return forms[following], True
@@ -51,16 +54,19 @@ class Lexicon:
     @cached_property
     def pairs(self) -> dict[str, float]:
         """Letter pair -> log probability, with "^" and "$" at the ends of a word."""
-        counts = Counter(a + b for word in self.words for a, b in zip("^" + word, word + "$", strict=True))
+        counts = Counter(
+            a + b for word in self.words for a, b in zip("^" + word, word + "$", strict=True)
+        )
         total = sum(counts.values())
         return {pair: math.log(count / total) for pair, count in counts.items()}
 
 
 def english_plural(word: str, words: Mapping[str, str]) -> str | None:
-    """Plural, third person or possessive of a known word: "ponies", "boxes", "Emma's"; None if there is no such word.
+    """Plural, third person or possessive of a known word: "ponies", "boxes", "Emma's"; None if
+    there is no such word.
 
-    Of the validation words that this rule reads it has 97 per cent right, the network 85; of past tenses and the like
-    the network has more, so it keeps them.
+    Of the validation words that this rule reads it has 97 per cent right, the network 85; of past
+    tenses and the like the network has more, so it keeps them.
     """
     for ending, restored in (("'s", ""), ("ies", "y"), ("es", ""), ("s", "")):
         stem = word[: -len(ending)] + restored

@@ -29,7 +29,8 @@ class Networks:
     """Letters -> phonemes and phones -> seconds; CPU, fp32.
 
     Args:
-        words, times: the networks. memory: use the Engram memory (False: the rules alone, for experiments).
+        words, times: the networks. memory: use the Engram memory (False: the rules alone, for
+            experiments).
     """
 
     words: PronunciationReader
@@ -38,25 +39,39 @@ class Networks:
     _known: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, folder: Path = FOLDER, words: Path | None = None, times: Path | None = None) -> Networks:
+    def load(
+        cls, folder: Path = FOLDER, words: Path | None = None, times: Path | None = None
+    ) -> Networks:
         """Load `folder`/words and `folder`/times, or the two folders given."""
         import torch
 
         from avdiff.models.g2p.networks import PhoneTimer, PronunciationReader
-        reader = PronunciationReader.from_pretrained(words or folder / "words", torch_dtype=torch.float32)
+
+        reader = PronunciationReader.from_pretrained(
+            words or folder / "words", torch_dtype=torch.float32
+        )
         timer = PhoneTimer.from_pretrained(times or folder / "times", torch_dtype=torch.float32)
         return cls(reader.eval(), timer.eval())
 
     def spell(self, words: Sequence[str], language: str) -> list[str]:
         """Phonemes of words that no lexicon holds."""
-        wanted = sorted({w for w in words if (language, w) not in self._known}, key=lambda w: (len(w), w))
+        wanted = sorted(
+            {w for w in words if (language, w) not in self._known}, key=lambda w: (len(w), w)
+        )
         if len(self._known) + len(wanted) > KEPT:
             self._known.clear()
             wanted = sorted(set(words), key=lambda w: (len(w), w))
-        parts = [[self._letters(w[i : i + LONGEST]) for i in range(0, len(w), LONGEST)] for w in wanted]
+        parts = [
+            [self._letters(w[i : i + LONGEST]) for i in range(0, len(w), LONGEST)] for w in wanted
+        ]
         flat = [p for ps in parts for p in ps]
-        read = [p for i in range(0, len(flat), BATCH)
-                for p in self.words.pronounce(flat[i : i + BATCH], [language] * len(flat[i : i + BATCH]), self.memory)]
+        read = [
+            p
+            for i in range(0, len(flat), BATCH)
+            for p in self.words.pronounce(
+                flat[i : i + BATCH], [language] * len(flat[i : i + BATCH]), self.memory
+            )
+        ]
         for word, ps in zip(wanted, parts, strict=True):
             self._known[language, word] = "".join(read[: len(ps)])
             read = read[len(ps) :]
@@ -64,15 +79,19 @@ class Networks:
 
     def _letters(self, word: str) -> str:
         """Lower case; a letter that was never trained loses its accents, or goes."""
-        known, out = self.words.letter_ids, ""
+        known = self.words.letter_ids
+        out = ""
         for letter in word.lower():
             bare = "".join(c for c in normalize("NFKD", letter) if not combining(c))
             out += letter if letter in known else "".join(c for c in bare if c in known)
         return out
 
     def seconds(self, phones: Sequence[tuple[str, int]], language: str) -> np.ndarray:
-        """Length of each (symbol, mark) at natural speed, silence at both ends included: (P,) seconds."""
+        """Length of each (symbol, mark) at natural speed, silence at both ends included: (P,)
+        seconds.
+        """
         import torch
+
         ids = torch.tensor([[phone_id(symbol) for symbol, _ in phones]])
         marks = torch.tensor([[mark for _, mark in phones]])
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Raw text -> language, sentences' words and pauses: everything that happens before pronunciation."""
+"""Raw text -> language, sentences' words and pauses: everything that happens before
+pronunciation.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,36 @@ from avdiff.g2p.numbers import spell_numbers
 
 LATIN = ("en", "es", "fr", "it", "pt")
 _WORD = r"[\w\u0300-\u036f\u0900-\u0963\u0966-\u097f\u200c\u200d'’]+"
-_PAUSES = {",": ",", ";": ",", ":": ",", "、": ",", "،": ",", "—": ",", "–": ",", "(": ",", ")": ",", "...": ".",
-           ".": ".", "。": ".", "।": ".", "॥": ".", "!": "!", "?": "?", "\n": "."}
-_PIECE = re.compile(rf"({_WORD})|(\.\.\.|[{re.escape(''.join(p for p in _PAUSES if len(p) == 1))}])")
-_HIDDEN = re.compile(r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff\ufe00-\ufe0f]")
+_PAUSES = {
+    ",": ",",
+    ";": ",",
+    ":": ",",
+    "、": ",",
+    "،": ",",
+    "—": ",",
+    "–": ",",
+    "(": ",",
+    ")": ",",
+    "...": ".",
+    ".": ".",
+    "。": ".",
+    "।": ".",
+    "॥": ".",
+    "!": "!",
+    "?": "?",
+    "\n": ".",
+}
+_PIECE = re.compile(
+    rf"({_WORD})|(\.\.\.|[{re.escape(''.join(p for p in _PAUSES if len(p) == 1))}])"
+)
+_HIDDEN = re.compile(
+    r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff\ufe00-\ufe0f]"
+)
 # Letters that one Latin-script language has and the others have not.
 _GIVEAWAYS = {"es": "ñ¿¡", "pt": "ãõ", "fr": "œêëîïûùÿ", "it": "ìò"}
-_UNSEEN_WORD, _UNSEEN_PAIR = -13.0, -12.0  # log probabilities
+# log probabilities
+_UNSEEN_WORD = -13.0
+_UNSEEN_PAIR = -12.0
 _CHARS_PER_WORD_WEIGHT = 0.35
 
 
@@ -31,7 +56,8 @@ class Piece:
 
 
 def normalise(text: str) -> str:
-    """Compatible characters unified, controls and invisible characters dropped, quotes and spaces plain.
+    """Compatible characters unified, controls and invisible characters dropped, quotes and spaces
+    plain.
 
     Raises:
         ValueError: no text.
@@ -39,13 +65,15 @@ def normalise(text: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"text={text!r}: needs a string")
     text = _HIDDEN.sub("", normalize("NFKC", text.replace("…", ".")))
-    for quotes, plain in (("’‘ʼ`´", "'"), ("“”„«»\"", " ")):
+    for quotes, plain in (("’‘ʼ`´", "'"), ('“”„«»"', " ")):
         text = re.sub(f"[{quotes}]", plain, text)
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
 
 
 def detect_language(text: str) -> str:
-    """The likeliest of the eight languages: by script, and among Latin-script ones by words and letter pairs."""
+    """The likeliest of the eight languages: by script, and among Latin-script ones by words and
+    letter pairs.
+    """
     if re.search(r"[\u3040-\u30ff]", text):
         return "ja"
     if re.search(r"[\u0900-\u097f]", text):
@@ -67,7 +95,10 @@ def _likelihood(words: list[str], text: str, language: str) -> float:
         rank = lexicon.ranks.get(word)
         # Zipf: p(rank) ~ 1 / (rank + 10); the constant is the same in all languages
         score += _UNSEEN_WORD if rank is None else -log(rank + 10)
-        pairs = [lexicon.pairs.get(a + b, _UNSEEN_PAIR) for a, b in zip("^" + word, word + "$", strict=True)]
+        pairs = [
+            lexicon.pairs.get(a + b, _UNSEEN_PAIR)
+            for a, b in zip("^" + word, word + "$", strict=True)
+        ]
         score += _CHARS_PER_WORD_WEIGHT * sum(pairs)
     return score
 
@@ -82,12 +113,16 @@ def check_language(language: str | None, text: str) -> str:
         return detect_language(text)
     code = language.lower().replace("_", "-").split("-")[0]
     if code not in LANGUAGES:
-        raise ValueError(f"language={language!r}: needs one of {', '.join(LANGUAGES)}, or None to detect it")
+        raise ValueError(
+            f"language={language!r}: needs one of {', '.join(LANGUAGES)}, or None to detect it"
+        )
     return code
 
 
 def split_text(text: str, language: str) -> list[Piece]:
-    """Words and pauses in order; numbers spelt out. Japanese and Chinese stay in runs without spaces."""
+    """Words and pauses in order; numbers spelt out. Japanese and Chinese stay in runs without
+    spaces.
+    """
     spelt = spell_numbers(normalise(text), language)
     if language in LATIN:
         spelt = spell_letters(spelt, language)
@@ -103,9 +138,13 @@ def split_text(text: str, language: str) -> list[Piece]:
 
 
 def spell_letters(text: str, language: str) -> str:
-    """Initialisms of two to four consonants or known as such ("TV", "BBC") -> letters; other capitals are words."""
+    """Initialisms of two to four consonants or known as such ("TV", "BBC") -> letters; other
+    capitals are words.
+    """
+
     def letters(match: re.Match[str]) -> str:
         word = match[0]
         known = load_lexicon(language).find(word.lower()) is not None
         return word if known or re.search(r"[AEIOUY]", word) else " ".join(word)
+
     return re.sub(r"\b[A-Z]{2,4}\b", letters, text)

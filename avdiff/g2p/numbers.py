@@ -1,7 +1,9 @@
 """Numbers in running text -> words, in eight languages.
 
-num2words covers six of them; Hindi and Chinese are written out here. What a digit string means is decided by its shape
-alone: a clock time, a decimal, a percentage, an amount of money, a long or zero-led string read digit by digit.
+num2words covers six of them; Hindi and Chinese are written out here. What a digit string means is
+decided by its shape
+alone: a clock time, a decimal, a percentage, an amount of money, a long or zero-led string read
+    digit by digit.
 """
 
 from __future__ import annotations
@@ -12,41 +14,142 @@ from functools import cache
 
 LONGEST = 15  # digits; longer strings are read digit by digit
 _NUM2WORDS = {"en": "en", "es": "es", "fr": "fr", "it": "it", "ja": "ja", "pt": "pt_BR"}
-_POINT = {"en": "point", "es": "coma", "fr": "virgule", "hi": "दशमलव", "it": "virgola", "ja": "点", "pt": "vírgula",
-          "zh": "点"}
-_MINUS = {"en": "minus", "es": "menos", "fr": "moins", "hi": "ऋण", "it": "meno", "ja": "マイナス", "pt": "menos",
-          "zh": "负"}
+_POINT = {
+    "en": "point",
+    "es": "coma",
+    "fr": "virgule",
+    "hi": "दशमलव",
+    "it": "virgola",
+    "ja": "点",
+    "pt": "vírgula",
+    "zh": "点",
+}
+_MINUS = {
+    "en": "minus",
+    "es": "menos",
+    "fr": "moins",
+    "hi": "ऋण",
+    "it": "meno",
+    "ja": "マイナス",
+    "pt": "menos",
+    "zh": "负",
+}
 _SIGNS: dict[str, dict[str, str]] = {
-    "en": {"%": "percent", "$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees", "&": "and",
-           "+": "plus", "=": "equals", "°": "degrees"},
-    "es": {"%": "por ciento", "$": "dólares", "€": "euros", "£": "libras", "¥": "yenes", "₹": "rupias", "&": "y",
-           "+": "más", "=": "igual a", "°": "grados"},
-    "fr": {"%": "pour cent", "$": "dollars", "€": "euros", "£": "livres", "¥": "yens", "₹": "roupies", "&": "et",
-           "+": "plus", "=": "égale", "°": "degrés"},
-    "hi": {"%": "प्रतिशत", "$": "डॉलर", "€": "यूरो", "£": "पाउंड", "¥": "येन", "₹": "रुपये", "&": "और", "+": "धन",
-           "=": "बराबर", "°": "डिग्री"},
-    "it": {"%": "per cento", "$": "dollari", "€": "euro", "£": "sterline", "¥": "yen", "₹": "rupie", "&": "e",
-           "+": "più", "=": "uguale", "°": "gradi"},
-    "ja": {"%": "パーセント", "$": "ドル", "€": "ユーロ", "£": "ポンド", "¥": "円", "₹": "ルピー", "&": "アンド",
-           "+": "プラス", "=": "イコール", "°": "度"},
-    "pt": {"%": "por cento", "$": "dólares", "€": "euros", "£": "libras", "¥": "ienes", "₹": "rúpias", "&": "e",
-           "+": "mais", "=": "igual a", "°": "graus"},
-    "zh": {"%": "百分之", "$": "美元", "€": "欧元", "£": "英镑", "¥": "元", "₹": "卢比", "&": "和", "+": "加",
-           "=": "等于", "°": "度"},
+    "en": {
+        "%": "percent",
+        "$": "dollars",
+        "€": "euros",
+        "£": "pounds",
+        "¥": "yen",
+        "₹": "rupees",
+        "&": "and",
+        "+": "plus",
+        "=": "equals",
+        "°": "degrees",
+    },
+    "es": {
+        "%": "por ciento",
+        "$": "dólares",
+        "€": "euros",
+        "£": "libras",
+        "¥": "yenes",
+        "₹": "rupias",
+        "&": "y",
+        "+": "más",
+        "=": "igual a",
+        "°": "grados",
+    },
+    "fr": {
+        "%": "pour cent",
+        "$": "dollars",
+        "€": "euros",
+        "£": "livres",
+        "¥": "yens",
+        "₹": "roupies",
+        "&": "et",
+        "+": "plus",
+        "=": "égale",
+        "°": "degrés",
+    },
+    "hi": {
+        "%": "प्रतिशत",
+        "$": "डॉलर",
+        "€": "यूरो",
+        "£": "पाउंड",
+        "¥": "येन",
+        "₹": "रुपये",
+        "&": "और",
+        "+": "धन",
+        "=": "बराबर",
+        "°": "डिग्री",
+    },
+    "it": {
+        "%": "per cento",
+        "$": "dollari",
+        "€": "euro",
+        "£": "sterline",
+        "¥": "yen",
+        "₹": "rupie",
+        "&": "e",
+        "+": "più",
+        "=": "uguale",
+        "°": "gradi",
+    },
+    "ja": {
+        "%": "パーセント",
+        "$": "ドル",
+        "€": "ユーロ",
+        "£": "ポンド",
+        "¥": "円",
+        "₹": "ルピー",
+        "&": "アンド",
+        "+": "プラス",
+        "=": "イコール",
+        "°": "度",
+    },
+    "pt": {
+        "%": "por cento",
+        "$": "dólares",
+        "€": "euros",
+        "£": "libras",
+        "¥": "ienes",
+        "₹": "rúpias",
+        "&": "e",
+        "+": "mais",
+        "=": "igual a",
+        "°": "graus",
+    },
+    "zh": {
+        "%": "百分之",
+        "$": "美元",
+        "€": "欧元",
+        "£": "英镑",
+        "¥": "元",
+        "₹": "卢比",
+        "&": "和",
+        "+": "加",
+        "=": "等于",
+        "°": "度",
+    },
 }
 _MONEY = "$€£¥₹"
 _HOURS = {"en": "", "es": "", "fr": "heures", "hi": "", "it": "", "ja": "時", "pt": "", "zh": "点"}
 _MINUTES = {"ja": "分", "zh": "分"}
-# Decimal comma and thousands point, or the other way round. A lone group of three digits after either mark is ambiguous
-# and follows the language.
+# Decimal comma and thousands point, or the other way round. A lone group of three digits after
+# either mark is ambiguous and follows the language.
 _COMMA_DECIMAL = frozenset(("es", "fr", "it", "pt"))
 
 _HINDI_WORDS = (
-    "शून्य एक दो तीन चार पाँच छह सात आठ नौ दस ग्यारह बारह तेरह चौदह पंद्रह सोलह सत्रह अठारह उन्नीस बीस इक्कीस बाईस तेईस "
-    "चौबीस पच्चीस छब्बीस सत्ताईस अट्ठाईस उनतीस तीस इकतीस बत्तीस तैंतीस चौंतीस पैंतीस छत्तीस सैंतीस अड़तीस उनतालीस चालीस "
-    "इकतालीस बयालीस तैंतालीस चौवालीस पैंतालीस छियालीस सैंतालीस अड़तालीस उनचास पचास इक्यावन बावन तिरेपन चौवन पचपन छप्पन "
-    "सत्तावन अट्ठावन उनसठ साठ इकसठ बासठ तिरेसठ चौंसठ पैंसठ छियासठ सड़सठ अड़सठ उनहत्तर सत्तर इकहत्तर बहत्तर तिहत्तर चौहत्तर "
-    "पचहत्तर छिहत्तर सतहत्तर अठहत्तर उन्यासी अस्सी इक्यासी बयासी तिरासी चौरासी पचासी छियासी सत्तासी अट्ठासी नवासी नब्बे "
+    "शून्य एक दो तीन चार पाँच छह सात आठ नौ दस ग्यारह बारह तेरह चौदह पंद्रह सोलह सत्रह अठारह "
+    "उन्नीस बीस इक्कीस बाईस तेईस "
+    "चौबीस पच्चीस छब्बीस सत्ताईस अट्ठाईस उनतीस तीस इकतीस बत्तीस तैंतीस चौंतीस पैंतीस छत्तीस "
+    "सैंतीस अड़तीस उनतालीस चालीस "
+    "इकतालीस बयालीस तैंतालीस चौवालीस पैंतालीस छियालीस सैंतालीस अड़तालीस उनचास पचास इक्यावन बावन "
+    "तिरेपन चौवन पचपन छप्पन "
+    "सत्तावन अट्ठावन उनसठ साठ इकसठ बासठ तिरेसठ चौंसठ पैंसठ छियासठ सड़सठ अड़सठ उनहत्तर सत्तर "
+    "इकहत्तर बहत्तर तिहत्तर चौहत्तर "
+    "पचहत्तर छिहत्तर सतहत्तर अठहत्तर उन्यासी अस्सी इक्यासी बयासी तिरासी चौरासी पचासी छियासी "
+    "सत्तासी अट्ठासी नवासी नब्बे "
     "इक्यानवे बानवे तिरानवे चौरानवे पचानवे छियानवे सत्तानवे अट्ठानवे निन्यानवे"
 )
 HINDI = _HINDI_WORDS.split()
@@ -62,10 +165,14 @@ _NUMBER = re.compile(
 
 
 def spell_numbers(text: str, language: str) -> str:
-    """Replace every number and sign by words of the language, with spaces around them where the language has spaces."""
+    """Replace every number and sign by words of the language, with spaces around them where the
+    language has spaces.
+    """
     gap = "" if language in ("ja", "zh") else " "
     text = _NUMBER.sub(lambda m: gap + _spell(m, language) + gap, text)
-    text = re.sub(r"\d", lambda m: gap + cardinal(int(m[0]), language) + gap, text)  # what is left, such as "3G"
+    text = re.sub(
+        r"\d", lambda m: gap + cardinal(int(m[0]), language) + gap, text
+    )  # what is left, such as "3G"
     signs = _SIGNS[language]
     return re.sub(f"[{re.escape(''.join(signs))}]", lambda m: gap + signs[m[0]] + gap, text)
 
@@ -79,7 +186,9 @@ def cardinal(number: int, language: str) -> str:
 
 def digits(text: str, language: str) -> str:
     """Digits one by one."""
-    return ("" if language in ("ja", "zh") else " ").join(cardinal(int(c), language) for c in text if c.isdigit())
+    return ("" if language in ("ja", "zh") else " ").join(
+        cardinal(int(c), language) for c in text if c.isdigit()
+    )
 
 
 def _spell(match: re.Match[str], language: str) -> str:
@@ -88,10 +197,17 @@ def _spell(match: re.Match[str], language: str) -> str:
     signs = _SIGNS[language]
     if match["hour"]:
         words = _clock(int(match["hour"]), int(match["minute"]), language)
-    elif match["ordinal"] and language == "en" and match["number"].isdigit() and len(match["number"]) <= LONGEST:
+    elif (
+        match["ordinal"]
+        and language == "en"
+        and match["number"].isdigit()
+        and len(match["number"]) <= LONGEST
+    ):
         words = _ordinal(int(match["number"]))
     else:
-        words = _amount(match["number"], language, bool(sign) and sign in _MONEY) + (match["ordinal"] or "")
+        words = _amount(match["number"], language, bool(sign) and sign in _MONEY) + (
+            match["ordinal"] or ""
+        )
     if match["minus"]:
         words = _MINUS[language] + gap + words
     if sign == "%" and language == "zh":
@@ -113,12 +229,18 @@ def _amount(text: str, language: str, money: bool) -> str:
 
 
 def split_decimal(text: str, language: str) -> tuple[str, str]:
-    """Digits before and after the decimal mark; "1.234,5" and "1,234.5" are told apart by their marks."""
+    """Digits before and after the decimal mark; "1.234,5" and "1,234.5" are told apart by their
+    marks.
+    """
     marks = [c for c in text if not c.isdigit()]
     tail = len(text) - 1 - max(text.rfind("."), text.rfind(","))
     decimal = "," if language in _COMMA_DECIMAL else "."
-    is_decimal = bool(marks) and marks[-1] in ".," and marks.count(marks[-1]) == 1 and (
-        tail != 3 or len(set(marks)) > 1 or (marks[-1] == decimal))
+    is_decimal = (
+        bool(marks)
+        and marks[-1] in ".,"
+        and marks.count(marks[-1]) == 1
+        and (tail != 3 or len(set(marks)) > 1 or (marks[-1] == decimal))
+    )
     if not is_decimal:
         return "".join(c for c in text if c.isdigit()), ""
     return "".join(c for c in text[:-tail] if c.isdigit()), text[-tail:]
@@ -151,7 +273,9 @@ def _chinese(number: int) -> str:
             rest = number % size
             gap = "零" if 0 < rest < size // 10 else ""
             return _chinese(number // size) + name + gap + (_chinese(rest) if rest else "")
-    out, zero = "", False  # zero: a place was left empty
+    # zero: a place was left empty
+    out = ""
+    zero = False
     for place, name in ((1000, "千"), (100, "百"), (10, "十"), (1, "")):
         digit, number = divmod(number, place)
         if digit:
@@ -164,6 +288,7 @@ def _chinese(number: int) -> str:
 @cache
 def _converter() -> Callable[..., str]:
     from num2words import num2words  # type: ignore[import-untyped]
+
     return num2words
 
 

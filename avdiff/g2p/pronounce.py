@@ -1,7 +1,8 @@
 """Text in eight languages -> timed phones: `read("Good morning!")`.
 
-A word is looked up in the lexicon; Japanese and Chinese words that are not there are read by their kana or pinyin, all
-others by the pronunciation network. Neighbouring words are then linked, and a small head gives every phone its length.
+A word is looked up in the lexicon; Japanese and Chinese words that are not there are read by their
+kana or pinyin, all others by the pronunciation network. Neighbouring words are then linked, and a
+small head gives every phone its length.
 """
 
 from __future__ import annotations
@@ -24,17 +25,47 @@ from avdiff.phonetics.visemes import Phone
 
 _SCRIPTS = ("LATIN", "DEVANAGARI", "HIRAGANA", "KATAKANA", "CJK")
 SPELT = (*LATIN, "hi")  # languages whose unknown words the network reads
-_ELIDED = {"fr": {"l": "l", "d": "d", "j": "ʒ", "m": "m", "t": "t", "s": "s", "n": "n", "c": "s", "qu": "k"},
-           "it": {"l": "l", "d": "d", "m": "m", "t": "t", "s": "s", "v": "v", "c": "ʧ", "un": "un", "gl": "ʎ"}}
+_ELIDED = {
+    "fr": {
+        "l": "l",
+        "d": "d",
+        "j": "ʒ",
+        "m": "m",
+        "t": "t",
+        "s": "s",
+        "n": "n",
+        "c": "s",
+        "qu": "k",
+    },
+    "it": {
+        "l": "l",
+        "d": "d",
+        "m": "m",
+        "t": "t",
+        "s": "s",
+        "v": "v",
+        "c": "ʧ",
+        "un": "un",
+        "gl": "ʎ",
+    },
+}
 _DIGITS = "零一二三四五六七八九十百千万億"
-_CLOCK = {"四時": "ヨジ", "七時": "シチジ", "九時": "クジ"}  # hours that are not read digit by digit
-LEAD, TAIL = 0.12, 0.30  # seconds of silence before and after, as in the speech bank
+_CLOCK = {
+    "四時": "ヨジ",
+    "七時": "シチジ",
+    "九時": "クジ",
+}  # hours that are not read digit by digit
+# seconds of silence before and after, as in the speech bank
+LEAD = 0.12
+TAIL = 0.30
 LONGEST = 4000  # characters of one reading
 
 
 @dataclass(frozen=True)
 class SpokenWord:
-    """A word as it is spoken ("58" is two words), its phonemes with marks, and its place in seconds."""
+    """A word as it is spoken ("58" is two words), its phonemes with marks, and its place in
+    seconds.
+    """
 
     text: str
     phonemes: str
@@ -48,7 +79,8 @@ class Reading:
 
     Args:
         language: one of the eight codes. text: as given. words: in order.
-        phones: tile [0, duration] without gaps; pauses, and a short silence at both ends, are silence phones.
+        phones: tile [0, duration] without gaps; pauses, and a short silence at both ends, are
+            silence phones.
     """
 
     language: str
@@ -67,7 +99,8 @@ class Reading:
         return " ".join(word.phonemes for word in self.words)
 
     def stretched(self, seconds: float) -> Reading:
-        """The same reading, evenly faster or slower so that it lasts `seconds`; silence at both ends keeps its length.
+        """The same reading, evenly faster or slower so that it lasts `seconds`; silence at both
+        ends keeps its length.
 
         Raises:
             ValueError: less time than 30 ms for each phone.
@@ -75,22 +108,27 @@ class Reading:
         edges = sum(p.end - p.start for p in (self.phones[0], self.phones[-1]))
         if seconds - edges < 0.03 * (len(self.phones) - 2):
             least = edges + 0.03 * (len(self.phones) - 2)
-            raise ValueError(f"seconds={seconds}: too short for {len(self.phones) - 2} phones; needs at least "
-                             f"{least:.2f}, natural is {self.duration:.2f}")
-        first, last = self.phones[0].end, self.phones[-1].start
+            raise ValueError(
+                f"seconds={seconds}: too short for {len(self.phones) - 2} phones; needs at least "
+                f"{least:.2f}, natural is {self.duration:.2f}"
+            )
+        first = self.phones[0].end
+        last = self.phones[-1].start
         return self.warped([first, last], [first, seconds - (self.duration - last)])
 
     def timed(self, word_times: Sequence[tuple[float, float] | None]) -> Reading:
-        """The same reading with words put at given times (start, end) in seconds; None leaves a word between its
-        neighbours.
+        """The same reading with words put at given times (start, end) in seconds; None leaves a
+        word between its neighbours.
 
         Raises:
             ValueError: not one entry a word, or times that run backwards.
         """
         if len(word_times) != len(self.words):
             names = ", ".join(word.text for word in self.words[:12])
-            raise ValueError(f"word_times: {len(word_times)} entries; needs one, or None, for each of the "
-                             f"{len(self.words)} words ({names})")
+            raise ValueError(
+                f"word_times: {len(word_times)} entries; needs one, or None, for each of the "
+                f"{len(self.words)} words ({names})"
+            )
         old: list[float] = [0.0]
         new: list[float] = [0.0]
         for word, times in zip(self.words, word_times, strict=True):
@@ -101,26 +139,37 @@ class Reading:
                 elif wanted != new[-1]:  # the word begins where the last one ended
                     new[-1] = max(new[-1], float(wanted)) if len(old) > 1 else 0.0
         if not all(a < b for a, b in pairwise(new)):
-            raise ValueError(f"word_times={list(word_times)}: times must be in seconds, ascending, and above 0")
+            raise ValueError(
+                f"word_times={list(word_times)}: times must be in seconds, ascending, and above 0"
+            )
         return self.warped(old, new)
 
     def warped(self, old: Sequence[float], new: Sequence[float]) -> Reading:
         """Times `old` moved to `new`, linear between, shifted after the last; all ascending."""
+
         def move(t: float) -> float:
             if t >= old[-1]:
                 return t + new[-1] - old[-1]
             return float(np.interp(t, [0.0, *old], [0.0, *new]))
+
         words = tuple(replace(w, start=move(w.start), end=move(w.end)) for w in self.words)
         phones = tuple(p._replace(start=move(p.start), end=move(p.end)) for p in self.phones)
         return replace(self, words=words, phones=phones)
 
 
-def read(text: str, language: str | None = None, seconds: float | None = None, speed: float = 1.0,
-         word_times: Sequence[tuple[float, float] | None] | None = None, networks: Networks | None = None) -> Reading:
+def read(
+    text: str,
+    language: str | None = None,
+    seconds: float | None = None,
+    speed: float = 1.0,
+    word_times: Sequence[tuple[float, float] | None] | None = None,
+    networks: Networks | None = None,
+) -> Reading:
     """Pronounce a text.
 
     Args:
-        text: in any of the eight languages' own scripts, numbers included. language: code; None detects it.
+        text: in any of the eight languages' own scripts, numbers included. language: code; None
+            detects it.
         seconds: total length. speed: 1 is natural, 2 twice as fast; not together with `seconds`.
         word_times: (start, end) in seconds for each spoken word, or None for a free one.
         networks: None takes those that ship with the package.
@@ -131,7 +180,9 @@ def read(text: str, language: str | None = None, seconds: float | None = None, s
     if not 0.25 <= speed <= 4:
         raise ValueError(f"speed={speed}: needs 0.25 to 4; 1 is natural")
     if len(text) > LONGEST:
-        raise ValueError(f"text: {len(text)} characters; needs at most {LONGEST}, so read it in parts")
+        raise ValueError(
+            f"text: {len(text)} characters; needs at most {LONGEST}, so read it in parts"
+        )
     language = check_language(language, text)
     networks = networks or default_networks()
     groups = pronounce(split_text(text, language), language, networks)
@@ -143,7 +194,9 @@ def read(text: str, language: str | None = None, seconds: float | None = None, s
     return reading if word_times is None else reading.timed(word_times)
 
 
-def pronounce(pieces: Sequence[Piece], language: str, networks: Networks) -> list[tuple[list[Spoken], str]]:
+def pronounce(
+    pieces: Sequence[Piece], language: str, networks: Networks
+) -> list[tuple[list[Spoken], str]]:
     """Pieces -> groups of linked words, each with the pause that follows it ("" at the end)."""
     groups: list[tuple[list[str], str]] = []
     words: list[str] = []
@@ -161,7 +214,8 @@ def pronounce(pieces: Sequence[Piece], language: str, networks: Networks) -> lis
 
 
 def pronounce_words(words: Sequence[str], language: str, networks: Networks) -> list[str]:
-    """Phonemes of each word by itself, "" for what is no word. Japanese words may carry their kana after a tab.
+    """Phonemes of each word by itself, "" for what is no word. Japanese words may carry their kana
+    after a tab.
 
     Raises:
         ValueError: a word in a script of none of the eight languages.
@@ -170,28 +224,44 @@ def pronounce_words(words: Sequence[str], language: str, networks: Networks) -> 
     for word, phonemes in zip(words, found, strict=True):
         if phonemes is None and not _is_readable(word):
             surface = word.partition("\t")[0]
-            raise ValueError(f"text: {surface!r} is in a script that none of the eight languages uses")
+            raise ValueError(
+                f"text: {surface!r} is in a script that none of the eight languages uses"
+            )
     for own in dict.fromkeys(own_language(word, language) for word in words):
-        unknown = [i for i, w in enumerate(words) if found[i] is None and own_language(w, language) == own]
-        spelt = networks.spell([words[i].partition("\t")[0].lower() for i in unknown], own) if own in SPELT else []
+        unknown = [
+            i for i, w in enumerate(words) if found[i] is None and own_language(w, language) == own
+        ]
+        spelt = (
+            networks.spell([words[i].partition("\t")[0].lower() for i in unknown], own)
+            if own in SPELT
+            else []
+        )
         for i, phonemes in zip(unknown, spelt, strict=False):
             found[i] = phonemes
     return [phonemes or "" for phonemes in found]
 
 
 def _is_readable(word: str) -> bool:
-    """False for a word whose letters are all foreign to the eight languages; what has no letters is no word."""
+    """False for a word whose letters are all foreign to the eight languages; what has no letters is
+    no word.
+    """
     letters = [c for c in word if c.isalpha()]
     return not letters or any(name(c, "").startswith(_SCRIPTS) for c in letters)
 
 
 def own_language(word: str, language: str) -> str:
-    """A word in another script is read in that script's language; Latin letters among others as English."""
+    """A word in another script is read in that script's language; Latin letters among others as
+    English.
+    """
     if re.search("[\u0900-\u097f]", word):
         return "hi"
     if re.search("[\u3040-\u30ff\u3400-\u9fff]", word) and language not in ("ja", "zh"):
         return "ja" if re.search("[\u3040-\u30ff]", word) else "zh"
-    return "en" if language not in LATIN and re.search("[A-Za-z]", word.partition("\t")[0]) else language
+    return (
+        "en"
+        if language not in LATIN and re.search("[A-Za-z]", word.partition("\t")[0])
+        else language
+    )
 
 
 def _look_up(word: str, language: str) -> str | None:
@@ -212,7 +282,9 @@ def _look_up(word: str, language: str) -> str | None:
 
 
 def _elided(word: str, language: str) -> str | None:
-    """ "l'homme", "dell'arte": the elided word without its vowel, then the other, if both are known."""
+    """ "l'homme", "dell'arte": the elided word without its vowel, then the other, if both are
+    known.
+    """
     first, _, rest = word.lower().partition("'")
     lexicon = load_lexicon(language)
     whole = next((p for vowel in "aeo" if (p := lexicon.words.get(first + vowel))), "")
@@ -222,24 +294,35 @@ def _elided(word: str, language: str) -> str | None:
 
 
 def _segment(run: str, language: str) -> list[str]:
-    """Words of a run without spaces. Japanese words that are not in the lexicon carry their kana."""
+    """Words of a run without spaces. Japanese words that are not in the lexicon carry their
+    kana.
+    """
     if language == "ja":
         return _segment_japanese(run)
     return segment_chinese(run) if language == "zh" else [run]
 
 
 def _segment_japanese(run: str) -> list[str]:
-    """Neighbours that make one lexicon word are joined; a lone character inside a compound is read by context."""
-    known, tokens = load_lexicon("ja").words, segment_japanese(run)
+    """Neighbours that make one lexicon word are joined; a lone character inside a compound is read
+    by context.
+    """
+    known = load_lexicon("ja").words
+    tokens = segment_japanese(run)
     out: list[str] = []
     i = 0
     while i < len(tokens):
-        counted = i > 0 and tokens[i - 1][0][-1] in _DIGITS  # what follows a number counts something
-        names = ["".join(t for t, _ in tokens[i : i + n]) for n in range(1, min(4, len(tokens) - i) + 1)]
+        counted = (
+            i > 0 and tokens[i - 1][0][-1] in _DIGITS
+        )  # what follows a number counts something
+        names = [
+            "".join(t for t, _ in tokens[i : i + n]) for n in range(1, min(4, len(tokens) - i) + 1)
+        ]
         whole = [n for n, name in enumerate(names, 1) if n == 1 or name in known or name in _CLOCK]
         joined = 1 if counted else whole[-1]
         surface = names[joined - 1]
-        inside = i > 0 and len(surface) == 1 and bool(re.match("[\u3400-\u9fff]", tokens[i - 1][0][-1]))
+        inside = (
+            i > 0 and len(surface) == 1 and bool(re.match("[\u3400-\u9fff]", tokens[i - 1][0][-1]))
+        )
         kana = _CLOCK.get(surface, tokens[i][1])
         out.append(surface if surface in known and not inside else f"{surface}\t{kana}")
         i += joined
@@ -256,8 +339,13 @@ def _in_sentence(words: list[Spoken], language: str) -> list[Spoken]:
     return link(out, language)
 
 
-def _time(text: str, language: str, groups: Sequence[tuple[list[Spoken], str]], speed: float,
-          networks: Networks) -> Reading:
+def _time(
+    text: str,
+    language: str,
+    groups: Sequence[tuple[list[Spoken], str]],
+    speed: float,
+    networks: Networks,
+) -> Reading:
     symbols: list[tuple[str, int]] = []  # phones and marks
     spans: list[tuple[Spoken, int, int]] = []
     for words, mark in groups:
@@ -274,7 +362,13 @@ def _time(text: str, language: str, groups: Sequence[tuple[list[Spoken], str]], 
     lengths = networks.seconds([(SILENCE, 0), *symbols, (SILENCE, 0)], language)[1:-1] / speed
     edges = LEAD + np.concatenate([[0.0], np.cumsum(lengths)])
     phones = [Phone(SILENCE, 0.0, LEAD, 0)]
-    phones += [Phone(s, float(a), float(b), m) for (s, m), a, b in zip(symbols, edges, edges[1:], strict=False)]
+    phones += [
+        Phone(s, float(a), float(b), m)
+        for (s, m), a, b in zip(symbols, edges, edges[1:], strict=False)
+    ]
     phones.append(Phone(SILENCE, float(edges[-1]), float(edges[-1]) + TAIL, 0))
-    spoken = [SpokenWord(w.text.partition("\t")[0], w.phonemes, float(edges[a]), float(edges[b])) for w, a, b in spans]
+    spoken = [
+        SpokenWord(w.text.partition("\t")[0], w.phonemes, float(edges[a]), float(edges[b]))
+        for w, a, b in spans
+    ]
     return Reading(language, text, tuple(spoken), tuple(phones))

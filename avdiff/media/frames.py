@@ -1,6 +1,8 @@
-"""One picture after the other with its own time, for measurements of files of any length and any frame rate.
+"""One picture after the other with its own time, for measurements of files of any length and any
+frame rate.
 
-`read_clip` puts pictures on a steady clock and holds them all; here each picture keeps its timestamp and none is kept.
+`read_clip` puts pictures on a steady clock and holds them all; here each picture keeps its
+timestamp and none is kept.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ LEAST_GAP = 1 / 32  # s; of faster films (50, 60 frames a second) every second p
 LONGEST_SIDE = 1280  # pixels; larger pictures are scaled down
 
 
-def walk_pictures(path: str | Path, longest_side: int = LONGEST_SIDE) -> Iterator[tuple[float, np.ndarray]]:
+def walk_pictures(
+    path: str | Path, longest_side: int = LONGEST_SIDE
+) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (seconds, picture) of a file's video: uint8 (H, W, 3), upright.
 
-    Seconds count from the first picture's start and name the middle of a picture: its timestamp and half a frame at
-    the file's mean rate. They ascend.
+    Seconds count from the first picture's start and name the middle of a picture: its timestamp and
+    half a frame at the file's mean rate. They ascend.
 
     Raises:
-        MediaError: not a readable media file, no pictures in it, or cut short (after the last picture).
+        MediaError: not a readable media file, no pictures in it, or cut short (after the last
+            picture).
     """
     with _opened(path) as container:
         video, _ = _streams(container)
@@ -60,7 +65,8 @@ def walk_pictures(path: str | Path, longest_side: int = LONGEST_SIDE) -> Iterato
 
 
 def read_sound(path: str | Path) -> tuple[np.ndarray, int] | None:
-    """All sound of a file, mono (S,) float32 in [-1, 1], and its rate in Hz; None without a sound track.
+    """All sound of a file, mono (S,) float32 in [-1, 1], and its rate in Hz; None without a sound
+    track.
 
     Sample 0 sounds at the start of the first picture.
 
@@ -82,7 +88,10 @@ def read_sound(path: str | Path) -> tuple[np.ndarray, int] | None:
 
 def _first_time(container: Any, video: Any) -> Fraction | None:
     """Timestamp of the first picture in seconds; None if none can be decoded."""
-    return next((frame.pts * video.time_base for frame in container.decode(video) if frame.pts is not None), None)
+    return next(
+        (frame.pts * video.time_base for frame in container.decode(video) if frame.pts is not None),
+        None,
+    )
 
 
 def _scaled(frame: Any, longest_side: int) -> np.ndarray:
@@ -91,6 +100,10 @@ def _scaled(frame: Any, longest_side: int) -> np.ndarray:
     if share >= 1:
         return _picture(frame, None)
     turned = frame.rotation
-    small = frame.reformat(width=max(1, round(frame.width * share)), height=max(1, round(frame.height * share)),
-                           format="rgb24", interpolation="AREA").to_ndarray()
+    small = frame.reformat(
+        width=max(1, round(frame.width * share)),
+        height=max(1, round(frame.height * share)),
+        format="rgb24",
+        interpolation="AREA",
+    ).to_ndarray()
     return np.ascontiguousarray(np.rot90(small, turned // 90) if turned % 90 == 0 else small)

@@ -11,26 +11,44 @@ from PIL import Image, ImageDraw
 
 # Anchors of the "magma" colour map (matplotlib, CC0); values between them are interpolated.
 MAGMA = np.array(
-    [(0, 0, 4), (40, 17, 89), (101, 26, 128), (161, 48, 126), (222, 73, 104), (251, 135, 97), (252, 253, 191)]
+    [
+        (0, 0, 4),
+        (40, 17, 89),
+        (101, 26, 128),
+        (161, 48, 126),
+        (222, 73, 104),
+        (251, 135, 97),
+        (252, 253, 191),
+    ]
 )
 
 
 def contact_sheet(
-    frames: Sequence[Any] | np.ndarray, count: int = 16, columns: int = 8, fps: Fraction | float | None = None
+    frames: Sequence[Any] | np.ndarray,
+    count: int = 16,
+    columns: int = 8,
+    fps: Fraction | float | None = None,
 ) -> Image.Image:
     """Tile up to `count` evenly spaced frames, first and last among them.
 
     Args:
-        frames: F pictures (H, W, 3) uint8 or PIL. columns: pictures in a row. fps: if given, times are written in.
+        frames: F pictures (H, W, 3) uint8 or PIL. columns: pictures in a row. fps: if given, times
+            are written in.
 
     Raises:
         ValueError: no frames, or a count below 1.
     """
     if len(frames) == 0 or count < 1 or columns < 1:
-        raise ValueError(f"frames of {len(frames)} pictures, count={count}, columns={columns}: each needs at least 1")
+        raise ValueError(
+            f"frames of {len(frames)} pictures, count={count}, columns={columns}: each needs at "
+            "least 1"
+        )
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
     picked = [frames[int(i)] for i in chosen]
-    tiles = [frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame)) for frame in picked]
+    tiles = [
+        frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame))
+        for frame in picked
+    ]
     width, height = tiles[0].size
     columns = min(columns, len(tiles))
     sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height))
@@ -39,18 +57,25 @@ def contact_sheet(
         corner = (n % columns * width, n // columns * height)
         sheet.paste(tile, corner)
         if fps is not None:
-            place, label = (corner[0] + 3, corner[1] + 2), f"{float(index / fps):.2f} s"
+            place = (corner[0] + 3, corner[1] + 2)
+            label = f"{float(index / fps):.2f} s"
             draw.text(place, label, fill="white", stroke_width=1, stroke_fill="black")
     return sheet
 
 
 def spectrogram_picture(
-    audio: np.ndarray | Any, sample_rate: int, height: int = 256, pixels_per_second: int = 100, floor_db: float = -80.0
+    audio: np.ndarray | Any,
+    sample_rate: int,
+    height: int = 256,
+    pixels_per_second: int = 100,
+    floor_db: float = -80.0,
 ) -> Image.Image:
-    """Log-magnitude spectrogram, low frequencies at the bottom, 0 Hz to half the sample rate on a linear axis.
+    """Log-magnitude spectrogram, low frequencies at the bottom, 0 Hz to half the sample rate on a
+    linear axis.
 
     Args:
-        audio: (S,) or (C, S) float; channels are averaged. floor_db: level below the loudest point that shows black.
+        audio: (S,) or (C, S) float; channels are averaged. floor_db: level below the loudest point
+            that shows black.
 
     Raises:
         ValueError: no samples, or not finite.
@@ -66,6 +91,8 @@ def spectrogram_picture(
     pieces = padded[centres[:, None] + np.arange(2 * height)] * window  # (columns, 2 * height)
     power = np.abs(np.fft.rfft(pieces))[:, :height] ** 2  # (columns, height)
     level = 10 * np.log10(np.maximum(power, 1e-12)) - 10 * np.log10(max(power.max(), 1e-12))
-    shade = np.clip(1 - level / floor_db, 0, 1).T[::-1] * (len(MAGMA) - 1)  # rows: high to low frequency
+    shade = np.clip(1 - level / floor_db, 0, 1).T[::-1] * (
+        len(MAGMA) - 1
+    )  # rows: high to low frequency
     channels = [np.interp(shade, np.arange(len(MAGMA)), MAGMA[:, c]) for c in range(3)]
     return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))

@@ -17,7 +17,9 @@ from PIL import Image, ImageOps
 from avdiff.clip import as_fps
 
 AAC_FRAME = 1024  # samples in an AAC access unit (ISO/IEC 14496-3)
-MAX_BYTES = 4 * 2**30  # decoded frames held at once; beyond it a request is a mistake and would exhaust memory
+MAX_BYTES = (
+    4 * 2**30
+)  # decoded frames held at once; beyond it a request is a mistake and would exhaust memory
 NOTICE = "AI-generated"  # first words of the comment tag; the rest is one JSON object
 
 
@@ -30,10 +32,12 @@ class Clip:
     """What a media file holds, on the clock of its video.
 
     Args:
-        frames: (F, H, W, 3) uint8 RGB, or None for a file without pictures. fps: exact rate of `frames`.
-        audio: (C, S) float32 in [-1, 1], sample 0 at the instant of frame 0, or None. sample_rate: Hz.
-        start_gap: seconds by which the sound began after (+) or before (-) the first frame in the file; `audio` is
-            already aligned (silence put in front, or the early part cut).
+        frames: (F, H, W, 3) uint8 RGB, or None for a file without pictures. fps: exact rate of
+            `frames`.
+        audio: (C, S) float32 in [-1, 1], sample 0 at the instant of frame 0, or None. sample_rate:
+            Hz.
+        start_gap: seconds by which the sound began after (+) or before (-) the first frame in the
+            file; `audio` is already aligned (silence put in front, or the early part cut).
         metadata: the file's tags; what `write_clip` was given comes back as the same dict.
     """
 
@@ -47,7 +51,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """Header facts of a media file; a stream that is missing has None in its fields. Durations in exact seconds."""
+    """Header facts of a media file; a stream that is missing has None in its fields. Durations in
+    exact seconds.
+    """
 
     fps: Fraction | None
     num_frames: int | None
@@ -69,12 +75,18 @@ def reason(error: BaseException) -> str:
 
 
 def probe(path: str | Path) -> MediaInfo:
-    """Header facts of a file, without decoding it. Raises MediaError if it is not a readable media file."""
+    """Header facts of a file, without decoding it. Raises MediaError if it is not a readable media
+    file.
+    """
     with _opened(path) as container:
         video, audio = _streams(container)
         rate = _rate(video) if video else None
         seconds = _stream_seconds(video, container)
-        count = (video.frames or (round(seconds * rate) if seconds and rate else None)) if video else None
+        count = (
+            (video.frames or (round(seconds * rate) if seconds and rate else None))
+            if video
+            else None
+        )
         gap = _start(audio) - _start(video) if video and audio else Fraction(0)
         return MediaInfo(
             fps=rate,
@@ -102,13 +114,16 @@ def read_clip(
     """Decode a file by its timestamps.
 
     Args:
-        fps: frames wanted per second; output frame i is the picture on screen at (i + 1/2) / fps after the first one,
-            so that variable rates, dropped frames and millisecond timestamps come out right. None: the file's own rate.
-        size: (height, width) or one number for both; the picture is cropped at the centre to the shape, then scaled.
+        fps: frames wanted per second; output frame i is the picture on screen at (i + 1/2) / fps
+            after the first one, so that variable rates, dropped frames and millisecond timestamps
+            come out right. None: the file's own rate.
+        size: (height, width) or one number for both; the picture is cropped at the centre to the
+            shape, then scaled.
         sample_rate: Hz wanted; None: the file's own. max_seconds: read only so much from the start.
 
     Raises:
-        MediaError: no such file, a folder, not a media file, cut short, or more frames than memory should hold.
+        MediaError: no such file, a folder, not a media file, cut short, or more frames than memory
+            should hold.
     """
     target = (size, size) if isinstance(size, int) else size
     if target is not None and not all(1 <= side <= 16384 for side in target):
@@ -125,7 +140,9 @@ def read_clip(
         if video is not None:
             rate = as_fps(fps) if fps is not None else _rate(video)
             start, frames = _read_pictures(path, container, video, rate, target, limit)
-    with _opened(path) as container:  # a second pass: two decoders in one pass would hold packets of both
+    with _opened(
+        path
+    ) as container:  # a second pass: two decoders in one pass would hold packets of both
         _, audio = _streams(container)
         if audio is None:
             return Clip(frames, None, rate, None, Fraction(0), tags)
@@ -139,13 +156,19 @@ def read_clip(
 
 
 def resample_audio(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """(C, S) float32 at `from_rate` Hz -> (C, round(S * to_rate / from_rate)) at `to_rate`, without delay."""
+    """(C, S) float32 at `from_rate` Hz -> (C, round(S * to_rate / from_rate)) at `to_rate`, without
+    delay.
+    """
     length = round(audio.shape[1] * Fraction(to_rate, from_rate))
     result = np.zeros((len(audio), length), np.float32)
     for channel, samples in enumerate(audio):
         resampler = av.AudioResampler(format="fltp", layout="mono", rate=to_rate)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = from_rate, 0, Fraction(1, from_rate)
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples[None]), format="fltp", layout="mono"
+        )
+        frame.sample_rate = from_rate
+        frame.pts = 0
+        frame.time_base = Fraction(1, from_rate)
         parts = [f.to_ndarray()[0] for f in (*resampler.resample(frame), *resampler.resample(None))]
         line = np.concatenate(parts)[:length] if parts else np.zeros(0, np.float32)
         result[channel, : len(line)] = line
@@ -161,12 +184,16 @@ def _opened(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         raise MediaError(f"path={path}: no such file")
     try:  # play-lists may name other places: nothing but local files is opened
-        with av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        with av.open(
+            str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace"
+        ) as container:
             if not any(_streams(container)):
                 raise MediaError(f"path={path}: holds neither pictures nor sound")
             for stream in filter(None, _streams(container)):
                 if stream.codec_context is None or not stream.time_base:
-                    raise MediaError(f"path={path}: its {stream.type} is in a form that cannot be decoded")
+                    raise MediaError(
+                        f"path={path}: its {stream.type} is in a form that cannot be decoded"
+                    )
             yield container
     except (OSError, av.FFmpegError) as error:
         raise MediaError(f"path={path}: cannot be read as media ({reason(error)})") from error
@@ -174,8 +201,12 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 def _streams(container: Any) -> tuple[Any | None, Any | None]:
     """First video and first audio stream; a cover picture in a sound file is not video."""
-    moving = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    return (moving[0] if moving else None), (container.streams.audio[0] if container.streams.audio else None)
+    moving = [
+        s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
+    ]
+    return (moving[0] if moving else None), (
+        container.streams.audio[0] if container.streams.audio else None
+    )
 
 
 def _rate(video: Any) -> Fraction:
@@ -200,13 +231,20 @@ def _tags(container: Any) -> dict[str, Any]:
     tags: dict[str, Any] = dict(container.metadata)
     notice, _, facts = tags.get("comment", "").partition(" ")
     if notice == NOTICE:
-        with contextlib.suppress(ValueError, TypeError):  # somebody edited it: the text itself stays under "comment"
+        with contextlib.suppress(
+            ValueError, TypeError
+        ):  # somebody edited it: the text itself stays under "comment"
             tags |= json.loads(facts)
     return tags
 
 
 def _read_pictures(
-    path: str | Path, container: Any, video: Any, fps: Fraction, size: tuple[int, int] | None, limit: Fraction | None
+    path: str | Path,
+    container: Any,
+    video: Any,
+    fps: Fraction,
+    size: tuple[int, int] | None,
+    limit: Fraction | None,
 ) -> tuple[Fraction, np.ndarray]:
     """Start time of the first picture and (F, H, W, 3) uint8 at `fps`, chosen by timestamp."""
     video.thread_type = "AUTO"
@@ -214,7 +252,9 @@ def _read_pictures(
     shown = start = end = None
 
     def emit(until: Fraction) -> None:
-        """Repeat the picture on screen for each output frame whose midpoint lies before `until` (since the start)."""
+        """Repeat the picture on screen for each output frame whose midpoint lies before `until`
+        (since the start).
+        """
         picture = None
         while (len(kept) + Fraction(1, 2)) / fps < until:
             if picture is None:
@@ -223,7 +263,8 @@ def _read_pictures(
             if len(kept) * picture.nbytes > MAX_BYTES:
                 size_text = f"{len(kept)} frames of {picture.shape[1]} x {picture.shape[0]}"
                 raise MediaError(
-                    f"path={path}: {size_text} are too many for memory; give max_seconds or a smaller size"
+                    f"path={path}: {size_text} are too many for memory; give max_seconds or a "
+                    "smaller size"
                 )
 
     for frame in container.decode(video):
@@ -233,7 +274,8 @@ def _read_pictures(
         start = time if start is None else start
         if shown is not None:
             emit(min(time - start, limit) if limit is not None else time - start)
-        shown, end = frame, time + (frame.duration * video.time_base if frame.duration else 1 / _rate(video))
+        shown = frame
+        end = time + (frame.duration * video.time_base if frame.duration else 1 / _rate(video))
         if limit is not None and time - start >= limit:
             break
     if start is None or end is None:
@@ -248,17 +290,23 @@ def _read_pictures(
 def _picture(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
     """One decoded frame upright, (H, W, 3) uint8, cropped and scaled to `size`."""
     picture = frame.to_ndarray(format="rgb24")
-    if frame.rotation % 90 == 0:  # phones film sideways and note it; the sign follows FFmpeg's display matrix
+    if (
+        frame.rotation % 90 == 0
+    ):  # phones film sideways and note it; the sign follows FFmpeg's display matrix
         picture = np.rot90(picture, frame.rotation // 90)
     if size is not None and picture.shape[:2] != size:
-        picture = np.asarray(ImageOps.fit(Image.fromarray(picture), (size[1], size[0]), Image.Resampling.BICUBIC))
+        picture = np.asarray(
+            ImageOps.fit(Image.fromarray(picture), (size[1], size[0]), Image.Resampling.BICUBIC)
+        )
     return np.ascontiguousarray(picture)
 
 
 def _read_sound(
     path: str | Path, container: Any, audio: Any, start: Fraction | None, limit: Fraction | None
 ) -> tuple[Fraction, np.ndarray]:
-    """Start time of the first sample and (C, S) float32 at the file's rate; holes in the timestamps become silence."""
+    """Start time of the first sample and (C, S) float32 at the file's rate; holes in the timestamps
+    become silence.
+    """
     rate = audio.codec_context.sample_rate
     converter = av.AudioResampler(format="fltp")
     parts: list[np.ndarray] = []
@@ -275,17 +323,25 @@ def _read_sound(
                 if samples.shape[0] * hole * 4 > MAX_BYTES:
                     raise MediaError(f"path={path}: its sound has a hole of {hole // rate} s")
                 parts.append(np.zeros((samples.shape[0], hole), np.float32))
-                position, hole = position + hole, 0
+                position = position + hole
+                hole = 0
             parts.append(samples)
             position += samples.shape[1]
-        if limit is not None and begin + Fraction(position, rate) >= (begin if start is None else start) + limit:
+        if (
+            limit is not None
+            and begin + Fraction(position, rate) >= (begin if start is None else start) + limit
+        ):
             break
     if begin is None or not parts:
         raise MediaError(f"path={path}: its sound holds no decodable sample")
     _check_complete(path, audio, begin + Fraction(position, rate), limit)
     sound = np.concatenate(parts, axis=1)
-    if audio.duration is not None:  # the last AAC frame is padded: the header knows where the sound ends
-        sound = sound[:, : max(1, round((audio.duration * audio.time_base + _start(audio) - begin) * rate))]
+    if (
+        audio.duration is not None
+    ):  # the last AAC frame is padded: the header knows where the sound ends
+        sound = sound[
+            :, : max(1, round((audio.duration * audio.time_base + _start(audio) - begin) * rate))
+        ]
     return begin, sound
 
 
@@ -300,6 +356,8 @@ def _check_complete(path: str | Path, stream: Any, end: Fraction, limit: Fractio
 
 
 def _align(sound: np.ndarray, late: int, length: int | None) -> np.ndarray:
-    """Put `late` samples of silence in front (negative: cut them off), then keep at most `length` samples."""
+    """Put `late` samples of silence in front (negative: cut them off), then keep at most `length`
+    samples.
+    """
     sound = np.pad(sound, ((0, 0), (late, 0))) if late > 0 else sound[:, -late:]
     return sound if length is None else sound[:, :length]

@@ -1,4 +1,6 @@
-"""Timestamps of a file's pictures, read from its packets without decoding (PyAV, like the rest of `media`)."""
+"""Timestamps of a file's pictures, read from its packets without decoding (PyAV, like the rest of
+`media`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import numpy as np
 
 from avdiff.media.read import MediaError, reason
 
-STEADY = 0.25  # frame durations that differ by more than this share of their median are a variable rate
+STEADY = (
+    0.25  # frame durations that differ by more than this share of their median are a variable rate
+)
 
 
 def picture_times(path: str | Path) -> list[Fraction]:
@@ -20,7 +24,9 @@ def picture_times(path: str | Path) -> list[Fraction]:
         MediaError: not a readable media file.
     """
     try:
-        with av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        with av.open(
+            str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace"
+        ) as container:
             if not container.streams.video:
                 return []
             stream = container.streams.video[0]

@@ -1,10 +1,12 @@
-"""Read and write clips with sound in sync. Only this file and its reading half, `media_read.py`, know PyAV.
+"""Read and write clips with sound in sync. Only this file and its reading half, `media_read.py`,
+know PyAV.
 
-Time is a `Fraction` here, never a float: a whole frame rate for 23.976 drifts by a frame every 42 seconds. Each stream
-of a written file has its exact length: the last frame carries its own duration, and the 1,024 samples of AAC priming
-are hidden by an edit list in units of one sample (`movie_timescale`), so a player starts both streams at zero. Video
-has no B-frames, hence needs no edit list of its own: readers that ignore edit lists still see frame i at i / fps.
-`read_clip` gives the sound back at its exact length; a reader that ignores the edit list gets the sound 1,024 samples
+Time is a `Fraction` here, never a float: a whole frame rate for 23.976 drifts by a frame every 42
+seconds. Each stream of a written file has its exact length: the last frame carries its own
+duration, and the 1,024 samples of AAC priming are hidden by an edit list in units of one sample
+(`movie_timescale`), so a player starts both streams at zero. Video has no B-frames, hence needs no
+edit list of its own: readers that ignore edit lists still see frame i at i / fps. `read_clip` gives
+the sound back at its exact length; a reader that ignores the edit list gets the sound 1,024 samples
 late and longer by less than two AAC frames.
 """
 
@@ -63,20 +65,24 @@ def write_clip(
     sample_rate: int | None = None,
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write pictures and sound to .mp4/.mov (H.264 + AAC) or sound alone to .m4a (AAC) or .wav (16-bit PCM).
+    """Write pictures and sound to .mp4/.mov (H.264 + AAC) or sound alone to .m4a (AAC) or .wav
+    (16-bit PCM).
 
-    The file appears under its name only when complete. Odd heights and widths are padded by one repeated row or column,
-    as yuv420p needs even ones.
+    The file appears under its name only when complete. Odd heights and widths are padded by one
+    repeated row or column, as yuv420p needs even ones.
 
     Args:
-        frames: (F, H, W, 3) array or tensor, or any iterable of (H, W, 3) pictures or PIL images (a generator keeps
-            memory constant); uint8, or float in [0, 1]. None writes sound alone.
+        frames: (F, H, W, 3) array or tensor, or any iterable of (H, W, 3) pictures or PIL images (a
+            generator keeps memory constant); uint8, or float in [0, 1]. None writes sound alone.
         fps: frame rate; 29.97 means 30000/1001.
-        audio: (C, S) or (S,) float, 1 or 2 channels; values beyond [-1, 1] are clipped. Or an iterator of such pieces.
-        metadata: JSON-able facts (model, seed, prompt...); given, the comment tag says "AI-generated" and lists them.
+        audio: (C, S) or (S,) float, 1 or 2 channels; values beyond [-1, 1] are clipped. Or an
+            iterator of such pieces.
+        metadata: JSON-able facts (model, seed, prompt...); given, the comment tag says
+            "AI-generated" and lists them.
 
     Raises:
-        MediaError: wrong shapes, types or suffix, an unwritable place, a full disk. No partial file stays behind.
+        MediaError: wrong shapes, types or suffix, an unwritable place, a full disk. No partial file
+            stays behind.
     """
     path = Path(path)
     try:
@@ -91,18 +97,24 @@ def write_clip(
             raise MediaError("fps=None: frames need a frame rate")
         rate = as_fps(fps)
         if max(rate.numerator, rate.denominator) >= 2**31:  # AVRational holds two 32-bit integers
-            raise MediaError(f"fps={fps}: needs a ratio of smaller whole numbers such as 30000/1001")
+            raise MediaError(
+                f"fps={fps}: needs a ratio of smaller whole numbers such as 30000/1001"
+            )
     with _atomic(path) as temporary:
         options = {} if path.suffix.lower() == ".wav" else {"movflags": "+faststart"}
         if sample_rate is not None and options:
             options["movie_timescale"] = str(sample_rate)
-        with av.open(str(temporary), "w", format=CONTAINERS[path.suffix.lower()], options=options) as container:
+        with av.open(
+            str(temporary), "w", format=CONTAINERS[path.suffix.lower()], options=options
+        ) as container:
             if metadata is not None:
                 container.metadata["comment"] = f"{NOTICE} {facts}"
             _encode(container, frames, rate, channels, sound, sample_rate)
 
 
-def write_wav(path: str | Path, audio: Any, sample_rate: int, metadata: dict[str, Any] | None = None) -> None:
+def write_wav(
+    path: str | Path, audio: Any, sample_rate: int, metadata: dict[str, Any] | None = None
+) -> None:
     """Write (C, S) or (S,) float sound as 16-bit PCM; errors as in `write_clip`."""
     if Path(path).suffix.lower() != ".wav":
         raise MediaError(f"path={path}: needs a name that ends in .wav")
@@ -132,16 +144,23 @@ def _encode(
     if frames is not None and picture is None:
         raise MediaError("frames: needs at least one picture")
     video = None if picture is None or fps is None else _add_video(container, picture.shape, fps)
-    sound: Any = None if not channels or sample_rate is None else _add_sound(container, channels, sample_rate)
+    sound: Any = (
+        None
+        if not channels or sample_rate is None
+        else _add_sound(container, channels, sample_rate)
+    )
     chunks: Iterator[Any] = iter(())
     if channels and sample_rate is not None:
         chunks = _sound_frames(pieces, sample_rate, sound)
-    shape, count, heard = None if picture is None else picture.shape, 0, Fraction(0)
+    shape = None if picture is None else picture.shape
+    count = 0
+    heard = Fraction(0)
     while picture is not None and fps is not None and video is not None:
         if picture.shape != shape:
             raise MediaError(f"frames: picture {count} differs in size from picture 0")
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts, frame.time_base = count, 1 / fps
+        frame.pts = count
+        frame.time_base = 1 / fps
         container.mux(video.encode(frame))
         count += 1
         while heard < count / fps and (chunk := next(chunks, None)) is not None:
@@ -156,8 +175,12 @@ def _encode(
 
 
 def _add_video(container: Any, shape: tuple[int, ...], fps: Fraction) -> Any:
-    stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium", "bf": "0"})
-    stream.height, stream.width, stream.pix_fmt = shape[0], shape[1], "yuv420p"
+    stream = container.add_stream(
+        "libx264", rate=fps, options={"crf": "17", "preset": "medium", "bf": "0"}
+    )
+    stream.height = shape[0]
+    stream.width = shape[1]
+    stream.pix_fmt = "yuv420p"
     stream.codec_context.time_base = 1 / fps
     return stream
 
@@ -179,13 +202,17 @@ def _pictures(frames: Iterable[Any]) -> Iterator[np.ndarray]:
             item = item.convert("RGB")
         picture = np.asarray(item.detach().cpu() if hasattr(item, "detach") else item)
         if picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-            raise MediaError(f"frames: picture {i} has shape {picture.shape}; needs (height, width, 3)")
+            raise MediaError(
+                f"frames: picture {i} has shape {picture.shape}; needs (height, width, 3)"
+            )
         if picture.dtype.kind == "f":
             if not np.isfinite(picture).all():
                 raise MediaError(f"frames: picture {i} holds NaN or infinite values")
             picture = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
         if picture.dtype != np.uint8:
-            raise MediaError(f"frames: picture {i} is {picture.dtype}; needs uint8, or float in [0, 1]")
+            raise MediaError(
+                f"frames: picture {i} is {picture.dtype}; needs uint8, or float in [0, 1]"
+            )
         height, width, _ = picture.shape
         yield np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
@@ -196,7 +223,12 @@ def _as_audio(audio: Any, sample_rate: int | None) -> np.ndarray:
         raise MediaError(f"sample_rate={sample_rate!r}: needs 1000 to 384000 Hz")
     samples = np.asarray(audio.detach().cpu().float() if hasattr(audio, "detach") else audio)
     samples = samples[None] if samples.ndim == 1 else samples
-    if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0 or samples.dtype.kind != "f":
+    if (
+        samples.ndim != 2
+        or samples.shape[0] not in (1, 2)
+        or samples.shape[1] == 0
+        or samples.dtype.kind != "f"
+    ):
         found = f"{samples.dtype} of shape {samples.shape}"
         raise MediaError(f"audio: {found}; needs float (channels, samples) with 1 or 2 channels")
     if not np.isfinite(samples).all():
@@ -206,7 +238,9 @@ def _as_audio(audio: Any, sample_rate: int | None) -> np.ndarray:
 
 def _sound_pieces(audio: Any, sample_rate: int | None) -> tuple[int, Iterator[np.ndarray]]:
     """Channels, and the sound (C, S) in pieces of `AAC_FRAME` samples; the last may be shorter."""
-    parts = (_as_audio(part, sample_rate) for part in (audio if isinstance(audio, Iterator) else [audio]))
+    parts = (
+        _as_audio(part, sample_rate) for part in (audio if isinstance(audio, Iterator) else [audio])
+    )
     first = next(parts, None)
     if first is None:
         raise MediaError("audio: holds no piece of sound")
@@ -215,7 +249,9 @@ def _sound_pieces(audio: Any, sample_rate: int | None) -> tuple[int, Iterator[np
         while rest.shape[1]:
             while rest.shape[1] < AAC_FRAME and (more := next(parts, None)) is not None:
                 if len(more) != len(rest):
-                    raise MediaError(f"audio: a piece with {len(more)} channels follows one with {len(rest)}")
+                    raise MediaError(
+                        f"audio: a piece with {len(more)} channels follows one with {len(rest)}"
+                    )
                 rest = np.concatenate([rest, more], axis=1)
             yield rest[:, :AAC_FRAME]
             rest = rest[:, AAC_FRAME:]
@@ -225,13 +261,18 @@ def _sound_pieces(audio: Any, sample_rate: int | None) -> tuple[int, Iterator[np
 
 def _sound_frames(pieces: Iterator[np.ndarray], sample_rate: int, stream: Any) -> Iterator[Any]:
     """The encoder's frames."""
-    pcm, start = stream.codec_context.name != "aac", 0
+    pcm = stream.codec_context.name != "aac"
+    start = 0
     for piece in pieces:
         part = np.ascontiguousarray(piece)
         if pcm:  # packed 16-bit: (1, samples * channels)
             part = np.rint(part * 32767).astype(np.int16).T.reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(part, format="s16" if pcm else "fltp", layout=LAYOUTS[len(piece)])
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, start, Fraction(1, sample_rate)
+        frame = av.AudioFrame.from_ndarray(
+            part, format="s16" if pcm else "fltp", layout=LAYOUTS[len(piece)]
+        )
+        frame.sample_rate = sample_rate
+        frame.pts = start
+        frame.time_base = Fraction(1, sample_rate)
         start += piece.shape[1]
         yield frame
 
@@ -244,7 +285,9 @@ def _check_target(path: Path, pictures: bool, sound: bool, sample_rate: int | No
     if suffix not in fits:
         raise MediaError(f"path={path}: needs a name that ends in {', '.join(fits)}")
     if sound and suffix != ".wav" and sample_rate not in AAC_RATES:
-        raise MediaError(f"sample_rate={sample_rate}: AAC needs one of {', '.join(map(str, AAC_RATES))}")
+        raise MediaError(
+            f"sample_rate={sample_rate}: AAC needs one of {', '.join(map(str, AAC_RATES))}"
+        )
     if "\0" in str(path):  # FFmpeg would write to the name up to there
         raise MediaError(f"path={str(path)!r}: holds a NUL character")
     if path.is_dir():

@@ -1,8 +1,9 @@
 """Every class that is saved in a checkpoint.
 
-Importing this package tells diffusers' loader about avdiff: components are then recorded in `model_index.json` as
-`["avdiff", "ClassName"]` instead of by the path of their file, load from a folder or a hub alike, and survive moves.
-The tables are not public names of diffusers; tests/test_layout.py guards it, and pyproject.toml pins the minor release.
+Importing this package tells diffusers' loader about avdiff: components are then recorded in
+`model_index.json` as `["avdiff", "ClassName"]` instead of by the path of their file, load from a
+folder or a hub alike, and survive moves. The tables are not public names of diffusers;
+tests/test_layout.py guards it, and pyproject.toml pins the minor release.
 """
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES

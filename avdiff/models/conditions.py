@@ -1,7 +1,7 @@
 """What a joint model is told, and what can be computed from it once for all denoising steps.
 
-Shape legend: B batch, P phonemes, M mel frames (10 ms for the presenter), N_v / N_a / N_s tokens of video, audio and
-the shared stream, F latent frames, L caption tokens.
+Shape legend: B batch, P phonemes, M mel frames (10 ms for the presenter), N_v / N_a / N_s tokens of
+video, audio and the shared stream, F latent frames, L caption tokens.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where tokens sit: seconds (bin midpoints), video also in pixels; fp32. One grid for a whole batch.
+    """Where tokens sit: seconds (bin midpoints), video also in pixels; fp32. One grid for a whole
+    batch.
 
     Args:
-        video: (N_v, 3). audio: (N_a, 1). ticks: (N_s, 1). grid: video tokens along (time, rows, columns).
+        video: (N_v, 3). audio: (N_a, 1). ticks: (N_s, 1). grid: video tokens along (time, rows,
+            columns).
     """
 
     video: torch.Tensor
@@ -34,15 +36,24 @@ class Positions:
     grid: tuple[int, int, int]
 
     @classmethod
-    def of(cls, clip: ClipSpec, device: torch.device | str = "cpu", start: float = 0.0) -> Positions:
+    def of(
+        cls, clip: ClipSpec, device: torch.device | str = "cpu", start: float = 0.0
+    ) -> Positions:
         """Positions of a clip that begins at `start` seconds."""
-        video, audio, ticks = clip.video_positions(), clip.audio_positions(), clip.tick_positions()
+        video = clip.video_positions()
+        audio = clip.audio_positions()
+        ticks = clip.tick_positions()
         video[:, 0] += start
         return cls(video, audio + start, ticks + start, clip.video_grid).to(device)
 
     def to(self, device: torch.device | str) -> Positions:
         """Copy on another device."""
-        return replace(self, video=self.video.to(device), audio=self.audio.to(device), ticks=self.ticks.to(device))
+        return replace(
+            self,
+            video=self.video.to(device),
+            audio=self.audio.to(device),
+            ticks=self.ticks.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,11 @@ class Script:
     """Spoken words on the clock.
 
     Args:
-        phonemes: (B, P) inventory ids, 0 is silence. marks: (B, P) stress and tone marks, 0 is none.
+        phonemes: (B, P) inventory ids, 0 is silence. marks: (B, P) stress and tone marks, 0 is
+            none.
         frames: (B, M) which phoneme sounds in each mel frame, an index into P.
-        video_frames: as `frames` for the video branch, warped or not; None keeps the script from the video branch.
+        video_frames: as `frames` for the video branch, warped or not; None keeps the script from
+            the video branch.
         present: (B,) bool, False where a sample has no script (sounds, or text dropout).
     """
 
@@ -64,7 +77,14 @@ class Script:
 
     def to(self, device: torch.device | str) -> Script:
         """Copy on another device."""
-        return replace(self, **{f.name: v.to(device) for f in fields(self) if (v := getattr(self, f.name)) is not None})
+        return replace(
+            self,
+            **{
+                f.name: v.to(device)
+                for f in fields(self)
+                if (v := getattr(self, f.name)) is not None
+            },
+        )
 
     def without(self) -> Script:
         """The same batch with no words: what the unconditional guidance pass sees."""
@@ -86,11 +106,14 @@ class Conditions:
     """Everything that stays the same at all steps; made by `AVTransformer.prepare`.
 
     Args:
-        text: (B, 1 + L, D_t) caption features after a learned register. text_mask: (B, 1, 1, 1 + L) bool.
-        video_phases: RoPE over (seconds, row, column); time_phases: over seconds of video, audio and ticks.
-        windows: bool masks (1, 1, queries, keys), one per source: video <- (audio, ticks), audio <- (video, ticks),
-            shared <- (ticks, video, audio).
-        scripts: expanded words for video tokens (B, N_v, D_v) or None, and for audio + ticks (B, N_a + N_s, D_a).
+        text: (B, 1 + L, D_t) caption features after a learned register. text_mask: (B, 1, 1, 1 + L)
+            bool.
+        video_phases: RoPE over (seconds, row, column); time_phases: over seconds of video, audio
+            and ticks.
+        windows: bool masks (1, 1, queries, keys), one per source: video <- (audio, ticks), audio <-
+            (video, ticks), shared <- (ticks, video, audio).
+        scripts: expanded words for video tokens (B, N_v, D_v) or None, and for audio + ticks (B,
+            N_a + N_s, D_a).
         memory: Engram reads by block, for audio tokens and ticks (B, N_a + N_s, D_a).
     """
 
@@ -105,22 +128,34 @@ class Conditions:
     sound_script: torch.Tensor | None
     memory: dict[int, MemoryRead] | None
     num_ticks: int
-    caption_masks: Joint[torch.Tensor] | None = None  # in place of `text_mask` where the branches do not read alike
+    caption_masks: Joint[torch.Tensor] | None = (
+        None  # in place of `text_mask` where the branches do not read alike
+    )
 
     def caption_mask(self, modality: str) -> torch.Tensor:
         """What of the caption a branch reads."""
-        return self.text_mask if self.caption_masks is None else getattr(self.caption_masks, modality)
+        return (
+            self.text_mask if self.caption_masks is None else getattr(self.caption_masks, modality)
+        )
 
     def unread(self, rows: Joint[torch.Tensor]) -> Conditions:
-        """The same conditions where a branch reads no caption in `rows` (B,) bool; the register stays."""
+        """The same conditions where a branch reads no caption in `rows` (B,) bool; the register
+        stays.
+        """
         first = torch.zeros_like(self.text_mask)
         first[..., 0] = True
-        return replace(self, caption_masks=rows.map(lambda r: self.text_mask & (~r[:, None, None, None] | first)))
+        return replace(
+            self,
+            caption_masks=rows.map(lambda r: self.text_mask & (~r[:, None, None, None] | first)),
+        )
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """Join the batches of one clip's conditions; shorter captions are padded, and the padding masked."""
-        first, length = parts[0], max(p.text.shape[1] for p in parts)
+        """Join the batches of one clip's conditions; shorter captions are padded, and the padding
+        masked.
+        """
+        first = parts[0]
+        length = max(p.text.shape[1] for p in parts)
 
         def rows(values: list[Any]) -> Any:
             return None if values[0] is None else torch.cat(values)
@@ -131,8 +166,10 @@ class Conditions:
 
         memory = None
         if first.memory is not None:
-            memory = {i: type(r).cat([p.memory[i] for p in parts if p.memory is not None])
-                      for i, r in first.memory.items()}
+            memory = {
+                i: type(r).cat([p.memory[i] for p in parts if p.memory is not None])
+                for i, r in first.memory.items()
+            }
         return replace(
             first,
             text=rows([pad(p.text, 1) for p in parts]),
@@ -143,7 +180,9 @@ class Conditions:
         )
 
     def narrowed(self, audio: bool, ticks: bool) -> Conditions:
-        """The same conditions for a forward without the audio branch or without the shared stream."""
+        """The same conditions for a forward without the audio branch or without the shared
+        stream.
+        """
         keep_ticks = self.num_ticks if ticks else 0
         if audio and keep_ticks == self.num_ticks:
             return self
@@ -153,22 +192,30 @@ class Conditions:
         sound = None if self.sound_script is None else self.sound_script[:, kept]
         memory = self.memory
         if memory is not None:
-            memory = {i: replace(r, keys=r.keys[:, kept], values=r.values[:, kept]) for i, r in memory.items()}
+            memory = {
+                i: replace(r, keys=r.keys[:, kept], values=r.values[:, kept])
+                for i, r in memory.items()
+            }
         return replace(self, sound_script=sound, memory=memory, num_ticks=keep_ticks)
 
 
 def beside(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x where the weight is: an offloaded model rests elsewhere (on "meta" until its own hook fetches it)."""
+    """x where the weight is: an offloaded model rests elsewhere (on "meta" until its own hook
+    fetches it).
+    """
     return x if weight.is_meta else x.to(weight.device)
 
 
-MILLISECOND = 1e-3  # tolerance of comparisons on the clock: far below a token, far above fp32 rounding
+MILLISECOND = (
+    1e-3  # tolerance of comparisons on the clock: far below a token, far above fp32 rounding
+)
 
 
 def overlap_matrix(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """(T, S) row-stochastic weights that average source bins (midpoints, seconds) into target bins.
 
-    A target takes the source bins whose midpoints lie within half its own spacing, or the nearest one.
+    A target takes the source bins whose midpoints lie within half its own spacing, or the nearest
+    one.
     """
 
     def spacing(x: torch.Tensor) -> torch.Tensor:
@@ -178,12 +225,16 @@ def overlap_matrix(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     reach = torch.maximum(spacing(target), spacing(source)) / 2
     if not len(target):
         return distance
-    inside = (distance < reach - MILLISECOND) | (distance <= distance.min(dim=1, keepdim=True).values + 1e-6)
+    inside = (distance < reach - MILLISECOND) | (
+        distance <= distance.min(dim=1, keepdim=True).values + 1e-6
+    )
     return inside.float() / inside.sum(dim=1, keepdim=True)
 
 
 def window_mask(queries: torch.Tensor, keys: torch.Tensor, seconds: float | None) -> torch.Tensor:
-    """(1, 1, Q, K) bool: keys within `seconds` of the query, and always the nearest one; None lets all through."""
+    """(1, 1, Q, K) bool: keys within `seconds` of the query, and always the nearest one; None lets
+    all through.
+    """
     distance = (queries[:, None] - keys[None, :]).abs()
     if seconds is None or not distance.numel():
         return torch.ones_like(distance, dtype=torch.bool)[None, None]

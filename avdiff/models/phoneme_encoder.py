@@ -1,4 +1,6 @@
-"""Phonemes on the clock: from a script to one feature for each audio token, shared tick and latent frame."""
+"""Phonemes on the clock: from a script to one feature for each audio token, shared tick and latent
+frame.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from avdiff.models.conditions import Positions, Script, beside, overlap_matrix
 
 
 class ConvBlock(nn.Module):
-    """Residual depthwise-separable convolution over phonemes (ConvNeXt order: depthwise, norm, expand, contract)."""
+    """Residual depthwise-separable convolution over phonemes (ConvNeXt order: depthwise, norm,
+    expand, contract).
+    """
 
     def __init__(self, dim: int, kernel: int = 5) -> None:
         super().__init__()
@@ -26,17 +30,20 @@ class ConvBlock(nn.Module):
         return x + self.contract(F.gelu(self.expand(h)))
 
 
-STROKE_ID = 127  # the phoneme that stands for a stroke: far behind the inventory, which grows at its end
+STROKE_ID = (
+    127  # the phoneme that stands for a stroke: far behind the inventory, which grows at its end
+)
 
 
 class ScriptEncoder(nn.Module):
     """Encodes phonemes in context and lays them on the clock.
 
-    Each audio token sees the phonemes of its own mel frames (their order kept by concatenation), and for each frame how
-    far into the phoneme it is and how long the phoneme lasts.
+    Each audio token sees the phonemes of its own mel frames (their order kept by concatenation),
+    and for each frame how far into the phoneme it is and how long the phoneme lasts.
 
     Args:
-        event_script: the script may hold strokes of events (number `STROKE_ID`); these the video branch always reads.
+        event_script: the script may hold strokes of events (number `STROKE_ID`); these the video
+            branch always reads.
     """
 
     def __init__(
@@ -51,7 +58,8 @@ class ScriptEncoder(nn.Module):
         event_script: bool = False,
     ) -> None:
         super().__init__()
-        self.mels_per_token, self.event_script = mels_per_token, event_script
+        self.mels_per_token = mels_per_token
+        self.event_script = event_script
         self.symbol = nn.Embedding(num_phonemes, dim)
         self.mark = nn.Embedding(num_marks, dim)
         self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(blocks))
@@ -59,32 +67,46 @@ class ScriptEncoder(nn.Module):
         self.to_ticks = nn.Linear(mels_per_token * (dim + 2), audio_dim, bias=False)
         self.to_video = nn.Linear(mels_per_token * (dim + 2), video_dim, bias=False)
 
-    def forward(self, script: Script, positions: Positions) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> features for audio tokens and ticks (B, N_a + N_s, D_a), and for video tokens (B, N_v, D_v) or None."""
+    def forward(
+        self, script: Script, positions: Positions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """-> features for audio tokens and ticks (B, N_a + N_s, D_a), and for video tokens (B, N_v,
+        D_v) or None.
+        """
         x = self.symbol(beside(self.symbol.weight, script.phonemes))  # (B, P, D)
         x = x + self.mark(beside(self.mark.weight, script.marks))
-        script, positions = script.to(x.device), positions.to(x.device)
+        script = script.to(x.device)
+        positions = positions.to(x.device)
         for block in self.blocks:
             x = block(x)
         seconds = positions.audio[:, 0]
         per_token = self._on_clock(x, script.frames, script.present)  # (B, N_a, mels * (D + 2))
         ticks = overlap_matrix(positions.ticks[:, 0], seconds).to(x) @ per_token
         sound = torch.cat([self.to_audio(per_token), self.to_ticks(ticks)], dim=1)
-        frames, present = script.video_frames, script.present
+        frames = script.video_frames
+        present = script.present
         if self.event_script:  # lips follow the sound, but strikers see their strokes
             struck = present & (script.phonemes == STROKE_ID).any(1)
             present = struck if frames is None else present
-            frames = script.frames if frames is None else torch.where(struck[:, None], script.frames, frames)
+            frames = (
+                script.frames
+                if frames is None
+                else torch.where(struck[:, None], script.frames, frames)
+            )
         if frames is None:
             return sound, None
         if frames is not script.frames or present is not script.present:
             per_token = self._on_clock(x, frames, present)
         _, rows, columns = positions.grid
         frame_seconds = positions.video[:: rows * columns, 0]
-        video = self.to_video(overlap_matrix(frame_seconds, seconds).to(x) @ per_token)  # (B, F, D_v)
+        video = self.to_video(
+            overlap_matrix(frame_seconds, seconds).to(x) @ per_token
+        )  # (B, F, D_v)
         return sound, video.repeat_interleave(rows * columns, dim=1)
 
-    def _on_clock(self, x: torch.Tensor, frames: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    def _on_clock(
+        self, x: torch.Tensor, frames: torch.Tensor, present: torch.Tensor
+    ) -> torch.Tensor:
         """Gather phoneme features (B, P, D) by mel frame (B, M) and group them by audio token."""
         features = x.gather(1, frames[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
         features = torch.cat([features, phase_in_phoneme(frames).to(features.dtype)], dim=-1)
@@ -93,10 +115,19 @@ class ScriptEncoder(nn.Module):
 
 
 def phase_in_phoneme(frames: torch.Tensor) -> torch.Tensor:
-    """(B, M) phoneme index of each frame -> (B, M, 2): place within the phoneme in (0, 1), log2 of its frames / 4."""
+    """(B, M) phoneme index of each frame -> (B, M, 2): place within the phoneme in (0, 1), log2 of
+    its frames / 4.
+    """
     batch, count = frames.shape
     order = torch.arange(count, device=frames.device).expand(batch, -1)
-    lengths = torch.zeros_like(frames).scatter_add(1, frames, torch.ones_like(frames)).gather(1, frames).float()
-    first = torch.full_like(frames, count).scatter_reduce(1, frames, order, "amin").gather(1, frames)
+    lengths = (
+        torch.zeros_like(frames)
+        .scatter_add(1, frames, torch.ones_like(frames))
+        .gather(1, frames)
+        .float()
+    )
+    first = (
+        torch.full_like(frames, count).scatter_reduce(1, frames, order, "amin").gather(1, frames)
+    )
     place = (order - first + 0.5) / lengths
     return torch.stack([place, lengths.log2() / 4], dim=-1)

@@ -1,4 +1,6 @@
-"""Named sizes of AVTransformer. Each function returns a fresh config: `AVTransformer(**presets.tiny())`."""
+"""Named sizes of AVTransformer. Each function returns a fresh config:
+`AVTransformer(**presets.tiny())`.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,16 @@ def tiny() -> dict[str, Any]:
 
 
 def presenter() -> dict[str, Any]:
-    """The embedded default: what two CPU cores can train and run (the class defaults, and events with a script)."""
+    """The embedded default: what two CPU cores can train and run (the class defaults, and events
+    with a script).
+    """
     return dict(event_script=True)
 
 
 def base() -> dict[str, Any]:
-    """About 1 B parameters on the latents of LTX-2's codecs (128 values a video token, 128 an audio token)."""
+    """About 1 B parameters on the latents of LTX-2's codecs (128 values a video token, 128 an audio
+    token).
+    """
     return dict(
         video_channels=128,
         audio_channels=128,
@@ -93,4 +99,6 @@ def large() -> dict[str, Any]:
     )
 
 
-PRESETS: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (tiny, presenter, base, large)}
+PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
+    f.__name__: f for f in (tiny, presenter, base, large)
+}

@@ -1,6 +1,8 @@
-"""CaptionEncoder: the small text encoder of the embedded default, trained together with the transformer.
+"""CaptionEncoder: the small text encoder of the embedded default, trained together with the
+transformer.
 
-Large models use a transformers text encoder in its place; the pipeline only needs `(ids, mask) -> (B, L, dim)`.
+Large models use a transformers text encoder in its place; the pipeline only needs
+`(ids, mask) -> (B, L, dim)`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
     """Bidirectional transformer over caption tokens.
 
     Args:
-        vocab_size: of the tokenizer saved beside it. dim: width of the features. max_length: longest caption in tokens.
+        vocab_size: of the tokenizer saved beside it. dim: width of the features. max_length:
+            longest caption in tokens.
     """
 
     @register_to_config
@@ -41,15 +44,21 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_length, dim)
-        self.attns = nn.ModuleList(Attention(dim, num_heads, dim // num_heads) for _ in range(num_layers))
+        self.attns = nn.ModuleList(
+            Attention(dim, num_heads, dim // num_heads) for _ in range(num_layers)
+        )
         self.ffs = nn.ModuleList(SwiGLU(dim, hidden) for _ in range(num_layers))
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.normal_(self.position.weight, std=0.3)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """ids (B, L) and mask (B, L), 1 for real tokens -> features (B, L, dim); masked places hold no meaning."""
+        """ids (B, L) and mask (B, L), 1 for real tokens -> features (B, L, dim); masked places hold
+        no meaning.
+        """
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.embed(input_ids) + self.position(places)  # called, not indexed: its weight may be stored elsewhere
+        x = self.embed(input_ids) + self.position(
+            places
+        )  # called, not indexed: its weight may be stored elsewhere
         mask = attention_mask.bool()
         # A caption of padding alone would leave nothing to attend to: let it see its first place.
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)[:, None, None]
@@ -59,7 +68,9 @@ class CaptionEncoder(ModelMixin, ConfigMixin):
         return rms_norm(x)
 
 
-def train_caption_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+def train_caption_tokenizer(
+    captions: Iterable[str], vocab_size: int = 4096
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE over lower-cased captions: any script can be written, and padding is id 0."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -75,4 +86,6 @@ def train_caption_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(captions, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", padding_side="right")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", padding_side="right"
+    )

@@ -4,12 +4,16 @@ What is special in it:
 - two instances of one branch, video and audio; either may be absent and then costs nothing;
 - a shared latent stream, one token per tick of the clock, that both branches read and write;
 - every position is in seconds, so both streams stay in phase at any frame rate;
-- noise levels are separate for each modality, per sample or per token: a given modality has level 0;
-- spoken words enter on the clock, with an Engram memory over phoneme n-grams; descriptions by text cross-attention;
-- mixture-of-experts feed-forwards where the config asks; their routing statistics are an output, never state;
+- noise levels are separate for each modality, per sample or per token: a given modality has level
+    0;
+- spoken words enter on the clock, with an Engram memory over phoneme n-grams; descriptions by text
+    cross-attention;
+- mixture-of-experts feed-forwards where the config asks; their routing statistics are an output,
+    never state;
 - it predicts clean data (x0), as the best linear guess plus what the network adds to it.
 
-Shape legend: B batch, N_v / N_a / N_s tokens, C_v / C_a values per token, D_v / D_a widths, L caption tokens.
+Shape legend: B batch, N_v / N_a / N_s tokens, C_v / C_a values per token, D_v / D_a widths, L
+caption tokens.
 """
 
 from __future__ import annotations
@@ -40,8 +44,9 @@ from avdiff.models.phoneme_encoder import STROKE_ID, ScriptEncoder
 
 @dataclass
 class AVTransformerOutput(BaseOutput):
-    """Clean-data estimates (B, N, C) of the modalities that took part, and MoE routing statistics by layer (which the
-    tuple of `return_dict=False` leaves out)."""
+    """Clean-data estimates (B, N, C) of the modalities that took part, and MoE routing statistics
+    by layer (which the tuple of `return_dict=False` leaves out).
+    """
 
     video: torch.Tensor | None = None
     audio: torch.Tensor | None = None
@@ -53,26 +58,36 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
 
     Args:
         video_channels, audio_channels: values per token. text_dim: width of the caption features.
-        video_dim, audio_dim, video_heads, audio_heads, dim_head: widths; heads * dim_head may differ from the width.
+        video_dim, audio_dim, video_heads, audio_heads, dim_head: widths; heads * dim_head may
+            differ from the width.
         num_layers: blocks. text_every: a block in so many has text cross-attention.
         video_hidden, audio_hidden: SwiGLU widths. video_experts, audio_experts: 0 is dense.
-        shared_rate: ticks per second of the shared stream, 0 for none. shared_layers: blocks that update it.
+        shared_rate: ticks per second of the shared stream, 0 for none. shared_layers: blocks that
+            update it.
         shared_hidden, shared_experts, top_k: its feed-forward.
         num_phonemes, num_marks, script_dim: the script; 0 phonemes for a model without one.
         event_script: whether events have a script too, of their strokes (`STROKE_ID`).
         mels_per_token: mel frames of an audio token, the resolution of the script.
-        memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head, memory_orders: longest
-            n-gram, memory_heads, memory_head_dim: its size.
+        memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head,
+            memory_orders: longest n-gram, memory_heads, memory_head_dim: its size.
         window: seconds of the local cross-attention window, None for global.
-        cross_modal: whether the branches read each other directly; without it they meet through the shared stream
-            alone, and with shared_rate 0 as well not at all.
+        cross_modal: whether the branches read each other directly; without it they meet through the
+            shared stream alone, and with shared_rate 0 as well not at all.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DualBlock"]
     _repeated_blocks = ["DualBlock"]
     _keep_in_fp32_modules = ["time", "router"]
-    _skip_layerwise_casting_patterns = ["norm", "memory", "router", "proj_in_video", "proj_in_audio", "time", "table"]
+    _skip_layerwise_casting_patterns = [
+        "norm",
+        "memory",
+        "router",
+        "proj_in_video",
+        "proj_in_audio",
+        "time",
+        "table",
+    ]
 
     @register_to_config
     def __init__(
@@ -115,11 +130,13 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         bad = [i for i in (*shared_layers, *memory_layers) if not 0 <= i < num_layers]
         if bad:
             raise ValueError(
-                f"shared_layers/memory_layers contain {bad}: needs block numbers from 0 to {num_layers - 1}"
+                f"shared_layers/memory_layers contain {bad}: needs block numbers from 0 to "
+                f"{num_layers - 1}"
             )
         if num_layers - 1 in shared_layers:
             raise ValueError(
-                f"shared_layers={tuple(shared_layers)}: block {num_layers - 1} is the last, and nobody would "
+                f"shared_layers={tuple(shared_layers)}: block {num_layers - 1} is the last, and "
+                "nobody would "
                 "read its update of the shared stream"
             )
         shared = shared_rate > 0
@@ -127,24 +144,41 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         self.proj_in_audio = nn.Linear(audio_channels, audio_dim)
         self.text_register = nn.Parameter(torch.randn(1, 1, text_dim))
         self.script_encoder = (
-            ScriptEncoder(num_phonemes, num_marks, script_dim, mels_per_token, audio_dim, video_dim,
-                          event_script=event_script)
+            ScriptEncoder(
+                num_phonemes,
+                num_marks,
+                script_dim,
+                mels_per_token,
+                audio_dim,
+                video_dim,
+                event_script=event_script,
+            )
             if num_phonemes
             else None
         )
         self.time = nn.ModuleDict(
-            {"video": TimestepEmbedding(video_dim, rows=6), "audio": TimestepEmbedding(audio_dim, rows=6)}
+            {
+                "video": TimestepEmbedding(video_dim, rows=6),
+                "audio": TimestepEmbedding(audio_dim, rows=6),
+            }
         )
-        # The gate of what a branch hears follows the noise level of the partner, in the width of the listener.
-        self.hears = nn.ModuleDict({"video": nn.Linear(audio_dim, video_dim), "audio": nn.Linear(video_dim, audio_dim)})
+        # The gate of what a branch hears follows the noise level of the partner, in the width of
+        # the listener.
+        self.hears = nn.ModuleDict(
+            {"video": nn.Linear(audio_dim, video_dim), "audio": nn.Linear(video_dim, audio_dim)}
+        )
         self.tick_time = (
-            nn.ModuleDict({"video": nn.Linear(video_dim, audio_dim), "audio": nn.Linear(audio_dim, audio_dim)})
+            nn.ModuleDict(
+                {"video": nn.Linear(video_dim, audio_dim), "audio": nn.Linear(audio_dim, audio_dim)}
+            )
             if shared
             else None
         )
         self.tick_start = nn.Parameter(torch.zeros(1, 1, audio_dim)) if shared else None
 
-        def branch(dim: int, heads: int, partner: int, hidden: int, experts: int, layer: int) -> Branch:
+        def branch(
+            dim: int, heads: int, partner: int, hidden: int, experts: int, layer: int
+        ) -> Branch:
             text = text_dim if layer % text_every == 0 else 0
             reads = (partner if cross_modal else None, audio_dim if shared else None)
             return Branch(dim, heads, dim_head, text, *reads, audio_heads, hidden, experts, top_k)
@@ -154,13 +188,26 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                 layer=i,
                 video=branch(video_dim, video_heads, audio_dim, video_hidden, video_experts, i),
                 audio=branch(audio_dim, audio_heads, video_dim, audio_hidden, audio_experts, i),
-                shared=SharedStream(audio_dim, audio_heads, dim_head, video_dim, shared_hidden, shared_experts, top_k)
+                shared=SharedStream(
+                    audio_dim,
+                    audio_heads,
+                    dim_head,
+                    video_dim,
+                    shared_hidden,
+                    shared_experts,
+                    top_k,
+                )
                 if shared and i in shared_layers
                 else None,
                 memory=Engram(
                     audio_dim,
                     NgramHash(
-                        num_phonemes * num_marks, memory_rows, memory_orders, memory_heads, i, tuple(memory_layers)
+                        num_phonemes * num_marks,
+                        memory_rows,
+                        memory_orders,
+                        memory_heads,
+                        i,
+                        tuple(memory_layers),
                     ),
                     memory_head_dim,
                 )
@@ -170,7 +217,10 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             for i in range(num_layers)
         )
         self.out_modulation = nn.ModuleDict(
-            {"video": nn.Linear(video_dim, 2 * video_dim), "audio": nn.Linear(audio_dim, 2 * audio_dim)}
+            {
+                "video": nn.Linear(video_dim, 2 * video_dim),
+                "audio": nn.Linear(audio_dim, 2 * audio_dim),
+            }
         )
         self.proj_out_video = nn.Linear(video_dim, video_channels)
         self.proj_out_audio = nn.Linear(audio_dim, audio_channels)
@@ -180,15 +230,23 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
     def _init_weights(self, num_layers: int) -> None:
         """One place for all starts.
 
-        | part                                  | start                                              |
-        | matrices                              | normal, sd 1 / sqrt(fan_in)                        |
-        | projections back into a residual line | the same, divided by sqrt(2 * num_layers) (GPT-2)  |
-        | time rows, partner gates, output head | zero: modulation off, first estimate is linear     |
-        | Engram value projection               | zero: a fresh memory changes nothing               |
+        | part                                  | start |
+        | matrices                              | normal, sd 1 / sqrt(fan_in) |
+        | projections back into a residual line | the same, over sqrt(2 * num_layers) (GPT-2) |
+        | time rows, partner gates, output head | zero: modulation off, first estimate is linear |
+        | Engram value projection               | zero: a fresh memory changes nothing |
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and ".memory" not in name and not name.endswith("to_rows"):
-                scale = (2 * num_layers) ** -0.5 if name.endswith(("to_out.0", "proj_out", "contract")) else 1.0
+            if (
+                isinstance(module, nn.Linear)
+                and ".memory" not in name
+                and not name.endswith("to_rows")
+            ):
+                scale = (
+                    (2 * num_layers) ** -0.5
+                    if name.endswith(("to_out.0", "proj_out", "contract"))
+                    else 1.0
+                )
                 nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -212,14 +270,18 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         """Everything that does not change from step to step, computed once for a prompt.
 
         Args:
-            text: (B, L, text_dim) caption features; text_mask: (B, L) bool. None is the unconditional caption.
-            positions: the clip's tokens on the clock. script: spoken words, None for a clip without.
+            text: (B, L, text_dim) caption features; text_mask: (B, L) bool. None is the
+                unconditional caption.
+            positions: the clip's tokens on the clock. script: spoken words, None for a clip
+                without.
             attention_kwargs: "scale" of a LoRA, as in `forward`.
         """
         batch = batch_size or next(
             x.shape[0] for x in (text, None if script is None else script.phonemes) if x is not None
         )
-        device = positions.video.device  # where an offloaded model's weights will be when they are used
+        device = (
+            positions.video.device
+        )  # where an offloaded model's weights will be when they are used
         register = self.text_register.to(device).expand(batch, -1, -1)
         mask = torch.ones(batch, 1, dtype=torch.bool, device=register.device)
         if text is not None:
@@ -228,8 +290,11 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             mask = torch.cat([mask, text_mask.bool()], dim=1)
         if self.tick_time is None:
             positions = replace(positions, ticks=positions.ticks[:0])
-        video_s, audio_s, tick_s = positions.video[:, 0], positions.audio[:, 0], positions.ticks[:, 0]
-        w, e = self.config.window, self.config.dim_head
+        video_s = positions.video[:, 0]
+        audio_s = positions.audio[:, 0]
+        tick_s = positions.ticks[:, 0]
+        w = self.config.window
+        e = self.config.dim_head
         windows = {
             "video": (window_mask(video_s, audio_s, w), window_mask(video_s, tick_s, w)),
             "audio": (window_mask(audio_s, video_s, w), window_mask(audio_s, tick_s, w)),
@@ -242,9 +307,12 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         sound = video = memory = None
         if script is not None:
             if self.script_encoder is None:
-                raise ValueError("script was given, but this model has num_phonemes=0 and cannot read one")
+                raise ValueError(
+                    "script was given, but this model has num_phonemes=0 and cannot read one"
+                )
             sound, video = self.script_encoder(script, positions)
-            sound, video = sound.to(device), None if video is None else video.to(device)
+            sound = sound.to(device)
+            video = None if video is None else video.to(device)
             memory = self._recall(script, positions)
         return Conditions(
             register,
@@ -261,15 +329,21 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         )
 
     def _recall(self, script: Script, positions: Positions) -> dict[int, MemoryRead] | None:
-        """Engram read by layer: that of the marked phoneme at the midpoint of each audio token and tick."""
-        layers: dict[int, Any] = {i: b.memory for i, b in enumerate(self.transformer_blocks) if b.memory is not None}
+        """Engram read by layer: that of the marked phoneme at the midpoint of each audio token and
+        tick.
+        """
+        layers: dict[int, Any] = {
+            i: b.memory for i, b in enumerate(self.transformer_blocks) if b.memory is not None
+        }
         if not layers:
             return None
         marked = script.phonemes + self.config.num_phonemes * script.marks
         marked = marked * script.present[:, None].to(marked.dtype)
         mels = self.config.mels_per_token
         middle = script.frames[:, mels // 2 :: mels]  # (B, N_a)
-        nearest = (positions.ticks[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)  # (N_s,)
+        nearest = (
+            (positions.ticks[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)
+        )  # (N_s,)
         index = torch.cat([middle, middle[:, nearest]], dim=1)
         return {i: engram.lookup(marked).at(index) for i, engram in layers.items()}
 
@@ -292,19 +366,24 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         """Estimate clean latents.
 
         Args:
-            hidden_states: noisy video tokens (B, N_v, C_v), or None for a clip without picture. Keep them in fp32: half
-                precision would be felt in the last steps.
+            hidden_states: noisy video tokens (B, N_v, C_v), or None for a clip without picture.
+                Keep them in fp32: half precision would be felt in the last steps.
             audio_hidden_states: noisy audio tokens (B, N_a, C_a), or None for a clip without sound.
             timestep, audio_timestep: noise levels in [0, 1], (B,) or per token (B, N).
             text, text_mask, positions, script: see `prepare`; or `conditions` made by it.
             isolated: cut both cross-attention directions and the shared stream.
         """
         if hidden_states is None and audio_hidden_states is None:
-            raise ValueError("hidden_states and audio_hidden_states are both None: needs video, audio or both")
+            raise ValueError(
+                "hidden_states and audio_hidden_states are both None: needs video, audio or both"
+            )
         if (hidden_states is None or audio_hidden_states is None) and isinstance(
             self._cache_config, FirstBlockCacheConfig
         ):
-            raise ValueError("FirstBlockCache compares picture and sound of a block: needs both, or disable_cache()")
+            raise ValueError(
+                "FirstBlockCache compares picture and sound of a block: needs both, or "
+                "disable_cache()"
+            )
         batch = next(x.shape[0] for x in (hidden_states, audio_hidden_states) if x is not None)
         if conditions is None:
             if positions is None:
@@ -315,12 +394,18 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         )
         working = self.proj_in_video.weight.dtype
         video = None if hidden_states is None else self.proj_in_video(hidden_states.to(working))
-        audio = None if audio_hidden_states is None else self.proj_in_audio(audio_hidden_states.to(working))
+        audio = (
+            None
+            if audio_hidden_states is None
+            else self.proj_in_audio(audio_hidden_states.to(working))
+        )
         embedded: Joint[Any] = Joint(
             None if video is None else self.time["video"](timestep),
             None if audio is None else self.time["audio"](audio_timestep),
         )
-        embedded = embedded.map(lambda e: (e[0].to(working), e[1]))  # `time` stays in fp32, what reads it may not
+        embedded = embedded.map(
+            lambda e: (e[0].to(working), e[1])
+        )  # `time` stays in fp32, what reads it may not
         steps = self._step_rows(embedded)
 
         sound, shared = split_ticks(c.sound_script, c.num_ticks)
@@ -352,21 +437,35 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         return AVTransformerOutput(video=video, audio=audio, routing=routing)
 
     def _step_rows(self, embedded: Joint) -> Joint[StepRows]:
-        """Modulation rows of each branch, and its partner gate from the partner's noise level (mean over tokens)."""
+        """Modulation rows of each branch, and its partner gate from the partner's noise level (mean
+        over tokens).
+        """
 
         def gate(listener: str, partner: tuple | None) -> torch.Tensor | None:
-            return None if partner is None else self.hears[listener](partner[0].mean(dim=1, keepdim=True))
+            return (
+                None
+                if partner is None
+                else self.hears[listener](partner[0].mean(dim=1, keepdim=True))
+            )
 
-        v, a = embedded.video, embedded.audio
+        v = embedded.video
+        a = embedded.audio
         return Joint(
             None if v is None else StepRows(v[1], gate("video", a)),
             None if a is None else StepRows(a[1], gate("audio", v)),
         )
 
     def _append_ticks(
-        self, audio: torch.Tensor | None, script: torch.Tensor | None, embedded: Joint, ticks: int, batch: int
+        self,
+        audio: torch.Tensor | None,
+        script: torch.Tensor | None,
+        embedded: Joint,
+        ticks: int,
+        batch: int,
     ) -> torch.Tensor | None:
-        """Start the shared stream from the script and both noise levels, and hang it behind the audio tokens."""
+        """Start the shared stream from the script and both noise levels, and hang it behind the
+        audio tokens.
+        """
         if ticks == 0 or self.tick_start is None or self.tick_time is None:
             return audio
         shared = self.tick_start.expand(batch, ticks, -1)
@@ -381,17 +480,24 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         return (rms_norm(x) * (1 + scale) + shift).to(x.dtype)
 
 
-# What diffusers' caches need to know of a block. `TransformerBlockRegistry.register` would import all its own models.
-_BLOCK = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1, _cls=DualBlock)
+# What diffusers' caches need to know of a block. `TransformerBlockRegistry.register` would import
+# all its own models.
+_BLOCK = TransformerBlockMetadata(
+    return_hidden_states_index=0, return_encoder_hidden_states_index=1, _cls=DualBlock
+)
 TransformerBlockRegistry._registry[DualBlock] = _BLOCK
 
 
-def clean_estimate(noisy: torch.Tensor | None, output: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
-    """x0 = c_skip z + c_out F, fp32, for noisy tokens z (B, N, C), network output F and noise level t (B,) or (B, N).
+def clean_estimate(
+    noisy: torch.Tensor | None, output: torch.Tensor, sigma: torch.Tensor | None
+) -> torch.Tensor:
+    """x0 = c_skip z + c_out F, fp32, for noisy tokens z (B, N, C), network output F and noise level
+    t (B,) or (B, N).
 
-    Preconditioning of Karras et al. 2022 (arXiv:2206.00364, eq. 7) for z = (1-t) x + t eps with unit-variance data:
-    c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t / sqrt((1-t)^2 + t^2) the size of its
-    error, so F has unit variance at every noise level, and a token with t = 0 comes back as it is.
+    Preconditioning of Karras et al. 2022 (arXiv:2206.00364, eq. 7) for z = (1-t) x + t eps with
+    unit-variance data: c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t /
+    sqrt((1-t)^2 + t^2) the size of its error, so F has unit variance at every noise level, and a
+    token with t = 0 comes back as it is.
     """
     assert noisy is not None and sigma is not None
     t = per_token(sigma.float(), noisy)

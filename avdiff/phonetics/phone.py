@@ -1,9 +1,11 @@
-"""Phones: the inventory with fixed ids, and the way from the synthesiser's tokens to phones that tile the clip.
+"""Phones: the inventory with fixed ids, and the way from the synthesiser's tokens to phones that
+tile the clip.
 
-Stress marks, tone arrows and length signs are tokens with frames of their own in the bank. Here they are merged: stress
-into the vowel that follows, tones into the vowel before, length into the phone before. Aspiration, palatalisation
-and nasalisation tell words apart, so they stay part of the symbol ("kʰ", "kʲ", "ɑ̃"). Pauses, which the bank's times
-leave on the last phone, are found in the audio and become silence phones.
+Stress marks, tone arrows and length signs are tokens with frames of their own in the bank. Here
+they are merged: stress into the vowel that follows, tones into the vowel before, length into the
+phone before. Aspiration, palatalisation and nasalisation tell words apart, so they stay part of the
+symbol ("kʰ", "kʲ", "ɑ̃"). Pauses, which the bank's times leave on the last phone, are found in the
+audio and become silence phones.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ DROPPED = "ː\u0329\u032aᵝ-"  # length (the times tell), syllabic, dental, com
 PAUSES = " ,.?!;:—…\"'()“”"
 VOWELS = frozenset("aeiouyæøœɐɑɒɔəɚɛɜɤɨɪɯʊʌᵻAIOQWY")
 STOPS = frozenset("pbtdkɡcɟqʈɖʔʤʧʣʦʨʥꭧ")
-# Shares that explain the log spectra best (regression on phone labels, en es fr): the frames of a stress mark belong to
-# the vowel but for their first tenth, those of a word space to both neighbours.
-STRESS_BEFORE, SPACE_BEFORE = 0.1, 0.4
-PAUSE_DB, FLOOR_DB = -38.0, -62.0  # silence: this far under the loud parts, or under this level
+# Shares that explain the log spectra best (regression on phone labels, en es fr): the frames of a
+# stress mark belong to the vowel but for their first tenth, those of a word space to both
+# neighbours.
+STRESS_BEFORE = 0.1
+SPACE_BEFORE = 0.4
+# silence: this far under the loud parts, or under this level
+PAUSE_DB = -38.0
+FLOOR_DB = -62.0
 SHORTEST_PAUSE = {"space": 0.12, "mark": 0.06, "end": 0.0}  # seconds
 IMPACT = "✱"  # in the script of an event: a stroke, where the script of speech has phones
 CLOSURE = 0.05  # seconds of silence before a burst that are part of a stop
@@ -48,8 +54,8 @@ def inventory() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def phone_id(symbol: str) -> int:
-    """Id of a phone: 0 for silence ("sil", "" or " "), `STROKE_ID` for a stroke; a coloured phone that is not listed
-    falls back to its base.
+    """Id of a phone: 0 for silence ("sil", "" or " "), `STROKE_ID` for a stroke; a coloured phone
+    that is not listed falls back to its base.
 
     Raises:
         ValueError: the inventory holds neither.
@@ -62,7 +68,9 @@ def phone_id(symbol: str) -> int:
     for candidate in (symbol, symbol[:2], symbol[:1]):
         if candidate in phones:
             return phones.index(candidate)
-    raise ValueError(f"symbol={symbol!r}: no such phone; the inventory is avdiff/bundled/phones.json")
+    raise ValueError(
+        f"symbol={symbol!r}: no such phone; the inventory is avdiff/bundled/phones.json"
+    )
 
 
 def encode_phones(phones: Sequence[Phone]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,13 +82,18 @@ def encode_phones(phones: Sequence[Phone]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def phones_on_frames(phones: Sequence[Phone], frames: int, rate: float) -> np.ndarray:
-    """Index of the phone that covers the middle of each frame: (frames,) int64, `rate` frames a second."""
+    """Index of the phone that covers the middle of each frame: (frames,) int64, `rate` frames a
+    second.
+    """
     middles = (np.arange(frames) + 0.5) / rate
-    return np.searchsorted(np.array([p.end for p in phones[:-1]]), middles, side="right").astype(np.int64)
+    return np.searchsorted(np.array([p.end for p in phones[:-1]]), middles, side="right").astype(
+        np.int64
+    )
 
 
 def parse_ipa(text: str) -> list[tuple[str, int]]:
-    """Phoneme string of a lexicon or converter -> [(symbol, mark)]; pauses become one silence, word spaces vanish.
+    """Phoneme string of a lexicon or converter -> [(symbol, mark)]; pauses become one silence, word
+    spaces vanish.
 
     Raises:
         ValueError: a character that is neither a phone nor a mark.
@@ -97,16 +110,24 @@ def parse_ipa(text: str) -> list[tuple[str, int]]:
 
 
 class _Part:
-    """A phone while it is being put together; `pause` says what follows it: "", "space", "mark" or "end"."""
+    """A phone while it is being put together; `pause` says what follows it: "", "space", "mark" or
+    "end".
+    """
 
     __slots__ = ("end", "gap_end", "mark", "pause", "start", "symbol")
 
     def __init__(self, symbol: str, start: float, end: float, mark: int) -> None:
-        self.symbol, self.start, self.end, self.mark = symbol, start, end, mark
-        self.gap_end, self.pause = end, ""
+        self.symbol = symbol
+        self.start = start
+        self.end = end
+        self.mark = mark
+        self.gap_end = end
+        self.pause = ""
 
 
-def _merge_marks(symbols: Sequence[str], starts: Sequence[float], ends: Sequence[float]) -> list[_Part]:
+def _merge_marks(
+    symbols: Sequence[str], starts: Sequence[float], ends: Sequence[float]
+) -> list[_Part]:
     """Merge every token that is no phone into its neighbours."""
     parts: list[_Part] = []
     start: float | None = None
@@ -119,33 +140,43 @@ def _merge_marks(symbols: Sequence[str], starts: Sequence[float], ends: Sequence
         elif symbol in TONES:
             if parts:
                 parts[-1].end = last
-                carrier = next((p for p in reversed(parts[-2:]) if p.symbol[0] in VOWELS), parts[-1])
+                carrier = next(
+                    (p for p in reversed(parts[-2:]) if p.symbol[0] in VOWELS), parts[-1]
+                )
                 carrier.mark = TONES[symbol]
         elif symbol in DROPPED or symbol in COLOURS:
             if parts:
                 parts[-1].end = last
                 parts[-1].symbol += symbol if symbol in COLOURS else ""
         elif symbol == "." and parts and parts[-1].symbol == "r":
-            parts[-1].symbol, parts[-1].end = "ɽ", last  # espeak writes the retroflex flap of Hindi as "r."
+            parts[-1].symbol, parts[-1].end = (
+                "ɽ",
+                last,
+            )  # espeak writes the retroflex flap of Hindi as "r."
         elif symbol in PAUSES:
             start = _pause(parts, symbol, first, last, start)
         else:
             parts.append(_Part(symbol, first if start is None else start, last, stress))
-            start, stress = None, 0
+            start = None
+            stress = 0
     if parts:
         parts[-1].pause = "end"
     return parts
 
 
 def _share(parts: list[_Part], first: float, last: float, before: float) -> float:
-    """Split [first, last] between the phone before, if any, and the next one -> start of the next."""
+    """Split [first, last] between the phone before, if any, and the next one -> start of the
+    next.
+    """
     if not parts:
         return first
     parts[-1].end = first + before * (last - first)
     return parts[-1].end
 
 
-def _pause(parts: list[_Part], symbol: str, first: float, last: float, start: float | None) -> float:
+def _pause(
+    parts: list[_Part], symbol: str, first: float, last: float, start: float | None
+) -> float:
     """Give a pause token to its neighbours and remember it; runs of pause tokens count as one."""
     if not parts:
         return first if start is None else start
@@ -158,8 +189,11 @@ def _pause(parts: list[_Part], symbol: str, first: float, last: float, start: fl
     return _share(parts, first, last, SPACE_BEFORE)
 
 
-def merge_tokens(tokens: Tokens, audio: np.ndarray, rate: int, shift: float = 0.0) -> tuple[Phone, ...]:
-    """Tokens and their audio (S,) -> phones that tile [0, S / rate] seconds without gaps, silence included.
+def merge_tokens(
+    tokens: Tokens, audio: np.ndarray, rate: int, shift: float = 0.0
+) -> tuple[Phone, ...]:
+    """Tokens and their audio (S,) -> phones that tile [0, S / rate] seconds without gaps, silence
+    included.
 
     Args:
         shift: seconds added to the times of all tokens.
@@ -185,8 +219,12 @@ def merge_tokens(tokens: Tokens, audio: np.ndarray, rate: int, shift: float = 0.
     return tuple(phones)
 
 
-def _loud_frames(audio: np.ndarray, rate: int, hop_seconds: float = 0.005) -> tuple[np.ndarray, float]:
-    """Which 5 ms frames carry speech: level against the clip's loud parts -> (frames,) bool, seconds a frame."""
+def _loud_frames(
+    audio: np.ndarray, rate: int, hop_seconds: float = 0.005
+) -> tuple[np.ndarray, float]:
+    """Which 5 ms frames carry speech: level against the clip's loud parts -> (frames,) bool,
+    seconds a frame.
+    """
     hop = round(rate * hop_seconds)
     frames = audio[: len(audio) // hop * hop].reshape(-1, hop)
     level = 10 * np.log10(np.mean(frames**2, axis=1) + 1e-12)
@@ -196,11 +234,16 @@ def _loud_frames(audio: np.ndarray, rate: int, hop_seconds: float = 0.005) -> tu
 def _find_pause(
     part: _Part, start: float, following: _Part | None, loud: np.ndarray, hop: float, seconds: float
 ) -> tuple[float, float] | None:
-    """The longest silent stretch from the phone's start to the next phone, where it is long enough to be a pause."""
+    """The longest silent stretch from the phone's start to the next phone, where it is long enough
+    to be a pause.
+    """
     limit = following.end if following else seconds
     earliest = start + min(0.03, (part.end - start) / 2)
-    first, last = round(earliest / hop), min(len(loud), round(limit / hop))
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], loud[first:last], [True]]).astype(np.int8)))
+    first = round(earliest / hop)
+    last = min(len(loud), round(limit / hop))
+    edges = np.flatnonzero(
+        np.diff(np.concatenate([[True], loud[first:last], [True]]).astype(np.int8))
+    )
     if not len(edges):
         return None
     runs = edges.reshape(-1, 2)
@@ -208,7 +251,8 @@ def _find_pause(
         begin = float((first + runs[-1, 0]) * hop) if runs[-1, 1] == last - first else seconds
         return (begin, seconds) if seconds - begin > hop else None
     run = runs[np.argmax(runs[:, 1] - runs[:, 0])] + first
-    begin, end = float(run[0] * hop), min(float(run[1] * hop), max(following.end - 0.03, following.start))
+    begin = float(run[0] * hop)
+    end = min(float(run[1] * hop), max(following.end - 0.03, following.start))
     if following.symbol[0] in STOPS:
         end -= CLOSURE
     return (begin, end) if end - begin >= SHORTEST_PAUSE[part.pause] else None

@@ -22,9 +22,12 @@ def script_from_phones(
     """Lay timed phones of B clips on the clip's mel frames.
 
     Args:
-        phones: for each clip, phones in order with start and end in seconds; an empty list is a clip without words.
-        video_warps: for each clip, (M,) seconds to add to the video branch's script; implies `to_video`.
-        to_video: let the video branch read the script too (a clip without sound, or half of joint training).
+        phones: for each clip, phones in order with start and end in seconds; an empty list is a
+            clip without words.
+        video_warps: for each clip, (M,) seconds to add to the video branch's script; implies
+            `to_video`.
+        to_video: let the video branch read the script too (a clip without sound, or half of joint
+            training).
 
     Returns:
         Script with phonemes padded to one length; silence fills what no phone covers.
@@ -34,17 +37,30 @@ def script_from_phones(
     width = max(len(row) for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     marks = np.zeros_like(ids)
-    frames, video = [], []
+    frames = []
+    video = []
     for i, row in enumerate(rows):
         ids[i, : len(row)] = [phone_id(p.symbol) for p in row]
         marks[i, : len(row)] = [p.mark for p in row]
         starts = np.array([p.start for p in row])
         frames.append(_index_at(starts, middles))
-        video.append(frames[-1] if video_warps is None else _index_at(starts, middles + video_warps[i]))
+        video.append(
+            frames[-1] if video_warps is None else _index_at(starts, middles + video_warps[i])
+        )
     sounding = torch.from_numpy(np.stack(frames))
-    seen = torch.from_numpy(np.stack(video)) if video_warps is not None else sounding if to_video else None
+    seen = (
+        torch.from_numpy(np.stack(video))
+        if video_warps is not None
+        else sounding
+        if to_video
+        else None
+    )
     return Script(
-        torch.from_numpy(ids), torch.from_numpy(marks), sounding, torch.tensor([len(p) > 0 for p in phones]), seen
+        torch.from_numpy(ids),
+        torch.from_numpy(marks),
+        sounding,
+        torch.tensor([len(p) > 0 for p in phones]),
+        seen,
     )
 
 
@@ -68,7 +84,9 @@ def _with_silence(phones: Sequence[Phone], end: float) -> list[Phone]:
 
 
 def smooth_warp(clip: ClipSpec, rng: np.random.Generator, seconds: float = 0.08) -> np.ndarray:
-    """(M,) smooth random shifts of at most `seconds`: the video branch shall not trust the script over the sound."""
+    """(M,) smooth random shifts of at most `seconds`: the video branch shall not trust the script
+    over the sound.
+    """
     knots = max(3, round(float(clip.seconds) * 1.5))
     values = rng.uniform(-seconds, seconds, knots)
     return np.interp(np.linspace(0, knots - 1, clip.mel_frames), np.arange(knots), values)

@@ -1,9 +1,12 @@
-"""Engram off RAM: a denoising run of the presenter's transformer with a memory of 8 GiB that stays on disk.
+"""Engram off RAM: a denoising run of the presenter's transformer with a memory of 8 GiB that stays
+on disk.
 
     python samples/bench/engram.py [--quick] [--folder /somewhere/with/10/GiB]
 
-The table is random bytes without holes, in a file that is removed afterwards. Warm: its rows are in the page cache.
-Cold: the kernel was told to drop the file's pages. Batch 1, 8 steps, a prompt of 60 phonemes, one thread.
+The table is random bytes without holes, in a file that is removed afterwards. Warm: its rows are in
+the page cache.
+Cold: the kernel was told to drop the file's pages. Batch 1, 8 steps, a prompt of 60 phonemes, one
+    thread.
 """
 
 from __future__ import annotations
@@ -35,9 +38,13 @@ BLOCK = 2**26  # bytes written at a time
 
 
 def write_table(path: Path, rows: int) -> None:
-    """A safetensors file with `rows` of 64 bf16 values: random bytes, but for the bit that would make NaN of some."""
+    """A safetensors file with `rows` of 64 bf16 values: random bytes, but for the bit that would
+    make NaN of some.
+    """
     rng, left = np.random.default_rng(0), rows * CHANNELS * 2
-    header = json.dumps({"rows": {"dtype": "BF16", "shape": [rows, CHANNELS], "data_offsets": [0, left]}})
+    header = json.dumps(
+        {"rows": {"dtype": "BF16", "shape": [rows, CHANNELS], "data_offsets": [0, left]}}
+    )
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode())
         while left:
@@ -54,7 +61,9 @@ def build(file: Path, hashing: NgramHash) -> AVTransformer:
     torch.manual_seed(0)
     sizes = dict(memory_orders=ORDERS, memory_heads=HEADS, memory_head_dim=CHANNELS, memory_rows=64)
     model = AVTransformer(**{**presets.presenter(), **sizes})
-    model.transformer_blocks[1].memory = Engram(model.config.audio_dim, hashing, CHANNELS, table_file=file)
+    model.transformer_blocks[1].memory = Engram(
+        model.config.audio_dim, hashing, CHANNELS, table_file=file
+    )
     return model.eval()
 
 
@@ -95,7 +104,10 @@ def measure(file: Path, hashing: NgramHash, rounds: int) -> list[dict[str, Any]]
         memory.table.mapped.release()
         first = seconds(lambda ids=ids: memory.lookup(ids))
         again = [seconds(lambda ids=ids: memory.lookup(ids)) for _ in range(4)][-1]
-        steps = [seconds(lambda: model(video, audio, level, level, conditions=conditions)) for _ in range(STEPS)]
+        steps = [
+            seconds(lambda: model(video, audio, level, level, conditions=conditions))
+            for _ in range(STEPS)
+        ]
         if i:  # the first round warms up everything else
             naive.append(fault)
             cold.append(first)
@@ -109,18 +121,47 @@ def measure(file: Path, hashing: NgramHash, rounds: int) -> list[dict[str, Any]]
     faults = [n / f for n, f in zip(naive, forward, strict=True)]
     weights = f"{taken / 2**20:.0f} MiB in all, of which weights {parameters / 2**20:.0f}"
 
-    def row(name: str, values: list[float], unit: str, aim: float | None, note: str) -> dict[str, Any]:
-        return {"name": name, "value": statistics.median(values), "unit": unit, "spread": spread(values), "aim": aim,
-                "note": note}
+    def row(
+        name: str, values: list[float], unit: str, aim: float | None, note: str
+    ) -> dict[str, Any]:
+        return {
+            "name": name,
+            "value": statistics.median(values),
+            "unit": unit,
+            "spread": spread(values),
+            "aim": aim,
+            "note": note,
+        }
 
     return [
-        row(f"Engram {size}, warm look-up in a run of {STEPS} steps", share, "%", 1.0,
-            f"{1e3 * statistics.median(warm):.2f} ms; a step {1e3 * one:.1f} ms"),
-        row(f"Engram {size}, cold first look-up", calls, "forwards", 1.5,
-            f"{1e3 * statistics.median(cold):.1f} ms for {rows.size} rows"),
-        row("the same rows by page faults", faults, "forwards", None, "what a plain memory map would cost"),
-        row(f"Engram {size}, peak memory beyond the weights", [100 * (taken - parameters) / table], "%",
-            5.0 if table > 2**32 else None, weights),  # a small table is less than what a forward takes anyhow
+        row(
+            f"Engram {size}, warm look-up in a run of {STEPS} steps",
+            share,
+            "%",
+            1.0,
+            f"{1e3 * statistics.median(warm):.2f} ms; a step {1e3 * one:.1f} ms",
+        ),
+        row(
+            f"Engram {size}, cold first look-up",
+            calls,
+            "forwards",
+            1.5,
+            f"{1e3 * statistics.median(cold):.1f} ms for {rows.size} rows",
+        ),
+        row(
+            "the same rows by page faults",
+            faults,
+            "forwards",
+            None,
+            "what a plain memory map would cost",
+        ),
+        row(
+            f"Engram {size}, peak memory beyond the weights",
+            [100 * (taken - parameters) / table],
+            "%",
+            5.0 if table > 2**32 else None,
+            weights,
+        ),  # a small table is less than what a forward takes anyhow
     ]
 
 
@@ -132,7 +173,10 @@ def run(quick: bool = False, folder: Path | None = None) -> list[dict[str, Any]]
     if not place.is_dir():
         raise ValueError(f"folder={place}: is no folder")
     if shutil.disk_usage(place).free < 1.2 * need:
-        raise ValueError(f"folder={place}: needs {1.2 * need / 2**30:.1f} GiB of free disk; name another with --folder")
+        raise ValueError(
+            f"folder={place}: needs {1.2 * need / 2**30:.1f} GiB of free disk; name another with "
+            "--folder"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -145,7 +189,9 @@ def run(quick: bool = False, folder: Path | None = None) -> list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="256 MiB and fewer rounds")
     parser.add_argument("--folder", type=Path, default=None, help="where the table lies meanwhile")
     given = parser.parse_args()

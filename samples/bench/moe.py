@@ -2,9 +2,10 @@
 
     python samples/bench/moe.py [--quick]
 
-2,048 tokens of 384 channels, 16 experts of 768 of which a token uses 2, against one SwiGLU of 1,536; in fp32, in bf16
-under autocast with fp32 weights (as in training), and with bf16 weights. The router and its statistics count on the
-MoE's side. Both run by turns on one thread; a row is the median of the round-by-round ratios.
+2,048 tokens of 384 channels, 16 experts of 768 of which a token uses 2, against one SwiGLU of
+1,536; in fp32, in bf16 under autocast with fp32 weights (as in training), and with bf16 weights.
+The router and its statistics count on the MoE's side. Both run by turns on one thread; a row is the
+median of the round-by-round ratios.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ KINDS = {
 }
 
 
-def step(layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, autocast: bool) -> Callable[[], None]:
+def step(
+    layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, autocast: bool
+) -> Callable[[], None]:
     """One forward and backward, with fresh gradients."""
 
     def run() -> None:
@@ -44,7 +47,9 @@ def step(layer: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, autocast
     return run
 
 
-def run(quick: bool = False, clock: Callable[[], float] = time.perf_counter) -> list[dict[str, Any]]:
+def run(
+    quick: bool = False, clock: Callable[[], float] = time.perf_counter
+) -> list[dict[str, Any]]:
     """One row for each precision."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -53,13 +58,29 @@ def run(quick: bool = False, clock: Callable[[], float] = time.perf_counter) -> 
     try:
         for kind, (dtype, autocast) in KINDS.items():
             torch.manual_seed(0)
-            dense, moe = SwiGLU(DIM, HIDDEN).to(dtype), MoE(DIM, HIDDEN // TOP_K, EXPERTS, TOP_K).to(dtype)
+            dense, moe = (
+                SwiGLU(DIM, HIDDEN).to(dtype),
+                MoE(DIM, HIDDEN // TOP_K, EXPERTS, TOP_K).to(dtype),
+            )
             x, target = torch.randn(2, 1, TOKENS, DIM).to(dtype)
             times = by_turns(
                 {"moe": step(moe, x, target, autocast), "dense": step(dense, x, target, autocast)},
-                5 if quick else 15, clock)
-            note = f"dense {1e3 * min(times['dense']):.1f} ms, MoE {1e3 * min(times['moe']):.1f} ms at best"
-            rows.append(ratio(f"MoE / dense, {kind}, forward and backward", times["moe"], times["dense"], AIM, note))
+                5 if quick else 15,
+                clock,
+            )
+            note = (
+                f"dense {1e3 * min(times['dense']):.1f} ms, MoE {1e3 * min(times['moe']):.1f} "
+                "ms at best"
+            )
+            rows.append(
+                ratio(
+                    f"MoE / dense, {kind}, forward and backward",
+                    times["moe"],
+                    times["dense"],
+                    AIM,
+                    note,
+                )
+            )
     finally:
         torch.set_num_threads(threads)
     return rows
@@ -68,7 +89,14 @@ def run(quick: bool = False, clock: Callable[[], float] = time.perf_counter) -> 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--cpu", action="store_true", help="the process's own CPU time: for a machine with other work")
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="the process's own CPU time: for a machine with other work",
+    )
     given = parser.parse_args()
     for row in run(given.quick, time.process_time if given.cpu else time.perf_counter):
-        print(f"{row['name']}: {row['ratio']:.3f} +- {row['spread']:.3f} (aim {row['aim']}); {row['note']}")
+        print(
+            f"{row['name']}: {row['ratio']:.3f} +- {row['spread']:.3f} (aim {row['aim']}); "
+            f"{row['note']}"
+        )

@@ -8,9 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def by_turns(functions: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
-             ) -> dict[str, list[float]]:
-    """Seconds of each function in each of `rounds` rounds, in turn, after one call each that does not count."""
+def by_turns(
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` rounds, in turn, after one call each that does
+    not count.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -22,11 +27,20 @@ def by_turns(functions: dict[str, Callable[[], Any]], rounds: int, clock: Callab
     return times
 
 
-def ratio(name: str, above: Sequence[float], below: Sequence[float], aim: float | None, note: str = ""
-          ) -> dict[str, Any]:
-    """Row of a bench: the median of the round-by-round ratios, and the distance between their quartiles."""
+def ratio(
+    name: str, above: Sequence[float], below: Sequence[float], aim: float | None, note: str = ""
+) -> dict[str, Any]:
+    """Row of a bench: the median of the round-by-round ratios, and the distance between their
+    quartiles.
+    """
     ratios = [a / b for a, b in zip(above, below, strict=True)]
-    row = {"name": name, "ratio": statistics.median(ratios), "spread": spread(ratios), "aim": aim, "note": note}
+    row = {
+        "name": name,
+        "ratio": statistics.median(ratios),
+        "spread": spread(ratios),
+        "aim": aim,
+        "note": note,
+    }
     return row | {"seconds": statistics.median(above)}
 
 

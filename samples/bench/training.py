@@ -1,10 +1,12 @@
-"""Training speed of the presenter: share of the bf16 matrix rate, and share of the time spent waiting for data.
+"""Training speed of the presenter: share of the bf16 matrix rate, and share of the time spent
+waiting for data.
 
     python samples/bench/training.py [--quick]
 
-The real loop runs on cached latents of random content: forward, backward, clipping, update and average, bf16 as the
-recipe has it. A step and a plain bf16 product take turns, so that a busy machine slows both. The step's work is counted
-by torch's FLOP counter: matrix and attention products, forward and backward, nothing for the rest.
+The real loop runs on cached latents of random content: forward, backward, clipping, update and
+average, bf16 as the recipe has it. A step and a plain bf16 product take turns, so that a busy
+machine slows both. The step's work is counted by torch's FLOP counter: matrix and attention
+products, forward and backward, nothing for the rest.
 """
 
 from __future__ import annotations
@@ -47,15 +49,31 @@ def write_cache(folder: Path, count: int) -> None:
     for first in range(0, count, SHARD):
         tensors, records = {}, []
         for i in range(min(SHARD, count - first)):
-            tensors[f"{first + i}/video"] = torch.randn(CLIP.video_tokens, 64, generator=draw).half()
-            tensors[f"{first + i}/audio"] = torch.randn(CLIP.audio_tokens, 48, generator=draw).half()
+            tensors[f"{first + i}/video"] = torch.randn(
+                CLIP.video_tokens, 64, generator=draw
+            ).half()
+            tensors[f"{first + i}/audio"] = torch.randn(
+                CLIP.audio_tokens, 48, generator=draw
+            ).half()
             phones = [[symbols[(i + k) % len(symbols)], k / 10, (k + 1) / 10, 1] for k in range(20)]
-            records.append({"index": first + i, "caption": "A woman with red hair says something", "phones": phones,
-                            "modalities": ["video", "audio"], "sample_rate": 24000, "fps": str(CLIP.fps),
-                            "num_frames": CLIP.num_frames, "height": CLIP.height, "width": CLIP.width})
+            records.append(
+                {
+                    "index": first + i,
+                    "caption": "A woman with red hair says something",
+                    "phones": phones,
+                    "modalities": ["video", "audio"],
+                    "sample_rate": 24000,
+                    "fps": str(CLIP.fps),
+                    "num_frames": CLIP.num_frames,
+                    "height": CLIP.height,
+                    "width": CLIP.width,
+                }
+            )
         save_file(tensors, folder / f"shard-{first // SHARD:05d}.safetensors")
         (folder / f"shard-{first // SHARD:05d}.json").write_text(json.dumps(records))
-    (folder / "cache.json").write_text(json.dumps({"format": FORMAT, "count": count, "vae": "v", "audio_vae": "a"}))
+    (folder / "cache.json").write_text(
+        json.dumps({"format": FORMAT, "count": count, "vae": "v", "audio_vae": "a"})
+    )
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
@@ -63,9 +81,17 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     clips, rounds = (4, 3) if quick else (32, 9)
     with tempfile.TemporaryDirectory() as place:
         write_cache(Path(place) / "cache", 128)
-        words = {"train_data": f"{place}/cache", "output_dir": f"{place}/run", "preset": "presenter",
-                 "vocab_size": 300, "mixed_precision": "bf16", "ema_decay": 0.995, "train_batch_size": clips,
-                 "max_train_steps": 10**6, "checkpointing_steps": 0}
+        words = {
+            "train_data": f"{place}/cache",
+            "output_dir": f"{place}/run",
+            "preset": "presenter",
+            "vocab_size": 300,
+            "mixed_precision": "bf16",
+            "ema_decay": 0.995,
+            "train_batch_size": clips,
+            "max_train_steps": 10**6,
+            "checkpointing_steps": 0,
+        }
         recipe = load_options(Recipe, None, [f"--{k}={v}" for k, v in words.items()])
         loop = Run(setup(recipe), recipe.training)
         loop.start()
@@ -106,15 +132,30 @@ def measure(loop: Run, clips: int, rounds: int) -> list[dict[str, Any]]:
     each = 1e3 * statistics.median(steps) / clips
     note = f"{work / clips / 1e9:.1f} GFLOP and {each:.0f} ms a clip of 2 s, {clips} a step"
     return [
-        {"name": "presenter training, share of the bf16 GEMM rate", "value": statistics.median(rates), "unit": "",
-         "spread": spread(rates), "aim": AIM_RATE, "aim_is": "least", "note": note},
-        {"name": "presenter training, share of waiting for data", "value": statistics.median(waits), "unit": "",
-         "spread": spread(waits), "aim": AIM_WAIT, "note": "no loader processes"},
+        {
+            "name": "presenter training, share of the bf16 GEMM rate",
+            "value": statistics.median(rates),
+            "unit": "",
+            "spread": spread(rates),
+            "aim": AIM_RATE,
+            "aim_is": "least",
+            "note": note,
+        },
+        {
+            "name": "presenter training, share of waiting for data",
+            "value": statistics.median(waits),
+            "unit": "",
+            "spread": spread(waits),
+            "aim": AIM_WAIT,
+            "note": "no loader processes",
+        },
     ]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small batches and fewer rounds")
     for row in run(parser.parse_args().quick):
         print(json.dumps(row))

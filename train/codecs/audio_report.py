@@ -2,7 +2,8 @@
 
     python -m avdiff.train.codecs.audio_report --output_dir runs/codec_report
 
-Originals are the ceiling; the control is Griffin-Lim on the same mel. Needs `pystoi`, `pesq` and `pocketsphinx`.
+Originals are the ceiling; the control is Griffin-Lim on the same mel. Needs `pystoi`, `pesq` and
+`pocketsphinx`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,13 @@ from avdiff.models.codecs.vocoder import AVVocoder
 
 RATE = 24000
 NOISES = (0.0, 0.1, 0.15, 0.2, 0.3)  # s.d. added to normalised latents
-ORIGINAL, TRUE, TRUE_CONTROL, DECODED_CONTROL = "original", "vocoder", "Griffin-Lim", "VAE + Griffin-Lim"
-COLOURS = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)  # "inferno"
+ORIGINAL = "original"
+TRUE = "vocoder"
+TRUE_CONTROL = "Griffin-Lim"
+DECODED_CONTROL = "VAE + Griffin-Lim"
+COLOURS = np.array(
+    [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32
+)  # "inferno"
 
 Route = Callable[[Tensor], Tensor]  # sound (1, 1, S) -> sound (1, 1, S)
 
@@ -50,8 +56,11 @@ def routes(vae: AVAudioVAE, vocoder: AVVocoder) -> dict[str, Route]:
     def noisy(level: float) -> Route:
         def run(sound: Tensor) -> Tensor:
             z = vae.normalise(vae.encode(vae.mel(sound)).latent_dist.mode())
-            z = z + level * torch.randn(z.shape, generator=torch.Generator().manual_seed(sound.shape[-1]))
+            z = z + level * torch.randn(
+                z.shape, generator=torch.Generator().manual_seed(sound.shape[-1])
+            )
             return vocoder(vae.decode(vae.denormalise(z)).sample)
+
         return run
 
     def control(mel: Tensor) -> Tensor:
@@ -73,7 +82,9 @@ def whole_tokens(sound: np.ndarray, step: int = 960) -> Tensor:
 
 @torch.no_grad()
 def quality(ways: dict[str, Route], utterances: Sequence[Utterance]) -> dict[str, dict[str, float]]:
-    """Means over utterances of STOI, PESQ-wb and multi-resolution spectral distance in dB, by route."""
+    """Means over utterances of STOI, PESQ-wb and multi-resolution spectral distance in dB, by
+    route.
+    """
     rows: dict[str, list[list[float]]] = {name: [] for name in ways}
     for utterance in utterances:
         sound = whole_tokens(utterance.bank.audio(utterance))
@@ -84,23 +95,32 @@ def quality(ways: dict[str, Route], utterances: Sequence[Utterance]) -> dict[str
             distance = float(spectral_distance(sound[0], made[0]))
             rows[name].append([stoi(clean, heard), pesq(clean, heard), distance])
     names = ("STOI", "PESQ-wb", "distance dB")
-    return {way: dict(zip(names, map(float, np.nanmean(table, axis=0)), strict=True)) for way, table in rows.items()}
+    return {
+        way: dict(zip(names, map(float, np.nanmean(table, axis=0)), strict=True))
+        for way, table in rows.items()
+    }
 
 
 def digit_strings(bank: str | None, splits: Sequence[str | None]) -> Iterator[Utterance]:
     """English utterances that are strings of digits."""
     for split in splits:
         for utterance in SpeechBank(bank, split):
-            if utterance.lang == "en" and all(word in DIGITS for word in utterance.text.lower().split()):
+            if utterance.lang == "en" and all(
+                word in DIGITS for word in utterance.text.lower().split()
+            ):
                 yield utterance
 
 
 @torch.no_grad()
-def digit_errors(ways: dict[str, Route], utterances: Sequence[Utterance]) -> dict[str, tuple[int, int]]:
+def digit_errors(
+    ways: dict[str, Route], utterances: Sequence[Utterance]
+) -> dict[str, tuple[int, int]]:
     """Word errors and words of digit strings, by route."""
-    reader, table = DigitReader(), dict.fromkeys(ways, (0, 0))
+    reader = DigitReader()
+    table = dict.fromkeys(ways, (0, 0))
     for utterance in utterances:
-        words, sound = utterance.text.lower().split(), whole_tokens(utterance.bank.audio(utterance))
+        words = utterance.text.lower().split()
+        sound = whole_tokens(utterance.bank.audio(utterance))
         for name, way in ways.items():
             wrong, count = table[name]
             heard = reader.words(way(sound)[0, 0].numpy())
@@ -110,9 +130,11 @@ def digit_errors(ways: dict[str, Route], utterances: Sequence[Utterance]) -> dic
 
 @torch.no_grad()
 def impact_errors(way: Route, count: int, seed: int = 5) -> np.ndarray:
-    """How far (s) the rise of energy moves at impacts of `count` drawn scenes, relative to the original's.
+    """How far (s) the rise of energy moves at impacts of `count` drawn scenes, relative to the
+    original's.
 
-    Impacts that the original itself does not show within 5 ms, faint ones in the ring of another, are left out.
+    Impacts that the original itself does not show within 5 ms, faint ones in the ring of another,
+    are left out.
     """
     off = []
     for k in range(count):
@@ -144,7 +166,9 @@ def cost(vae: AVAudioVAE, vocoder: AVVocoder) -> dict[str, float]:
         mel = vae.mel(sound)
         z = vae.encode(mel).latent_dist.mode()
     report = {
-        "encode, core-s per s": core_seconds(lambda: vae.encode(vae.mel(sound)).latent_dist.mode(), 4),
+        "encode, core-s per s": core_seconds(
+            lambda: vae.encode(vae.mel(sound)).latent_dist.mode(), 4
+        ),
         "decode, core-s per s": core_seconds(lambda: vae.decode(z).sample, 4),
         "vocoder, core-s per s": core_seconds(lambda: vocoder(mel), 4),
     }
@@ -156,21 +180,35 @@ def cost(vae: AVAudioVAE, vocoder: AVVocoder) -> dict[str, float]:
 def _coloured(values: np.ndarray) -> np.ndarray:
     """(H, W) in [0, 1] -> uint8 (H, W, 3)."""
     at = np.clip(values, 0, 1) * (len(COLOURS) - 1)
-    return np.stack([np.interp(at, np.arange(len(COLOURS)), COLOURS[:, c]) for c in range(3)], axis=-1).astype(np.uint8)
+    return np.stack(
+        [np.interp(at, np.arange(len(COLOURS)), COLOURS[:, c]) for c in range(3)], axis=-1
+    ).astype(np.uint8)
 
 
 @torch.no_grad()
-def picture(vae: AVAudioVAE, vocoder: AVVocoder, sounds: Sequence[np.ndarray], seconds: float = 2.0) -> Image.Image:
-    """One row a sound: log spectrogram of original, vocoder on true mel, round trip, and |round trip - original|."""
+def picture(
+    vae: AVAudioVAE, vocoder: AVVocoder, sounds: Sequence[np.ndarray], seconds: float = 2.0
+) -> Image.Image:
+    """One row a sound: log spectrogram of original, vocoder on true mel, round trip, and |round
+    trip - original|.
+    """
     strips = []
     for sound in sounds:
-        fixed = np.pad(sound, (0, max(0, round(seconds * RATE) - len(sound))))[: round(seconds * RATE)]
+        fixed = np.pad(sound, (0, max(0, round(seconds * RATE) - len(sound))))[
+            : round(seconds * RATE)
+        ]
         source = whole_tokens(fixed)
         ways = routes(vae, vocoder)
         made = [ways[name](source) for name in (ORIGINAL, TRUE, f"VAE + vocoder, noise {0.0:g}")]
-        logs = [(vae.mel_frontend.magnitude(x)[0, 0] + 3e-5).log10().numpy() / 4.5 + 1 for x in made]  # 90 dB -> [0, 1]
+        logs = [
+            (vae.mel_frontend.magnitude(x)[0, 0] + 3e-5).log10().numpy() / 4.5 + 1 for x in made
+        ]  # 90 dB -> [0, 1]
         panels = [*logs, 2 * np.abs(logs[2] - logs[0])]
-        strips.append(np.concatenate([np.pad(_coloured(p.T[::-2]), ((0, 6), (0, 6), (0, 0))) for p in panels], axis=1))
+        strips.append(
+            np.concatenate(
+                [np.pad(_coloured(p.T[::-2]), ((0, 6), (0, 6), (0, 0))) for p in panels], axis=1
+            )
+        )
     return Image.fromarray(np.concatenate(strips))
 
 
@@ -180,12 +218,22 @@ def markdown(table: dict[str, dict[str, float]], digits: dict[str, tuple[int, in
     for way, row in table.items():
         wrong, words = digits.get(way, (0, 0))
         rate = f"{wrong / words:.3f}" if words else "-"
-        lines.append(f"| {way} | {row['STOI']:.3f} | {row['PESQ-wb']:.2f} | {row['distance dB']:.2f} | {rate} |")
+        lines.append(
+            f"| {way} | {row['STOI']:.3f} | {row['PESQ-wb']:.2f} | {row['distance dB']:.2f} | "
+            f"{rate} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def audio_report(vae: AVAudioVAE, vocoder: AVVocoder, bank: str | None, output_dir: Path, clips: int,
-                 digits: Sequence[str | None], most_digits: int) -> str:
+def audio_report(
+    vae: AVAudioVAE,
+    vocoder: AVVocoder,
+    bank: str | None,
+    output_dir: Path,
+    clips: int,
+    digits: Sequence[str | None],
+    most_digits: int,
+) -> str:
     """Write audio.md, audio.json and audio.png; returns the Markdown."""
     output_dir.mkdir(parents=True, exist_ok=True)
     held = [u for split in ("test", "test_voices") for u in SpeechBank(bank, split)]
@@ -196,15 +244,22 @@ def audio_report(vae: AVAudioVAE, vocoder: AVVocoder, bank: str | None, output_d
     aside = output_dir / f".audio.{os.getpid()}.png"
     picture(vae, vocoder, sounds).save(aside)
     os.replace(aside, output_dir / "audio.png")
-    table, strings = quality(ways, chosen), list(digit_strings(bank, digits))[:most_digits]
+    table = quality(ways, chosen)
+    strings = list(digit_strings(bank, digits))[:most_digits]
     errors = digit_errors({k: w for k, w in ways.items() if "Lim" not in k}, strings)
     late = impact_errors(ways[f"VAE + vocoder, noise {0.0:g}"], 40)
-    facts = cost(vae, vocoder) | {"impacts": float(len(late)), "impact error ms, median": 1000 * float(np.median(late)),
-                                  "impact error ms, 90 %": 1000 * float(np.quantile(late, 0.9))}
+    facts = cost(vae, vocoder) | {
+        "impacts": float(len(late)),
+        "impact error ms, median": 1000 * float(np.median(late)),
+        "impact error ms, 90 %": 1000 * float(np.quantile(late, 0.9)),
+    }
     words = next(iter(errors.values()))[1]
-    text = (f"Held-out sentences and voices, {len(chosen)} clips; digit strings of {words} words "
-            f"({', '.join(str(d) for d in digits)})\n\n{markdown(table, errors)}\n"
-            + "\n".join(f"- {name}: {value:.4g}" for name, value in facts.items()) + "\n")
+    text = (
+        f"Held-out sentences and voices, {len(chosen)} clips; digit strings of {words} words "
+        f"({', '.join(str(d) for d in digits)})\n\n{markdown(table, errors)}\n"
+        + "\n".join(f"- {name}: {value:.4g}" for name, value in facts.items())
+        + "\n"
+    )
     numbers = json.dumps({"table": table, "digits": errors, **facts}, indent=1)
     for name, content in (("audio.md", text), ("audio.json", numbers)):
         part = output_dir / f".{name}.{os.getpid()}"
@@ -216,20 +271,43 @@ def audio_report(vae: AVAudioVAE, vocoder: AVVocoder, bank: str | None, output_d
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     bundled = BUNDLED
-    parser = argparse.ArgumentParser(description="Round trips of the audio codecs on held-out sound.")
-    parser.add_argument("--audio_vae", default=str(bundled / "audio_vae"), help="folder of a saved AVAudioVAE")
-    parser.add_argument("--vocoder", default=str(bundled / "vocoder"), help="folder of a saved AVVocoder")
-    parser.add_argument("--bank", default=None, help="folder of the speech bank; default $AVDIFF_BANK or the mini-bank")
+    parser = argparse.ArgumentParser(
+        description="Round trips of the audio codecs on held-out sound."
+    )
+    parser.add_argument(
+        "--audio_vae", default=str(bundled / "audio_vae"), help="folder of a saved AVAudioVAE"
+    )
+    parser.add_argument(
+        "--vocoder", default=str(bundled / "vocoder"), help="folder of a saved AVVocoder"
+    )
+    parser.add_argument(
+        "--bank",
+        default=None,
+        help="folder of the speech bank; default $AVDIFF_BANK or the mini-bank",
+    )
     parser.add_argument("--output_dir", default="runs/codec_report")
     parser.add_argument("--clips", type=int, default=200)
-    parser.add_argument("--digit_splits", nargs="+", default=["test", "test_voices", "val"],
-                        help="splits whose digit strings are recognised; train adds many words")
+    parser.add_argument(
+        "--digit_splits",
+        nargs="+",
+        default=["test", "test_voices", "val"],
+        help="splits whose digit strings are recognised; train adds many words",
+    )
     parser.add_argument("--digit_strings", type=int, default=10**6, help="at most so many strings")
     options = parser.parse_args(arguments)
     vae = AVAudioVAE.from_pretrained(options.audio_vae).eval()
     vocoder = AVVocoder.from_pretrained(options.vocoder).eval()
-    print(audio_report(vae, vocoder, options.bank, Path(options.output_dir), options.clips, options.digit_splits,
-                       options.digit_strings))
+    print(
+        audio_report(
+            vae,
+            vocoder,
+            options.bank,
+            Path(options.output_dir),
+            options.clips,
+            options.digit_splits,
+            options.digit_strings,
+        )
+    )
 
 
 if __name__ == "__main__":

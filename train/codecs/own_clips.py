@@ -1,4 +1,6 @@
-"""Codec training on a user's own folder: any media files, no captions needed; files that cannot be read are named."""
+"""Codec training on a user's own folder: any media files, no captions needed; files that cannot be
+read are named.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import numpy as np
 from avdiff.data.clip_table import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from avdiff.media.write import MediaError, read_clip
 
-FPS, RATE = Fraction(25), 24000
+FPS = Fraction(25)
+RATE = 24000
 LONGEST = 60.0  # s that are read of a file
 HELD_OUT = 10  # every tenth file is measured on
 
@@ -31,8 +34,8 @@ class OwnClips:
     """Readable media files of a folder and all below it, split into "train" and "val" files.
 
     Args:
-        folder: to look in. split: every tenth file (at least one) is "val". streams: "video" or "audio", which a file
-            must have.
+        folder: to look in. split: every tenth file (at least one) is "val". streams: "video" or
+            "audio", which a file must have.
 
     Raises:
         ValueError: no such folder, or too few files of that kind.
@@ -48,9 +51,14 @@ class OwnClips:
         self.files = [p for p in files if self._readable(p, streams)]
         if len(self.files) < 2:
             told = "".join(f"; {name}: {reason}" for name, reason in list(self.refused.items())[:3])
-            raise ValueError(f"data={str(folder)!r}: needs at least 2 files with {streams}, has {len(self.files)}"
-                             f"{told}")
-        self.files = [p for i, p in enumerate(self.files) if (i % HELD_OUT == 0) == (split == "val")]
+            raise ValueError(
+                f"data={str(folder)!r}: needs at least 2 files with {streams}, has "
+                f"{len(self.files)}"
+                f"{told}"
+            )
+        self.files = [
+            p for i, p in enumerate(self.files) if (i % HELD_OUT == 0) == (split == "val")
+        ]
 
     def _readable(self, path: Path, streams: str) -> bool:
         try:
@@ -76,26 +84,38 @@ def windows(clips: OwnClips, num_frames: int) -> list[tuple[Path, int]]:
         assert frames is not None
         found += [(path, first) for first in range(0, len(frames) - num_frames + 1, num_frames)]
     if not found:
-        raise ValueError(f"clip_frames={num_frames}: no file is {num_frames / float(FPS):.2f} s long; set fewer")
+        raise ValueError(
+            f"clip_frames={num_frames}: no file is {num_frames / float(FPS):.2f} s long; set fewer"
+        )
     return found
 
 
-def own_frames(places: list[tuple[Path, int]], num_frames: int, size: int, count: int
-               ) -> Iterator[dict[str, np.ndarray]]:
-    """`count` of those pieces (all, if there are fewer), file by file, so that each is decoded once."""
+def own_frames(
+    places: list[tuple[Path, int]], num_frames: int, size: int, count: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """`count` of those pieces (all, if there are fewer), file by file, so that each is decoded
+    once.
+    """
     chosen = np.random.default_rng(0).permutation(len(places))[:count]
-    last, frames = None, np.zeros(0)
+    last = None
+    frames = np.zeros(0)
     for index in sorted(chosen.tolist()):
         path, first = places[index]
         if path != last:
             whole = read_clip(path, fps=FPS, size=size, max_seconds=LONGEST).frames
             assert whole is not None
-            last, frames = path, whole
-        yield {"video": frames[first : first + num_frames], "lip_points": np.zeros((num_frames, 20, 2), np.float32)}
+            last = path
+            frames = whole
+        yield {
+            "video": frames[first : first + num_frames],
+            "lip_points": np.zeros((num_frames, 20, 2), np.float32),
+        }
 
 
 class OwnBank:
-    """Sounds of a folder with the face of a speech bank: a sequence of `OwnSound`, `audio(sound)` mono at 24 kHz."""
+    """Sounds of a folder with the face of a speech bank: a sequence of `OwnSound`, `audio(sound)`
+    mono at 24 kHz.
+    """
 
     def __init__(self, clips: OwnClips) -> None:
         self._sounds: dict[str, np.ndarray] = {}

@@ -1,8 +1,10 @@
-"""Train or fine-tune a codec of the embedded default on the presenter corpus, or on clips of one's own.
+"""Train or fine-tune a codec of the embedded default on the presenter corpus, or on clips of one's
+own.
 
     avdiff train-codec --codec video_vae --output_dir runs/video_vae
     avdiff train-codec vocoder.toml --start_from avdiff/bundled/vocoder
-    avdiff train-codec --codec video_vae --data my_clips --start_from avdiff/bundled/vae --output_dir runs/mine
+    avdiff train-codec --codec video_vae --data my_clips --start_from avdiff/bundled/vae
+    --output_dir runs/mine
 
 Read it from the bottom: main -> setup -> fit.
 """
@@ -48,17 +50,23 @@ class CodecOptions:
     codec: Literal["video_vae", "audio_vae", "vocoder"]
     """Which of the three codecs to train."""
     data: str | None = None
-    """Folder of media files to train on in place of the presenter corpus; every tenth file is measured on."""
+    """Folder of media files to train on in place of the presenter corpus; every tenth file is
+    measured on.
+    """
     bank: str | None = None
     """Folder of the speech bank; nothing means $AVDIFF_BANK, else the mini-bank."""
     start_from: str | None = None
     """Saved codec to go on from; nothing trains from scratch."""
     audio_vae: str | None = None
-    """Vocoder only: audio VAE whose decoded mels make up a share of the input, so that both fit together."""
+    """Vocoder only: audio VAE whose decoded mels make up a share of the input, so that both fit
+    together.
+    """
     decoded_share: float = 0.6
     """Vocoder only: that share."""
     latent_noise: float = 0.3
-    """Largest s.d. of the noise added to normalised latents in training: what makes the latent space smooth."""
+    """Largest s.d. of the noise added to normalised latents in training: what makes the latent
+    space smooth.
+    """
     size: int = 128
     """Video only: pixels of the square picture."""
     clips: int = 4000
@@ -66,7 +74,9 @@ class CodecOptions:
     clip_frames: int = 7
     """Video only: frames of a stored clip."""
     decoder_only: bool = False
-    """Video only: train the decoder alone; latents, and models that were trained on them, stay good."""
+    """Video only: train the decoder alone; latents, and models that were trained on them, stay
+    good.
+    """
     mouth_weight: float = 4.0
     """Video only: extra weight of the pixels around the mouth."""
     segment_seconds: float = 1.28
@@ -84,7 +94,9 @@ class CodecRecipe:
 
 
 class PresenterVideoTask(VideoVAETask):
-    """`VideoVAETask` whose export carries the latents' statistics, so that callers can normalise."""
+    """`VideoVAETask` whose export carries the latents' statistics, so that callers can
+    normalise.
+    """
 
     def save(self, directory: Path) -> None:
         """Measure on training clips, unless the latents are those of before, then export."""
@@ -107,7 +119,10 @@ def measure_video_latents(vae: AVVideoVAE, store: FrameStore, count: int) -> Non
     """Set `latents_mean` and `latents_std` from the first `count` clips of a store."""
     latents = []
     for index in range(count):
-        frames = torch.from_numpy(np.array(store.clips[index])).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        frames = (
+            torch.from_numpy(np.array(store.clips[index])).permute(3, 0, 1, 2)[None].float() / 127.5
+            - 1
+        )
         latents.append(vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode().double())
     z = torch.cat(latents)
     vae.latents_mean.copy_(z.mean(dim=(0, 2, 3, 4)))
@@ -133,14 +148,19 @@ def setup(recipe: CodecRecipe) -> Task:
         raise ValueError(f"decoded_share={o.decoded_share}: needs a share from 0 to 1")
     if o.clips < 16 or o.clip_frames < 3 or o.clip_frames % 2 == 0:
         raise ValueError(
-            f"clips={o.clips}, clip_frames={o.clip_frames}: needs at least 16 clips of an odd number of frames"
+            f"clips={o.clips}, clip_frames={o.clip_frames}: needs at least 16 clips of an odd "
+            "number of frames"
         )
     if o.data is not None and o.codec == "vocoder":
-        raise ValueError(f"data={o.data!r}: the vocoder learns from the speech bank's pitch tracks; fine-tune "
-                         "video_vae or audio_vae on clips of your own")
+        raise ValueError(
+            f"data={o.data!r}: the vocoder learns from the speech bank's pitch tracks; fine-tune "
+            "video_vae or audio_vae on clips of your own"
+        )
     if o.decoder_only and (o.codec != "video_vae" or o.start_from is None):
-        raise ValueError(f"decoder_only=true: is for a video_vae with start_from, not codec={o.codec!r} with "
-                         f"start_from={o.start_from!r}")
+        raise ValueError(
+            f"decoder_only=true: is for a video_vae with start_from, not codec={o.codec!r} with "
+            f"start_from={o.start_from!r}"
+        )
     if not o.mouth_weight >= 0:
         raise ValueError(f"mouth_weight={o.mouth_weight}: needs a number of at least 0")
     torch.manual_seed(recipe.training.seed)
@@ -148,7 +168,8 @@ def setup(recipe: CodecRecipe) -> Task:
 
 
 def _video(recipe: CodecRecipe) -> Task:
-    o, cache = recipe.data, Path(recipe.training.output_dir) / "frames"
+    o = recipe.data
+    cache = Path(recipe.training.output_dir) / "frames"
     stores = []
     if o.data is not None:
         return _video_task(o, *(_own_store(o, cache, split) for split in ("train", "val")))
@@ -157,14 +178,18 @@ def _video(recipe: CodecRecipe) -> Task:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             bank = SpeechBank(o.bank, split)
-            FrameStore.build(folder, corpus_clips(bank, seed, split, o.clip_frames, o.size, o.event_share), count)
+            FrameStore.build(
+                folder, corpus_clips(bank, seed, split, o.clip_frames, o.size, o.event_share), count
+            )
         stores.append(FrameStore(folder))
     return _video_task(o, *stores)
 
 
 def _video_task(o: CodecOptions, train: FrameStore, val: FrameStore) -> Task:
     vae = AVVideoVAE.from_pretrained(o.start_from) if o.start_from else AVVideoVAE()
-    return PresenterVideoTask(vae, train, val, o.mouth_weight, latent_noise=o.latent_noise, decoder_only=o.decoder_only)
+    return PresenterVideoTask(
+        vae, train, val, o.mouth_weight, latent_noise=o.latent_noise, decoder_only=o.decoder_only
+    )
 
 
 def _own_store(o: CodecOptions, cache: Path, split: str) -> FrameStore:
@@ -190,8 +215,12 @@ def _segments(recipe: CodecRecipe) -> tuple[SoundSegments, torch.Tensor, Any]:
     """Training segments, held-out segments and the training bank; whole audio tokens."""
     o = recipe.data
     samples = max(960 * 8, round(o.segment_seconds * RATE / 960) * 960)
-    banks: list[Any] = [SpeechBank(o.bank, split, decoded=True) if o.data is None
-                        else OwnBank(_named(OwnClips(o.data, split, "audio"), split)) for split in ("train", "val")]
+    banks: list[Any] = [
+        SpeechBank(o.bank, split, decoded=True)
+        if o.data is None
+        else OwnBank(_named(OwnClips(o.data, split, "audio"), split))
+        for split in ("train", "val")
+    ]
     train, val = banks
     segments = SoundSegments(train, samples, None if o.data else event_sound, o.event_share)
     return segments, held_out(val, samples, 32), train
@@ -199,14 +228,22 @@ def _segments(recipe: CodecRecipe) -> tuple[SoundSegments, torch.Tensor, Any]:
 
 def _audio(recipe: CodecRecipe) -> Task:
     segments, held, _ = _segments(recipe)
-    vae = AVAudioVAE.from_pretrained(recipe.data.start_from) if recipe.data.start_from else AVAudioVAE()
+    vae = (
+        AVAudioVAE.from_pretrained(recipe.data.start_from)
+        if recipe.data.start_from
+        else AVAudioVAE()
+    )
     return PresenterAudioTask(vae, segments, held)
 
 
 def _vocoder(recipe: CodecRecipe) -> Task:
     segments, held, train = _segments(recipe)
-    vocoder = AVVocoder.from_pretrained(recipe.data.start_from) if recipe.data.start_from else AVVocoder()
-    vae = AVAudioVAE.from_pretrained(recipe.data.audio_vae).eval() if recipe.data.audio_vae else None
+    vocoder = (
+        AVVocoder.from_pretrained(recipe.data.start_from) if recipe.data.start_from else AVVocoder()
+    )
+    vae = (
+        AVAudioVAE.from_pretrained(recipe.data.audio_vae).eval() if recipe.data.audio_vae else None
+    )
     return VocoderTask(
         vocoder,
         VoicedSegments(segments, PitchBank(train)),
@@ -218,7 +255,9 @@ def _vocoder(recipe: CodecRecipe) -> Task:
 
 
 def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
-    """Command line: [RECIPE.toml] --codec video_vae|audio_vae|vocoder --output_dir DIR [--option value]... | --help."""
+    """Command line: [RECIPE.toml] --codec video_vae|audio_vae|vocoder --output_dir DIR [--option
+    value]... | --help.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(f"{main.__doc__}\n\n{help_text(CodecRecipe)}")
@@ -226,7 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
     path = None if words[0].startswith("--") else words.pop(0)
     recipe = load_options(CodecRecipe, path, words)
     summary = fit(setup(recipe), recipe.training)
-    print(f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: {recipe.training.output_dir}")
+    print(
+        f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: "
+        f"{recipe.training.output_dir}"
+    )
     return summary
 
 

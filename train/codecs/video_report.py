@@ -1,8 +1,10 @@
 """What the codecs keep: round trips of held-out clips as a table and a picture.
 
-    python -m avdiff.train.codecs.video_report --video_vae avdiff/bundled/vae --output_dir runs/codec_report
+    python -m avdiff.train.codecs.video_report --video_vae avdiff/bundled/vae --output_dir
+    runs/codec_report
 
-Originals are the ceiling; the control keeps as many numbers a frame pair as the latents hold, by shrinking the picture.
+Originals are the ceiling; the control keeps as many numbers a frame pair as the latents hold, by
+shrinking the picture.
 """
 
 from __future__ import annotations
@@ -48,14 +50,18 @@ FPS = 25
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip: frames uint8 (F, S, S, 3), lip points (F, K, 2), true opening (F,) as a share of the side."""
+    """A clip: frames uint8 (F, S, S, 3), lip points (F, K, 2), true opening (F,) as a share of the
+    side.
+    """
 
     frames: np.ndarray
     points: np.ndarray
     opening: np.ndarray
 
 
-def samples(bank: SpeechBank, split: str, count: int, num_frames: int = 49, size: int = 128) -> Iterator[Sample]:
+def samples(
+    bank: SpeechBank, split: str, count: int, num_frames: int = 49, size: int = 128
+) -> Iterator[Sample]:
     """Presenters of a split speaking its sentences; a function of the split and the number."""
     for index in range(count):
         rng = np.random.default_rng([index, sum(split.encode())])
@@ -63,7 +69,8 @@ def samples(bank: SpeechBank, split: str, count: int, num_frames: int = 49, size
         identity = sample_identity(rng, utterance.gender, split)
         start = float(rng.uniform(0, max(utterance.duration - num_frames / FPS, 0.01)))
         times = start + np.arange(num_frames) / FPS
-        mouths, poses = viseme_track(utterance.phones, times), pose_track(rng, times, utterance.phones)
+        mouths = viseme_track(utterance.phones, times)
+        poses = pose_track(rng, times, utterance.phones)
         pairs = list(zip(mouths, poses, strict=True))
         yield Sample(
             np.stack([render_face(identity, m, p, size) for m, p in pairs]),
@@ -79,11 +86,15 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 
 def to_frames(video: Tensor) -> np.ndarray:
     """(1, 3, F, H, W) -> uint8 (F, H, W, 3)."""
-    return rearrange(video.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "1 c f h w -> f h w c").numpy()
+    return rearrange(
+        video.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "1 c f h w -> f h w c"
+    ).numpy()
 
 
 def shrunk(frames: np.ndarray, values: int) -> np.ndarray:
-    """The control: the mean of each frame pair, bicubically shrunk to at most `values` numbers and enlarged again."""
+    """The control: the mean of each frame pair, bicubically shrunk to at most `values` numbers and
+    enlarged again.
+    """
     video = torch.cat([to_tensor(frames)[:, :, :1], to_tensor(frames)], dim=2)
     pairs = rearrange(video, "1 c (t p) h w -> t p c h w", p=2).mean(1)
     side = int((values / 3) ** 0.5)
@@ -93,17 +104,22 @@ def shrunk(frames: np.ndarray, values: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def round_trips(vae: AVVideoVAE, frames: np.ndarray, noises: Sequence[float], seed: int) -> list[np.ndarray]:
+def round_trips(
+    vae: AVVideoVAE, frames: np.ndarray, noises: Sequence[float], seed: int
+) -> list[np.ndarray]:
     """The clip encoded once and decoded with each s.d. of noise on its normalised latents."""
     z = vae.encode(to_tensor(frames)).latent_dist.mode()
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)) * vae.latents_std.view(1, -1, 1, 1, 1)
+    noise = torch.randn(
+        z.shape, generator=torch.Generator().manual_seed(seed)
+    ) * vae.latents_std.view(1, -1, 1, 1, 1)
     return [to_frames(vae.decode(z + level * noise).sample) for level in noises]
 
 
 def measures(sample: Sample, other: np.ndarray, probe: OpeningProbe) -> dict[str, float]:
     """All numbers of one version of a clip against its original."""
     boxes = mouth_boxes(sample.points)
-    seen, truth = probe.measure(other, sample.points), probe.measure(sample.frames, sample.points)
+    seen = probe.measure(other, sample.points)
+    truth = probe.measure(sample.frames, sample.points)
     return {
         "psnr": psnr(sample.frames, other),
         "mouth_psnr": psnr(sample.frames, other, boxes),
@@ -115,24 +131,37 @@ def measures(sample: Sample, other: np.ndarray, probe: OpeningProbe) -> dict[str
     }
 
 
-def video_table(vae: AVVideoVAE, held_out: Iterator[Sample], probe: OpeningProbe) -> dict[str, dict[str, float]]:
+def video_table(
+    vae: AVVideoVAE, held_out: Iterator[Sample], probe: OpeningProbe
+) -> dict[str, dict[str, float]]:
     """Mean of each measure for: the original, the control, and the round trip at each noise."""
     rows: dict[str, list[dict[str, float]]] = {}
     for index, sample in enumerate(held_out):
-        values = vae.config.latent_channels * (sample.frames.shape[1] // vae.spatial_compression_ratio) ** 2
-        versions = {"original": sample.frames, f"shrunk to {values} values": shrunk(sample.frames, values)}
-        for level, frames in zip(NOISES, round_trips(vae, sample.frames, NOISES, index), strict=True):
+        values = (
+            vae.config.latent_channels
+            * (sample.frames.shape[1] // vae.spatial_compression_ratio) ** 2
+        )
+        versions = {
+            "original": sample.frames,
+            f"shrunk to {values} values": shrunk(sample.frames, values),
+        }
+        for level, frames in zip(
+            NOISES, round_trips(vae, sample.frames, NOISES, index), strict=True
+        ):
             versions[f"round trip, noise {level:g}"] = frames
         for name, frames in versions.items():
             rows.setdefault(name, []).append(measures(sample, frames, probe))
     return {
-        name: {key: float(np.nanmean([row[key] for row in part])) for key in part[0]} for name, part in rows.items()
+        name: {key: float(np.nanmean([row[key] for row in part])) for key in part[0]}
+        for name, part in rows.items()
     }
 
 
 @torch.no_grad()
 def cost(vae: AVVideoVAE, size: int = 128, seconds: int = 4) -> dict[str, float]:
-    """Parameters, GFLOP a frame (2 per multiply-add) and seconds for a round trip of `seconds` s at 25 fps."""
+    """Parameters, GFLOP a frame (2 per multiply-add) and seconds for a round trip of `seconds` s at
+    25 fps.
+    """
     video = torch.zeros(1, 3, FPS * seconds + 1, size, size)
     with FlopCounterMode(display=False) as encoding:
         z = vae.encode(video).latent_dist.mode()
@@ -159,7 +188,9 @@ def picture(vae: AVVideoVAE, clips: Sequence[Sample], frame: int = 7, gain: int 
     for index, sample in enumerate(clips):
         other = round_trips(vae, sample.frames[: frame + 1 + frame % 2], (0.0,), index)[0][frame]
         difference = np.abs(other.astype(int) - sample.frames[frame].astype(int)) * gain
-        columns.append(np.concatenate([sample.frames[frame], other, difference.clip(0, 255).astype(np.uint8)]))
+        columns.append(
+            np.concatenate([sample.frames[frame], other, difference.clip(0, 255).astype(np.uint8)])
+        )
     return Image.fromarray(np.concatenate(columns, axis=1))
 
 
@@ -167,7 +198,10 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
     """The table as Markdown."""
     names = list(next(iter(table.values())))
     lines = ["| version | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |" for label, row in table.items()]
+    lines += [
+        f"| {label} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |"
+        for label, row in table.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -178,18 +212,31 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def video_report(vae: AVVideoVAE, bank: str | None, output_dir: Path, clips: int, num_frames: int) -> str:
+def video_report(
+    vae: AVVideoVAE, bank: str | None, output_dir: Path, clips: int, num_frames: int
+) -> str:
     """Write video.md, video.json and video.png; returns the Markdown."""
     output_dir.mkdir(parents=True, exist_ok=True)
     probe = OpeningProbe.fit(
-        (s.frames, s.points, s.opening) for s in samples(SpeechBank(bank, "train"), "train", 150, 25)
+        (s.frames, s.points, s.opening)
+        for s in samples(SpeechBank(bank, "train"), "train", 150, 25)
     )
     test = SpeechBank(bank, "test")
-    table, price = video_table(vae, samples(test, "test", clips, num_frames), probe), cost(vae)
-    text = markdown(table) + "\n" + "\n".join(f"- {name}: {value:.4g}" for name, value in price.items()) + "\n"
-    write_text(output_dir / "video.json", json.dumps({"clips": clips, "table": table, "cost": price}, indent=1))
+    table = video_table(vae, samples(test, "test", clips, num_frames), probe)
+    price = cost(vae)
+    text = (
+        markdown(table)
+        + "\n"
+        + "\n".join(f"- {name}: {value:.4g}" for name, value in price.items())
+        + "\n"
+    )
     write_text(
-        output_dir / "video.md", f"Held-out presenters and sentences, {clips} clips of {num_frames} frames\n\n{text}"
+        output_dir / "video.json",
+        json.dumps({"clips": clips, "table": table, "cost": price}, indent=1),
+    )
+    write_text(
+        output_dir / "video.md",
+        f"Held-out presenters and sentences, {clips} clips of {num_frames} frames\n\n{text}",
     )
     aside = output_dir / f".video.{os.getpid()}.png"
     picture(vae, list(samples(test, "test", 8, 9))).save(aside)
@@ -201,13 +248,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Round trips of the codecs on held-out clips.")
     parser.add_argument("--video_vae", required=True, help="folder of a saved AVVideoVAE")
-    parser.add_argument("--bank", default=None, help="folder of the speech bank; default $AVDIFF_BANK or the mini-bank")
+    parser.add_argument(
+        "--bank",
+        default=None,
+        help="folder of the speech bank; default $AVDIFF_BANK or the mini-bank",
+    )
     parser.add_argument("--output_dir", default="runs/codec_report")
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--num_frames", type=int, default=49)
     options = parser.parse_args(arguments)
     vae = AVVideoVAE.from_pretrained(options.video_vae).eval()
-    print(video_report(vae, options.bank, Path(options.output_dir), options.clips, options.num_frames))
+    print(
+        video_report(vae, options.bank, Path(options.output_dir), options.clips, options.num_frames)
+    )
 
 
 if __name__ == "__main__":

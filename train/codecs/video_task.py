@@ -1,7 +1,8 @@
-"""Training task of the video autoencoder: clips of presenters in a store of frames -> `VideoVAETask`.
+"""Training task of the video autoencoder: clips of presenters in a store of frames ->
+`VideoVAETask`.
 
-A frame pair has 256 values, so the loss says what they are for: the mouth and edges weigh more than the rest, and
-latents are disturbed by noise, because a generator never hits a latent exactly.
+A frame pair has 256 values, so the loss says what they are for: the mouth and edges weigh more than
+the rest, and latents are disturbed by noise, because a generator never hits a latent exactly.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from avdiff.train.loop.task import FitOptions, Loss, Task
 FPS = 25
 
 
-# ---------------------------------------------------------------------------------------------------------- the clips
-def speech_clip(bank: SpeechBank, seed: int, split: str, num_frames: int, size: int) -> dict[str, np.ndarray]:
+# ---------------------------------------------------------------------------------------- the clips
+def speech_clip(
+    bank: SpeechBank, seed: int, split: str, num_frames: int, size: int
+) -> dict[str, np.ndarray]:
     """Frames of a presenter who says part of an utterance of the bank; a function of the seed.
 
     Returns:
@@ -42,7 +45,9 @@ def speech_clip(bank: SpeechBank, seed: int, split: str, num_frames: int, size: 
     identity = sample_identity(rng, utterance.gender, split)
     start = float(rng.uniform(0, max(utterance.duration - num_frames / FPS, 0.01)))
     times = start + np.arange(num_frames) / FPS
-    if rng.random() < 0.15:  # mouths that no phone makes: the code should not depend on the speech model
+    if (
+        rng.random() < 0.15
+    ):  # mouths that no phone makes: the code should not depend on the speech model
         mouths = _wandering_mouth(rng, num_frames)
     else:
         mouths = viseme_track(utterance.phones, times)
@@ -55,10 +60,16 @@ def speech_clip(bank: SpeechBank, seed: int, split: str, num_frames: int, size: 
 
 
 def event_clip(seed: int, num_frames: int, size: int) -> dict[str, np.ndarray]:
-    """Frames of a sounding object around one of its impacts, where it moves; the lip points are one point: no box."""
+    """Frames of a sounding object around one of its impacts, where it moves; the lip points are one
+    point: no box.
+    """
     rng = np.random.default_rng([seed, 8])
     event = sample_event(rng, float(rng.uniform(2, 4)))
-    middle = float(rng.choice(np.asarray(event.impacts))) + float(rng.normal(0, 0.2)) if event.impacts else 1.0
+    middle = (
+        float(rng.choice(np.asarray(event.impacts))) + float(rng.normal(0, 0.2))
+        if event.impacts
+        else 1.0
+    )
     times = np.maximum(middle + (np.arange(num_frames) - num_frames / 2) / FPS, 0)
     return {
         "video": np.stack([render_event(event, float(t), size) for t in times]),
@@ -88,7 +99,8 @@ def _wandering_mouth(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 class FrameStore:
-    """Clips of equal shape in one memory-mapped file, so that training does not wait for a renderer.
+    """Clips of equal shape in one memory-mapped file, so that training does not wait for a
+    renderer.
 
     Files: clips.u8 (N, F, H, W, 3), boxes.f32 (N, F, 4), shape.json.
     """
@@ -104,17 +116,26 @@ class FrameStore:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """video uint8 (F, H, W, 3) and mouth boxes (F, 4) from a random moment, mirrored in half of the cases."""
+        """video uint8 (F, H, W, 3) and mouth boxes (F, 4) from a random moment, mirrored in half of
+        the cases.
+        """
         start = int(torch.randint(self.clips.shape[1] - self.num_frames + 1, ()))
         part = slice(start, start + self.num_frames)
-        video, boxes = (torch.from_numpy(np.array(array[index, part])) for array in (self.clips, self.boxes))
+        video, boxes = (
+            torch.from_numpy(np.array(array[index, part])) for array in (self.clips, self.boxes)
+        )
         if torch.rand(()) < 0.5:
-            video, boxes = video.flip(2), torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
+            video = video.flip(2)
+            boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
         return {"video": video, "boxes": boxes}
 
     @staticmethod
-    def build(folder: str | os.PathLike[str], clips: Iterable[dict[str, np.ndarray]], count: int) -> None:
-        """Write `count` clips (video, lip_points); the store appears under its name when it is whole."""
+    def build(
+        folder: str | os.PathLike[str], clips: Iterable[dict[str, np.ndarray]], count: int
+    ) -> None:
+        """Write `count` clips (video, lip_points); the store appears under its name when it is
+        whole.
+        """
         target = Path(folder)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         aside.mkdir(parents=True)
@@ -126,13 +147,15 @@ class FrameStore:
         os.replace(aside, target)
 
 
-# ----------------------------------------------------------------------------------------------------------- the task
+# ----------------------------------------------------------------------------------------- the task
 class VideoVAETask(Task):
     """Reconstruction with weight on mouth and edges, a little KL, and noise on the latents.
 
     Args:
-        model: the autoencoder. dataset, held_out: clips (see `FrameStore`). mouth_weight: extra weight of pixels in the
-        mouth box. edge_weight: weight of the error of pixel-to-pixel steps. kl_weight: per latent value.
+        model: the autoencoder. dataset, held_out: clips (see `FrameStore`). mouth_weight: extra
+            weight of pixels in the
+        mouth box. edge_weight: weight of the error of pixel-to-pixel steps. kl_weight: per latent
+        value.
         latent_noise: largest s.d. of the noise added to latents, in units of their own s.d.
         decoder_only: keep the encoder, and so the latents, as they are.
     """
@@ -150,13 +173,19 @@ class VideoVAETask(Task):
         decoder_only: bool = False,
     ) -> None:
         self.modules = {"vae": model}
-        self.model, self.dataset, self.held_out = model.to(memory_format=torch.channels_last), dataset, held_out
-        self.mouth_weight, self.edge_weight, self.square_weight = mouth_weight, edge_weight, square_weight
-        self.kl_weight, self.latent_noise = kl_weight, latent_noise
+        self.model = model.to(memory_format=torch.channels_last)
+        self.dataset = dataset
+        self.held_out = held_out
+        self.mouth_weight = mouth_weight
+        self.edge_weight = edge_weight
+        self.square_weight = square_weight
+        self.kl_weight = kl_weight
+        self.latent_noise = latent_noise
         model.encoder.requires_grad_(not decoder_only)
 
     def loss(self, batch: dict[str, Tensor], phase: str, generator: torch.Generator) -> Loss:
-        video, weight = self.pairs(batch["video"]), self.weights(batch)
+        video = self.pairs(batch["video"])
+        weight = self.weights(batch)
         size = video.shape[0]
         moments = self.model.encoder(
             video.flatten(0, 1).contiguous(memory_format=torch.channels_last), size, {}
@@ -164,44 +193,69 @@ class VideoVAETask(Task):
         mean, logvar = moments.chunk(2, dim=1)  # (B*T, 16, h, w)
         logvar = logvar.clamp(-10, 4)
         z = mean + torch.exp(0.5 * logvar) * self.disturbance(mean, size, generator, posterior=True)
-        z = z + mean.std(dim=(0, 2, 3), keepdim=True) * self.disturbance(mean, size, generator, posterior=False)
+        z = z + mean.std(dim=(0, 2, 3), keepdim=True) * self.disturbance(
+            mean, size, generator, posterior=False
+        )
         decoded = self.model.decoder(z.contiguous(memory_format=torch.channels_last), size, {})
-        error = decoded.view(video.shape) - video  # (B, T, 6, H, W), bf16 under autocast: as exact as 8-bit pixels
+        error = (
+            decoded.view(video.shape) - video
+        )  # (B, T, 6, H, W), bf16 under autocast: as exact as 8-bit pixels
         heavy = error * weight
-        right, down = heavy[..., 1:] - heavy[..., :-1], heavy[..., 1:, :] - heavy[..., :-1, :]
+        right = heavy[..., 1:] - heavy[..., :-1]
+        down = heavy[..., 1:, :] - heavy[..., :-1, :]
         square = (heavy * error).mean(dtype=torch.float32)
         edge = _mean_size(right) + _mean_size(down)
         rec = _mean_size(heavy) + self.square_weight * square + self.edge_weight * edge
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         parts = {"rec": rec, "kl": kl, "square": square, "edge": edge}
-        return Loss(rec + self.kl_weight * kl, {name: value.view(1) for name, value in parts.items()})
+        return Loss(
+            rec + self.kl_weight * kl, {name: value.view(1) for name, value in parts.items()}
+        )
 
     def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer:
-        """Muon for the kernels between pixels and latents, AdamW for those at the ends and for vectors."""
+        """Muon for the kernels between pixels and latents, AdamW for those at the ends and for
+        vectors.
+        """
         groups = muon_groups(self.modules, ends=("conv_in", "conv_out", "down.0"))
-        betas, decay = (options.adam_beta1, options.adam_beta2), options.adam_weight_decay
+        betas = (options.adam_beta1, options.adam_beta2)
+        decay = options.adam_weight_decay
         return MuonAdam(groups, options.learning_rate, betas, decay, options.adam_epsilon)
 
     @staticmethod
     def pairs(video: Tensor) -> Tensor:
         """uint8 (B, F, H, W, 3) -> (B, T, 6, H, W) in [-1, 1], the first frame with itself."""
         doubled = torch.cat([video[:, :1], video], dim=1)
-        return rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2).to(_working_dtype(video)).div_(127.5).sub_(1)
+        return (
+            rearrange(doubled, "b (t p) h w c -> b t (p c) h w", p=2)
+            .to(_working_dtype(video))
+            .div_(127.5)
+            .sub_(1)
+        )
 
     def weights(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, T, 1, H, W): 1, more in the mouth box; the lone first frame counts half, as it is there twice."""
+        """(B, T, 1, H, W): 1, more in the mouth box; the lone first frame counts half, as it is
+        there twice.
+        """
         height, width = batch["video"].shape[2:4]
-        boxes = batch["boxes"][:, ::2].to(torch.float32)  # (B, T, 4): a pair shares the box of its second frame
+        boxes = batch["boxes"][:, ::2].to(
+            torch.float32
+        )  # (B, T, 4): a pair shares the box of its second frame
         x = (torch.arange(width, device=boxes.device) + 0.5) / width
         y = (torch.arange(height, device=boxes.device) + 0.5) / height
         left, top, right, bottom = boxes[..., None].unbind(2)
-        inside = ((y >= top) & (y < bottom))[..., :, None] & ((x >= left) & (x < right))[..., None, :]
+        inside = ((y >= top) & (y < bottom))[..., :, None] & ((x >= left) & (x < right))[
+            ..., None, :
+        ]
         weight = 1 + self.mouth_weight * inside.float()
         weight[:, 0] *= 0.5
         return weight.unsqueeze(2).to(_working_dtype(weight))
 
-    def disturbance(self, like: Tensor, size: int, generator: torch.Generator, posterior: bool) -> Tensor:
-        """Unit noise, or noise whose s.d. is drawn per clip: 0 for a third, up to `latent_noise` for the others."""
+    def disturbance(
+        self, like: Tensor, size: int, generator: torch.Generator, posterior: bool
+    ) -> Tensor:
+        """Unit noise, or noise whose s.d. is drawn per clip: 0 for a third, up to `latent_noise`
+        for the others.
+        """
         noise = torch.randn(like.shape, generator=generator, device=like.device)
         if posterior:
             return noise
@@ -211,7 +265,9 @@ class VideoVAETask(Task):
         return noise * level.expand(size, like.shape[0] // size).reshape(-1, 1, 1, 1)
 
     def validate(self) -> dict[str, float]:
-        """PSNR, mouth PSNR and sharpness of held-out clips, and PSNR with 0.15 s.d. of noise on the latents."""
+        """PSNR, mouth PSNR and sharpness of held-out clips, and PSNR with 0.15 s.d. of noise on the
+        latents.
+        """
         return round_trip_metrics(self.model, self.held_out, count=min(64, len(self.held_out)))
 
 
@@ -229,24 +285,38 @@ def _mean_size(x: Tensor) -> Tensor:
 def decode_uint8(frames: Tensor) -> np.ndarray:
     """(B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)."""
     return (
-        rearrange(frames.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "b c f h w -> b f h w c").cpu().numpy()
+        rearrange(
+            frames.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "b c f h w -> b f h w c"
+        )
+        .cpu()
+        .numpy()
     )
 
 
-def round_trip_metrics(model: AVVideoVAE, store: Any, count: int, noise: float = 0.15) -> dict[str, float]:
+def round_trip_metrics(
+    model: AVVideoVAE, store: Any, count: int, noise: float = 0.15
+) -> dict[str, float]:
     """Mean over `count` clips of the store."""
     rows: list[dict[str, float]] = []
     for index in range(count):
-        video, boxes = np.array(store.clips[index]), np.array(store.boxes[index])
-        x = rearrange(torch.from_numpy(video).float() / 127.5 - 1, "f h w c -> 1 c f h w").to(model.device)
+        video = np.array(store.clips[index])
+        boxes = np.array(store.boxes[index])
+        x = rearrange(torch.from_numpy(video).float() / 127.5 - 1, "f h w c -> 1 c f h w").to(
+            model.device
+        )
         with torch.autocast(x.device.type, torch.bfloat16):
             z = model.encode(x).latent_dist.mode().float()
             spread = z.std(dim=(0, 2, 3, 4), keepdim=True)
-            noisy = z + noise * spread * torch.randn(z.shape, generator=torch.Generator().manual_seed(index)).to(z)
+            noisy = z + noise * spread * torch.randn(
+                z.shape, generator=torch.Generator().manual_seed(index)
+            ).to(z)
             clean, rough = (decode_uint8(model.decode(latent).sample)[0] for latent in (z, noisy))
         row = {"psnr": psnr(video, clean), "noisy_psnr": psnr(video, rough)}
         if (boxes[:, 2] > boxes[:, 0]).all():  # a presenter, not an object
-            row |= {"mouth_psnr": psnr(video, clean, boxes), "noisy_mouth_psnr": psnr(video, rough, boxes)}
+            row |= {
+                "mouth_psnr": psnr(video, clean, boxes),
+                "noisy_mouth_psnr": psnr(video, rough, boxes),
+            }
             row["mouth_gradient"] = gradient_energy(clean, boxes) / gradient_energy(video, boxes)
         rows.append(row)
     names = sorted({name for row in rows for name in row})

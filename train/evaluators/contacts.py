@@ -2,8 +2,8 @@
 
     python -m avdiff.train.evaluators.contacts --output avdiff/bundled/impact_reader [--steps 2000]
 
-Scenes of the seed's own stream, degraded as a codec or a generator would: blur, noise, contrast, and the flicker of
-codecs that code pictures in pairs.
+Scenes of the seed's own stream, degraded as a codec or a generator would: blur, noise, contrast,
+and the flicker of codecs that code pictures in pairs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ SECONDS = 2.0  # of a training clip
 WITHIN = 0.5 / FPS  # half a picture
 
 
-def draw(rng: np.random.Generator, seconds: float, kind: str | None = None) -> tuple[Tensor, list[float]]:
+def draw(
+    rng: np.random.Generator, seconds: float, kind: str | None = None
+) -> tuple[Tensor, list[float]]:
     """Pictures (F, 3, 64, 64) in [-1, 1] of a scene, and its impacts in seconds."""
     event = sample_event(rng, seconds, kind)
     frames = [render_event(event, (i + 0.5) / FPS, SIDE) for i in range(round(seconds * FPS))]
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1, list(event.impacts)
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1, list(
+        event.impacts
+    )
 
 
 def blurred(pictures: Tensor, sigma: float) -> Tensor:
@@ -45,9 +49,13 @@ def degraded(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.25:
         return pictures
     x = blurred(pictures, rng.uniform(0.05, 1.0)) * rng.uniform(0.8, 1.15) + rng.uniform(-0.1, 0.1)
-    if rng.random() < 0.5:  # the first picture alone, then pairs: each leaks into the other, and one is less sharp
-        x, share = x.clone(), rng.uniform(0, 0.5)
-        first, second = x[1:-1:2], x[2::2]
+    if (
+        rng.random() < 0.5
+    ):  # the first picture alone, then pairs: each leaks into the other, and one is less sharp
+        x = x.clone()
+        share = rng.uniform(0, 0.5)
+        first = x[1:-1:2]
+        second = x[2::2]
         x[1:-1:2], x[2::2] = torch.lerp(first, second, share), torch.lerp(second, first, share)
         odd = int(rng.integers(2))
         x[odd::2] = blurred(x[odd::2], rng.uniform(0.05, 1.2))
@@ -58,8 +66,12 @@ def degraded(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def measure(reader: ImpactReader, count: int = 120, seed: int = 7, spoil: bool = False) -> dict[str, float]:
-    """Held-out scenes of 3 s: share of impacts found within half a picture and one, false ones, clips counted right."""
+def measure(
+    reader: ImpactReader, count: int = 120, seed: int = 7, spoil: bool = False
+) -> dict[str, float]:
+    """Held-out scenes of 3 s: share of impacts found within half a picture and one, false ones,
+    clips counted right.
+    """
     found = near = total = extra = counted = 0
     for index in range(count):
         rng = np.random.default_rng([seed, index])
@@ -72,8 +84,12 @@ def measure(reader: ImpactReader, count: int = 120, seed: int = 7, spoil: bool =
         near += int((away <= 2 * WITHIN).sum())
         extra += max(0, len(seen) - len(impacts))
         counted += len(seen) == len(impacts)
-    return {"within_half_picture": found / total, "within_a_picture": near / total, "extra": extra / total,
-            "counted_right": counted / count}
+    return {
+        "within_half_picture": found / total,
+        "within_a_picture": near / total,
+        "extra": extra / total,
+        "counted_right": counted / count,
+    }
 
 
 def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
@@ -84,13 +100,16 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
     parser.add_argument("--batch", type=int, default=8, help="clips of 2 s a step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=120, help="held-out scenes that it is measured on")
+    parser.add_argument(
+        "--scenes", type=int, default=120, help="held-out scenes that it is measured on"
+    )
     options = parser.parse_args(None if arguments is None else list(arguments))
     torch.manual_seed(options.seed)
     reader = ImpactReader()
     optimizer = torch.optim.AdamW(reader.parameters(), options.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, max(20, options.steps),
-                                                   pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, max(20, options.steps), pct_start=0.1
+    )
     for step in range(options.steps):
         rng = np.random.default_rng([options.seed, 1, step])
         rows = [draw(rng, SECONDS) for _ in range(options.batch)]
@@ -106,7 +125,9 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
             print(f"step {step + 1}/{options.steps} loss {loss.item():.4f}", flush=True)
     reader.eval()
     marks = measure(reader, options.scenes)
-    marks |= {f"spoilt_{key}": value for key, value in measure(reader, options.scenes, spoil=True).items()}
+    marks |= {
+        f"spoilt_{key}": value for key, value in measure(reader, options.scenes, spoil=True).items()
+    }
     reader.save_pretrained(options.output)
     print(json.dumps(marks))
     return marks

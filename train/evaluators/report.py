@@ -1,6 +1,7 @@
 """A judge's marks on the test splits, which nobody trains on: what its model card prints.
 
-    python -m avdiff.train.evaluators.train_evaluator --judge recogniser --measure avdiff/bundled/recogniser --output_dir runs/marks
+python -m avdiff.train.evaluators.train_evaluator --judge recogniser --measure
+avdiff/bundled/recogniser --output_dir runs/marks
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ from avdiff.train.evaluators.phones import measure_recogniser
 
 SNRS = (20.0, 10.0, 5.0, 0.0)  # dB
 SHARES = (0.5, 1.0, 1.5)  # strength of degradation
-PICTURES, CLIPS = 900, 150
+PICTURES = 900
+CLIPS = 150
 
 
-def measure_judge(name: str, judge: Any, bank: str | None, audio_vae: AVAudioVAE | None = None,
-                  vocoder: AVVocoder | None = None, video_vae: AVVideoVAE | None = None) -> dict[str, Any]:
+def measure_judge(
+    name: str,
+    judge: Any,
+    bank: str | None,
+    audio_vae: AVAudioVAE | None = None,
+    vocoder: AVVocoder | None = None,
+    video_vae: AVVideoVAE | None = None,
+) -> dict[str, Any]:
     """Marks of one judge: nested dicts of numbers; rates and accuracies are shares."""
     if name == "recogniser":
         return recogniser_marks(judge, SpeechBank(bank, decoded=True), audio_vae, vocoder)
@@ -48,7 +56,9 @@ class _Coded:
     """A bank whose audio went through the codecs; stands in for the bank of an utterance."""
 
     def __init__(self, bank: SpeechBank, vae: AVAudioVAE, vocoder: AVVocoder | None) -> None:
-        self.bank, self.vae, self.vocoder = bank, vae, vocoder
+        self.bank = bank
+        self.vae = vae
+        self.vocoder = vocoder
 
     @torch.no_grad()
     def mel(self, utterance: Utterance) -> Tensor:
@@ -60,11 +70,20 @@ class _Coded:
         return self.vae.mel(self.vocoder(mel))[:, 0]
 
 
-def recogniser_marks(judge: PhoneRecogniser, bank: SpeechBank, vae: AVAudioVAE | None = None,
-                     vocoder: AVVocoder | None = None) -> dict[str, Any]:
-    """Error rates on held-out sentences, on held-out voices, with noise, after the codecs; times; speed."""
+def recogniser_marks(
+    judge: PhoneRecogniser,
+    bank: SpeechBank,
+    vae: AVAudioVAE | None = None,
+    vocoder: AVVocoder | None = None,
+) -> dict[str, Any]:
+    """Error rates on held-out sentences, on held-out voices, with noise, after the codecs; times;
+    speed.
+    """
     test, voices = (split_utterances(bank, split) for split in ("test", "test_voices"))
-    marks: dict[str, Any] = {"test": measure_recogniser(judge, test), "test_voices": measure_recogniser(judge, voices)}
+    marks: dict[str, Any] = {
+        "test": measure_recogniser(judge, test),
+        "test_voices": measure_recogniser(judge, voices),
+    }
     marks["noise"] = {f"{snr:g} dB": measure_recogniser(judge, test, snr) for snr in SNRS}
     if vae is not None:
         coded = _Coded(bank, vae, None)
@@ -83,25 +102,38 @@ def recogniser_marks(judge: PhoneRecogniser, bank: SpeechBank, vae: AVAudioVAE |
 
 @torch.no_grad()
 def time_errors(judge: PhoneRecogniser, utterances: list[Utterance]) -> dict[str, float]:
-    """Milliseconds between aligned and true starts of the phones of known sentences: median, 90th percentile, bias."""
+    """Milliseconds between aligned and true starts of the phones of known sentences: median, 90th
+    percentile, bias.
+    """
     errors: list[float] = []
     for utterance in utterances:
         found = judge.listen(torch.from_numpy(utterance.bank.audio(utterance)))
         spoken = [phone for phone in utterance.phones if phone.symbol != SILENCE]
         spans = align(found, encode_phones(spoken)[0].tolist())
-        errors += [(first / judge.frame_rate - phone.start) * 1000
-                   for (first, _), phone in zip(spans, spoken, strict=True)]
+        errors += [
+            (first / judge.frame_rate - phone.start) * 1000
+            for (first, _), phone in zip(spans, spoken, strict=True)
+        ]
     away = np.abs(errors)
-    return {"median_ms": float(np.median(away)), "p90_ms": float(np.percentile(away, 90)),
-            "bias_ms": float(np.median(errors))}
+    return {
+        "median_ms": float(np.median(away)),
+        "p90_ms": float(np.percentile(away, 90)),
+        "bias_ms": float(np.median(errors)),
+    }
 
 
-def reader_marks(judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None = None) -> dict[str, Any]:
+def reader_marks(
+    judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None = None
+) -> dict[str, Any]:
     """Held-out presenters: clean, degraded and after the codec; whole clips; speed."""
     rng = np.random.default_rng(2026)
     spoken = SpeechBank(bank.root, "test", decoded=True)
-    rows = [draw_event(rng) if k % 16 == 15 else draw_face(rng, spoken, sample_identity(rng, split="test"))
-            for k in range(PICTURES)]
+    rows = [
+        draw_event(rng)
+        if k % 16 == 15
+        else draw_face(rng, spoken, sample_identity(rng, split="test"))
+        for k in range(PICTURES)
+    ]
     pictures = to_pictures(torch.from_numpy(np.stack([row.pop("picture") for row in rows])))
     truth = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     marks: dict[str, Any] = {"clean": measure_reader(judge, pictures, truth)}
@@ -110,7 +142,9 @@ def reader_marks(judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None = N
         marks[f"degraded {strength:g}"] = measure_reader(judge, x, truth)
     if vae is not None:
         with torch.no_grad():
-            coded = torch.cat([vae(x[:, :, None]).sample[:, :, 0].clamp(-1, 1) for x in pictures.split(32)])
+            coded = torch.cat(
+                [vae(x[:, :, None]).sample[:, :, 0].clamp(-1, 1) for x in pictures.split(32)]
+            )
         marks["video_vae"] = measure_reader(judge, coded, truth)
     marks["clips"] = clip_marks(judge, spoken, vae)
     began = time.perf_counter()
@@ -121,19 +155,28 @@ def reader_marks(judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None = N
 
 
 @torch.no_grad()
-def clip_marks(judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None, count: int = 24, frames: int = 49,
-               ) -> dict[str, float]:
-    """Clips of test presenters: correlation of the opening over time, attributes by vote of all pictures.
+def clip_marks(
+    judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None, count: int = 24, frames: int = 49
+) -> dict[str, float]:
+    """Clips of test presenters: correlation of the opening over time, attributes by vote of all
+    pictures.
 
-    Goes through the video VAE where one is given."""
-    correlations, right, asked, off = [], 0, 0, []
+    Goes through the video VAE where one is given.
+    """
+    correlations = []
+    right = 0
+    asked = 0
+    off = []
     for index in range(count):
         rng = np.random.default_rng([index, 5])
         utterance = bank[int(rng.integers(len(bank)))]
         identity = sample_identity(rng, utterance.gender, "test")
         times = (np.arange(frames) + 0.5) / 25
-        mouths, poses = viseme_track(utterance.phones, times), pose_track(rng, times, utterance.phones)
-        video = np.stack([render_face(identity, m, p, SIDE) for m, p in zip(mouths, poses, strict=True)])
+        mouths = viseme_track(utterance.phones, times)
+        poses = pose_track(rng, times, utterance.phones)
+        video = np.stack(
+            [render_face(identity, m, p, SIDE) for m, p in zip(mouths, poses, strict=True)]
+        )
         if vae is not None:
             x = to_pictures(torch.from_numpy(video)).transpose(0, 1)[None]
             y = vae(x).sample.clamp(-1, 1)[0].permute(1, 2, 3, 0)
@@ -144,25 +187,49 @@ def clip_marks(judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None, coun
         off.append(np.linalg.norm(reading.points - truth, axis=-1).mean() * SIDE)
         told = identity.attributes()
         for name, value in reading.attributes.items():
-            if told.get(name, "none") != "none" or name in ("beard", "glasses", "hat", "earrings", "lipstick"):
-                asked, right = asked + 1, right + (told[name] == value)
-    return {"jaw_r": float(np.mean(correlations)), "point_error_px": float(np.mean(off)), "attributes": right / asked}
+            if told.get(name, "none") != "none" or name in (
+                "beard",
+                "glasses",
+                "hat",
+                "earrings",
+                "lipstick",
+            ):
+                asked = asked + 1
+                right = right + (told[name] == value)
+    return {
+        "jaw_r": float(np.mean(correlations)),
+        "point_error_px": float(np.mean(off)),
+        "attributes": right / asked,
+    }
 
 
 def lip_marks(judge: LipNetwork, bank: SpeechBank) -> dict[str, Any]:
-    """Clips of 2, 3 and 4 seconds of test sentences and presenters; other frame rates; noise; speed."""
+    """Clips of 2, 3 and 4 seconds of test sentences and presenters; other frame rates; noise;
+    speed.
+    """
     marks: dict[str, Any] = {}
     for seconds in (2.0, 3.0, 4.0):
-        marks[f"{seconds:g} s"] = measure_lip_network(judge, held_out_clips(bank, "test", CLIPS, seconds))
+        marks[f"{seconds:g} s"] = measure_lip_network(
+            judge, held_out_clips(bank, "test", CLIPS, seconds)
+        )
     for fps in (24.0, 30000 / 1001, 60.0):
-        marks[f"{fps:.5g} fps"] = measure_lip_network(judge, held_out_clips(bank, "test", CLIPS // 3, fps=fps))
+        marks[f"{fps:.5g} fps"] = measure_lip_network(
+            judge, held_out_clips(bank, "test", CLIPS // 3, fps=fps)
+        )
     rng = np.random.default_rng(3)
-    clips = [clip._replace(sound=clip.sound + np.float32(0.1 * np.sqrt(np.mean(clip.sound**2)) * 10**0.5)
-                           * coloured_noise(rng, len(clip.sound), SAMPLE_RATE))
-             for clip in held_out_clips(bank, "test", CLIPS // 3)]
+    clips = [
+        clip._replace(
+            sound=clip.sound
+            + np.float32(0.1 * np.sqrt(np.mean(clip.sound**2)) * 10**0.5)
+            * coloured_noise(rng, len(clip.sound), SAMPLE_RATE)
+        )
+        for clip in held_out_clips(bank, "test", CLIPS // 3)
+    ]
     marks["10 dB"] = measure_lip_network(judge, clips)
     began = time.perf_counter()
     for clip in clips:
         sync_curve(clip.points, clip.times, clip.sound, SAMPLE_RATE, network=judge)
-    marks["times_real_time"] = sum(len(c.sound) for c in clips) / SAMPLE_RATE / (time.perf_counter() - began)
+    marks["times_real_time"] = (
+        sum(len(c.sound) for c in clips) / SAMPLE_RATE / (time.perf_counter() - began)
+    )
     return marks

@@ -1,10 +1,14 @@
-"""Train a judge: what listens, what looks, and what compares lips with sound. They are frozen before the joint model.
+"""Train a judge: what listens, what looks, and what compares lips with sound. They are frozen
+before the joint model.
 
-    python -m avdiff.train.evaluators.train_evaluator avdiff/bundled/recipes/recogniser.toml --bank BANK --output_dir runs/recogniser
-    python -m avdiff.train.evaluators.train_evaluator --judge lip_network --output_dir runs/lips --max_train_steps 3000
-    python -m avdiff.train.evaluators.train_evaluator --judge face_reader --measure runs/face_reader --output_dir runs/face_reader
+    python -m avdiff.train.evaluators.train_evaluator avdiff/bundled/recipes/recogniser.toml --bank
+    BANK --output_dir runs/recogniser python -m avdiff.train.evaluators.train_evaluator --judge
+    lip_network --output_dir runs/lips --max_train_steps 3000 python -m
+    avdiff.train.evaluators.train_evaluator --judge face_reader --measure runs/face_reader
+    --output_dir runs/face_reader
 
-Read it from the bottom: main -> setup -> fit. `--measure` trains nothing: it writes a judge's marks on the test splits.
+Read it from the bottom: main -> setup -> fit. `--measure` trains nothing: it writes a judge's marks
+on the test splits.
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ class JudgeOptions:
     start_from: str | None = None
     """Saved judge to go on from; nothing trains from scratch."""
     measure: str | None = None
-    """Saved judge to measure on the test splits instead of training; writes output_dir/measured.json."""
+    """Saved judge to measure on the test splits instead of training; writes
+    output_dir/measured.json.
+    """
     audio_vae: str | None = None
     """Recogniser only: audio VAE that a share of rows goes through."""
     vocoder: str | None = None
@@ -84,10 +90,15 @@ def setup(recipe: JudgeRecipe) -> Task:
     if not 0 <= o.codec_share <= 1:
         raise ValueError(f"codec_share={o.codec_share}: needs a share from 0 to 1")
     if o.segment_seconds < 0.5 or o.pictures < 64 or o.held_out < 2:
-        raise ValueError(f"segment_seconds={o.segment_seconds}, pictures={o.pictures}, held_out={o.held_out}: needs at "
-                         "least 0.5 s, 64 pictures and 2 clips")
+        raise ValueError(
+            f"segment_seconds={o.segment_seconds}, pictures={o.pictures}, held_out={o.held_out}: "
+            "needs at "
+            "least 0.5 s, 64 pictures and 2 clips"
+        )
     torch.manual_seed(recipe.training.seed)
-    return {"recogniser": _recogniser, "face_reader": _face_reader, "lip_network": _lip_network}[o.judge](o)
+    return {"recogniser": _recogniser, "face_reader": _face_reader, "lip_network": _lip_network}[
+        o.judge
+    ](o)
 
 
 def _banks(o: JudgeOptions) -> tuple[SpeechBank, SpeechBank]:
@@ -101,22 +112,41 @@ def _saved(kind: type[Any], folder: str | None) -> Any:
 
 def _recogniser(o: JudgeOptions) -> Task:
     train, val = _banks(o)
-    model = PhoneRecogniser.from_pretrained(o.start_from) if o.start_from else PhoneRecogniser(inventory()[0])
-    return RecogniserTask(model, SpokenSegments(train, o.segment_seconds), val, _saved(AVAudioVAE, o.audio_vae),
-                          _saved(AVVocoder, o.vocoder), o.codec_share)
+    model = (
+        PhoneRecogniser.from_pretrained(o.start_from)
+        if o.start_from
+        else PhoneRecogniser(inventory()[0])
+    )
+    return RecogniserTask(
+        model,
+        SpokenSegments(train, o.segment_seconds),
+        val,
+        _saved(AVAudioVAE, o.audio_vae),
+        _saved(AVVocoder, o.vocoder),
+        o.codec_share,
+    )
 
 
 def _face_reader(o: JudgeOptions) -> Task:
     cache = Path(o.cache) if o.cache else Path.home() / ".cache" / "avdiff" / "judges"
     stores = []
-    for split, count, seed in (("train", o.pictures, 0), ("val", max(64, min(1024, o.pictures // 20)), 1)):
+    for split, count, seed in (
+        ("train", o.pictures, 0),
+        ("val", max(64, min(1024, o.pictures // 20)), 1),
+    ):
         folder = cache / f"faces-{split}-{count}"
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
             FaceStore.build(folder, count, split, SpeechBank(o.bank, split, decoded=True), seed)
         stores.append(FaceStore(folder))
-    model = FaceReader.from_pretrained(o.start_from) if o.start_from else FaceReader(ATTRIBUTES, VISEMES)
-    return FaceReaderTask(model, stores[0], stores[1], _saved(AVVideoVAE, o.video_vae), o.codec_share)
+    model = (
+        FaceReader.from_pretrained(o.start_from)
+        if o.start_from
+        else FaceReader(ATTRIBUTES, VISEMES)
+    )
+    return FaceReaderTask(
+        model, stores[0], stores[1], _saved(AVVideoVAE, o.video_vae), o.codec_share
+    )
 
 
 def _lip_network(o: JudgeOptions) -> Task:
@@ -126,11 +156,17 @@ def _lip_network(o: JudgeOptions) -> Task:
 
 
 def measure(recipe: JudgeRecipe) -> dict[str, Any]:
-    """Marks of a saved judge on the test splits, written to output_dir/measured.json (see train/evaluators/report.py)."""
+    """Marks of a saved judge on the test splits, written to output_dir/measured.json (see
+    train/evaluators/report.py).
+    """
     from avdiff.train.evaluators.report import measure_judge
 
     o = recipe.data
-    codecs = _saved(AVAudioVAE, o.audio_vae), _saved(AVVocoder, o.vocoder), _saved(AVVideoVAE, o.video_vae)
+    codecs = (
+        _saved(AVAudioVAE, o.audio_vae),
+        _saved(AVVocoder, o.vocoder),
+        _saved(AVVideoVAE, o.video_vae),
+    )
     marks = measure_judge(o.judge, _saved(JUDGES[o.judge], o.measure), o.bank, *codecs)
     folder = Path(recipe.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +177,9 @@ def measure(recipe: JudgeRecipe) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> FitSummary | dict[str, Any] | None:
-    """Command line: [RECIPE.toml] --judge recogniser|face_reader|lip_network --output_dir DIR [--option value]..."""
+    """Command line: [RECIPE.toml] --judge recogniser|face_reader|lip_network --output_dir DIR
+    [--option value]...
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(f"{main.__doc__}\n\n{help_text(JudgeRecipe)}")
@@ -153,7 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> FitSummary | dict[str, Any] 
         print(json.dumps(marks, indent=1))
         return marks
     summary = fit(setup(recipe), recipe.training)
-    print(f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: {recipe.training.output_dir}")
+    print(
+        f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: "
+        f"{recipe.training.output_dir}"
+    )
     return summary
 
 

@@ -1,7 +1,8 @@
-"""Which letter makes which sound: monotonic alignment of spelt words with their phonemes, by hard EM.
+"""Which letter makes which sound: monotonic alignment of spelt words with their phonemes, by hard
+EM.
 
-Every letter gets a chunk of zero to three phoneme units; a unit is a phone with its marks. As in many-to-many aligners
-(Jiampojamarn et al. 2007), with one letter at a time.
+Every letter gets a chunk of zero to three phoneme units; a unit is a phone with its marks. As in
+many-to-many aligners (Jiampojamarn et al. 2007), with one letter at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Pair = tuple[str, str]
 
 
 def align_words(pairs: Sequence[Pair], rounds: int = 5) -> list[list[str] | None]:
-    """For each (word, phonemes) a chunk per letter; None where there are more units than letters can hold."""
+    """For each (word, phonemes) a chunk per letter; None where there are more units than letters
+    can hold.
+    """
     units = [UNITS.findall(phonemes) for _, phonemes in pairs]
     costs = _first_costs(pairs, units)
     aligned: list[list[str] | None] = []
@@ -52,7 +55,12 @@ def _first_costs(pairs: Sequence[Pair], units: Sequence[list[str]]) -> _Costs:
         if len(word) == len(us):
             for letter, unit in zip(word, us, strict=True):
                 counts[letter][unit] += 1
-    return _Costs({letter: Counter({c: n for c, n in chunks.items() if n > 1}) for letter, chunks in counts.items()})
+    return _Costs(
+        {
+            letter: Counter({c: n for c, n in chunks.items() if n > 1})
+            for letter, chunks in counts.items()
+        }
+    )
 
 
 def _costs(pairs: Sequence[Pair], aligned: Sequence[list[str] | None]) -> _Costs:
@@ -65,14 +73,16 @@ def _costs(pairs: Sequence[Pair], aligned: Sequence[list[str] | None]) -> _Costs
 
 def _best(word: str, units: list[str], cost: _Costs) -> list[str] | None:
     """Cheapest alignment by dynamic programming over (letters, units) used."""
-    n, m = len(word), len(units)
+    n = len(word)
+    m = len(units)
     if m > MOST * n or n == 0:
         return None
     slope = m / n
     reach: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for i, letter in enumerate(word, 1):
         after: dict[int, tuple[float, tuple[int, ...]]] = {}
-        low, high = i * slope - BAND, i * slope + BAND
+        low = i * slope - BAND
+        high = i * slope + BAND
         for j, (price, path) in reach.items():
             for k in range(MOST + 1):
                 end = j + k

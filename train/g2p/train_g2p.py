@@ -1,12 +1,15 @@
-"""Train the pronunciation reader: letters -> phonemes, phones -> seconds, and the forms that words take in sentences.
+"""Train the pronunciation reader: letters -> phonemes, phones -> seconds, and the forms that words
+take in sentences.
 
-    python -m avdiff.train.g2p.train_g2p words --output_dir RUN_W       # the network with its memory, on the lexicon alone
-    python -m avdiff.train.g2p.train_g2p times --bank BANK --output_dir RUN_T
-    python -m avdiff.train.g2p.train_g2p ship --words RUN_W/final/reader --times RUN_T/final/timer    # half precision, bundled
-    python -m avdiff.train.g2p.train_g2p forms --bank BANK              # words in sentences -> avdiff/bundled/lexicon/forms
-    python -m avdiff.train.g2p.train_g2p score --bank BANK --json OUT
+    python -m avdiff.train.g2p.train_g2p words --output_dir RUN_W       # the network with its
+    memory, on the lexicon alone python -m avdiff.train.g2p.train_g2p times --bank BANK --output_dir
+    RUN_T python -m avdiff.train.g2p.train_g2p ship --words RUN_W/final/reader --times
+    RUN_T/final/timer    # half precision, bundled python -m avdiff.train.g2p.train_g2p forms --bank
+    BANK              # words in sentences -> avdiff/bundled/lexicon/forms python -m
+    avdiff.train.g2p.train_g2p score --bank BANK --json OUT
 
-Words are held out by hash: one in twenty for the score and one in twenty for validation; neither is ever trained.
+Words are held out by hash: one in twenty for the score and one in twenty for validation; neither is
+ever trained.
 """
 
 from __future__ import annotations
@@ -47,11 +50,15 @@ from avdiff.train.loop.fit import FitOptions, FitSummary, Loss, Task, fit
 from avdiff.train.loop.sparse_optim import RowAdagrad
 
 SPELT = ("en", "es", "fr", "hi", "it", "pt")
-# Per epoch. Spanish and Portuguese spelling is nearly regular; English is the hardest, Hindi has the fewest words.
+# Per epoch. Spanish and Portuguese spelling is nearly regular; English is the hardest, Hindi has
+# the fewest words.
 REPEATS = {"en": 3, "hi": 3, "fr": 2, "it": 2}
 PACK = 16  # words of an item
 RARE = 3  # chunks seen less often are left out
-TABLE_LR, TABLE_DROPOUT = 0.08, 0.25  # the memory is missed by a quarter of the words, so that the rules are learnt too
+TABLE_LR, TABLE_DROPOUT = (
+    0.08,
+    0.25,
+)  # the memory is missed by a quarter of the words, so that the rules are learnt too
 MEMORIES = ("trained", "off", "frozen", "shuffled")
 
 
@@ -72,37 +79,54 @@ class Spelling:
 
 
 def load_spellings(cache: Path, languages: Sequence[str] = SPELT) -> list[Spelling]:
-    """All lexicon words of alphabetic languages, aligned; the alignment takes three minutes and is kept in `cache`."""
+    """All lexicon words of alphabetic languages, aligned; the alignment takes three minutes and is
+    kept in `cache`.
+    """
     if not cache.exists():
         rows = []
         for language in languages:
             words = load_lexicon(language).words
             pairs = [(w, p.replace(" ", "")) for w, p in words.items()]
-            rows += [(w, language, p, c) for (w, p), c in zip(pairs, align_words(pairs), strict=True)]
+            rows += [
+                (w, language, p, c) for (w, p), c in zip(pairs, align_words(pairs), strict=True)
+            ]
         cache.parent.mkdir(parents=True, exist_ok=True)
         draft = cache.with_suffix(f".{os.getpid()}.tmp")
         draft.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf8")
         os.replace(draft, cache)
-    return [Spelling(w, x, p, None if c is None else tuple(c)) for w, x, p, c in json.loads(cache.read_text("utf8"))]
+    return [
+        Spelling(w, x, p, None if c is None else tuple(c))
+        for w, x, p, c in json.loads(cache.read_text("utf8"))
+    ]
 
 
 def pack(spellings: Sequence[Spelling], seed: int) -> list[list[Spelling]]:
-    """Random packs of words of nearly equal length: no padding, and one item of the data loader for sixteen words."""
+    """Random packs of words of nearly equal length: no padding, and one item of the data loader for
+    sixteen words.
+    """
     order = torch.randperm(len(spellings), generator=torch.Generator().manual_seed(seed)).tolist()
     by_length: dict[int, list[Spelling]] = defaultdict(list)
     for i in order:
         by_length[min(max(len(spellings[i].word), 4), 15) // 2 * 2].append(spellings[i])
-    return [words[i : i + PACK] for _, words in sorted(by_length.items()) for i in range(0, len(words), PACK)]
+    return [
+        words[i : i + PACK]
+        for _, words in sorted(by_length.items())
+        for i in range(0, len(words), PACK)
+    ]
 
 
 class WordTask(Task):
-    """Letters -> chunks, teacher-forced; the memory's table is trained by gathered rows after each step.
+    """Letters -> chunks, teacher-forced; the memory's table is trained by gathered rows after each
+    step.
 
     Args:
-        memory: "trained"; or a control: "off", "frozen" (random rows), "shuffled" (each word reads another's rows).
+        memory: "trained"; or a control: "off", "frozen" (random rows), "shuffled" (each word reads
+            another's rows).
     """
 
-    def __init__(self, spellings: Sequence[Spelling], memory: str = "trained", seed: int = 0, **config: Any) -> None:
+    def __init__(
+        self, spellings: Sequence[Spelling], memory: str = "trained", seed: int = 0, **config: Any
+    ) -> None:
         if memory not in MEMORIES:
             raise ValueError(f"memory={memory!r}: needs one of {', '.join(MEMORIES)}")
         train = [s for s in spellings if fold(s.word, s.language) == "train" and s.chunks]
@@ -119,25 +143,42 @@ class WordTask(Task):
         self.groups = [min(max(len(p[0].word), 4), 15) // 2 for p in self.dataset]
         self.held_out = [s for s in spellings if fold(s.word, s.language) == "val"]
         self.memory = memory
-        self.rows = RowAdagrad([self.reader.memory.table], TABLE_LR) if memory in ("trained", "shuffled") else None
+        self.rows = (
+            RowAdagrad([self.reader.memory.table], TABLE_LR)
+            if memory in ("trained", "shuffled")
+            else None
+        )
         self.collate = self._collate
 
     def _collate(self, packs: list[list[Spelling]]) -> dict[str, torch.Tensor]:
         items = [s for p in packs for s in p]
-        letters, languages = self.reader.encode_words([s.word for s in items], [s.language for s in items])
+        letters, languages = self.reader.encode_words(
+            [s.word for s in items], [s.language for s in items]
+        )
         rows = [torch.tensor([self.chunk_ids[c] for c in s.chunks or ()]) for s in items]
-        return {"letters": letters, "languages": languages, "chunks": pad_sequence(rows, batch_first=True)}
+        return {
+            "letters": letters,
+            "languages": languages,
+            "chunks": pad_sequence(rows, batch_first=True),
+        }
 
     def loss(self, batch: dict[str, torch.Tensor], phase: str, generator: torch.Generator) -> Loss:
         """Cross-entropy of each letter's chunk."""
-        letters, languages, chunks = batch["letters"], batch["languages"], batch["chunks"]
+        letters = batch["letters"]
+        languages = batch["languages"]
+        chunks = batch["chunks"]
         read = self.read(letters, languages)
         if read is not None:
-            kept = torch.rand(len(letters), 1, 1, generator=generator, device=letters.device) >= TABLE_DROPOUT
+            kept = (
+                torch.rand(len(letters), 1, 1, generator=generator, device=letters.device)
+                >= TABLE_DROPOUT
+            )
             read = MemoryRead(read.keys, read.values * kept)
         present = letters != PAD
         logits = self.reader(letters, languages, chunks, read)[present]
-        each = F.cross_entropy(logits.float(), chunks[present], reduction="none", label_smoothing=0.05)
+        each = F.cross_entropy(
+            logits.float(), chunks[present], reduction="none", label_smoothing=0.05
+        )
         return Loss(each.mean(), {"chunk": each})
 
     def read(self, letters: torch.Tensor, languages: torch.Tensor) -> MemoryRead | None:
@@ -172,7 +213,11 @@ class WordTask(Task):
 
     def settings(self) -> dict[str, Any]:
         """What must not change on resume."""
-        return {"packs": len(self.dataset), "memory": self.memory, "letters": self.reader.config.letters}
+        return {
+            "packs": len(self.dataset),
+            "memory": self.memory,
+            "letters": self.reader.config.letters,
+        }
 
 
 @torch.no_grad()
@@ -183,10 +228,14 @@ def word_scores(task: WordTask, spellings: Sequence[Spelling]) -> dict[str, floa
     inventory_ = task.reader.config.chunks
     for i in range(0, len(order), 256):
         part = order[i : i + 256]
-        letters, languages = task.reader.encode_words([s.word for s in part], [s.language for s in part])
+        letters, languages = task.reader.encode_words(
+            [s.word for s in part], [s.language for s in part]
+        )
         rows = task.reader.spell(letters, languages, task.read(letters, languages)).tolist()
         for s, row in zip(part, rows, strict=True):
-            right[s.language].append("".join(inventory_[c] for c in row[: len(s.word)]) == s.phonemes)
+            right[s.language].append(
+                "".join(inventory_[c] for c in row[: len(s.word)]) == s.phonemes
+            )
     scores = {language: 100 * sum(r) / len(r) for language, r in sorted(right.items())}
     return scores | {"mean": sum(scores.values()) / len(scores)}
 
@@ -204,9 +253,12 @@ class TimeTask(Task):
 
     def _collate(self, items: list[Utterance]) -> dict[str, torch.Tensor]:
         ids, marks, seconds = map(list, zip(*(encode_timed(u) for u in items), strict=True))
-        return {"phones": pad_sequence(ids, True, len(inventory()[0])), "marks": pad_sequence(marks, True),
-                "seconds": pad_sequence(seconds, True),
-                "languages": torch.tensor([LANGUAGES.index(u.lang) for u in items])}
+        return {
+            "phones": pad_sequence(ids, True, len(inventory()[0])),
+            "marks": pad_sequence(marks, True),
+            "seconds": pad_sequence(seconds, True),
+            "languages": torch.tensor([LANGUAGES.index(u.lang) for u in items]),
+        }
 
     def loss(self, batch: dict[str, torch.Tensor], phase: str, generator: torch.Generator) -> Loss:
         """L1 between logs: the median length."""
@@ -217,18 +269,26 @@ class TimeTask(Task):
 
     def validate(self) -> dict[str, float]:
         """Mean error in log seconds and correlation, on sentences never trained."""
-        predicted, true = [], []
+        predicted = []
+        true = []
         for i in range(0, len(self.held_out), 64):
             batch = self._collate(self.held_out[i : i + 64])
             known = batch["seconds"] > 0
-            predicted.append(self.timer(batch["phones"], batch["marks"], batch["languages"]).float()[known])
+            predicted.append(
+                self.timer(batch["phones"], batch["marks"], batch["languages"]).float()[known]
+            )
             true.append(batch["seconds"][known].log())
         both = torch.stack([torch.cat(predicted), torch.cat(true)])
-        return {"error": float((both[0] - both[1]).abs().mean()), "r": float(torch.corrcoef(both)[0, 1])}
+        return {
+            "error": float((both[0] - both[1]).abs().mean()),
+            "r": float(torch.corrcoef(both)[0, 1]),
+        }
 
 
 def encode_timed(utterance: Utterance) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Phone ids, marks and seconds at natural speed (P,); 0 for the silence at both ends, which is not spoken."""
+    """Phone ids, marks and seconds at natural speed (P,); 0 for the silence at both ends, which is
+    not spoken.
+    """
     ids, marks = encode_phones(utterance.phones)
     seconds = torch.tensor([max(p.end - p.start, 0.01) * utterance.speed for p in utterance.phones])
     seconds[0] = seconds[-1] = 0.0
@@ -239,7 +299,11 @@ def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Every fit option as a flag, with this recipe's defaults."""
     for option in fields(FitOptions):
         default = defaults.get(option.name, option.default)
-        kind = type(default) if isinstance(default, (int, float, str)) and not isinstance(default, bool) else str
+        kind = (
+            type(default)
+            if isinstance(default, (int, float, str)) and not isinstance(default, bool)
+            else str
+        )
         parser.add_argument(f"--{option.name}", type=kind, default=default)
 
 
@@ -251,18 +315,26 @@ def options_from(arguments: argparse.Namespace) -> FitOptions:
 def train_words(arguments: argparse.Namespace) -> FitSummary:
     """The recipe of the word network."""
     options = options_from(arguments)
-    task = WordTask(load_spellings(Path(arguments.cache)), arguments.memory, options.seed,
-                    constant_gate=arguments.constant_gate)
+    task = WordTask(
+        load_spellings(Path(arguments.cache)),
+        arguments.memory,
+        options.seed,
+        constant_gate=arguments.constant_gate,
+    )
     task.peak_lr = options.learning_rate
     network = sum(p.numel() for p in task.reader.parameters())
-    print(f"network {network:,} parameters, memory {task.reader.memory.table.num_rows:,} rows, "
-          f"{len(task.dataset):,} packs of {PACK} words")
+    print(
+        f"network {network:,} parameters, memory {task.reader.memory.table.num_rows:,} rows, "
+        f"{len(task.dataset):,} packs of {PACK} words"
+    )
     return fit(task, options)
 
 
 def train_times(arguments: argparse.Namespace) -> FitSummary:
     """The recipe of the lengths."""
-    return fit(TimeTask(SpeechBank(arguments.bank, decoded=True), arguments.seed), options_from(arguments))
+    return fit(
+        TimeTask(SpeechBank(arguments.bank, decoded=True), arguments.seed), options_from(arguments)
+    )
 
 
 def ship(arguments: argparse.Namespace) -> None:
@@ -275,7 +347,8 @@ def ship(arguments: argparse.Namespace) -> None:
 
 def write_all_forms(arguments: argparse.Namespace) -> None:
     """Mine the training sentences; the older forms are out of the way meanwhile."""
-    train, networks = SpeechBank(arguments.bank, "train"), Networks.load()
+    train = SpeechBank(arguments.bank, "train")
+    networks = Networks.load()
     for language in MINED:
         forms = mine_forms(train, language, networks)
         write_forms(LEXICON / "forms", language, forms)
@@ -283,7 +356,9 @@ def write_all_forms(arguments: argparse.Namespace) -> None:
 
 
 def score(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The numbers of the model card: words held out, sentences of the bank's test split, lengths, speed."""
+    """The numbers of the model card: words held out, sentences of the bank's test split, lengths,
+    speed.
+    """
     networks = Networks.load()
     held_out = [(w, x) for x in SPELT for w in load_lexicon(x).words if fold(w, x) == "test"]
     right: dict[str, list[bool]] = defaultdict(list)
@@ -291,18 +366,32 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.process_time()
     for language in SPELT:
         words = [w for w, x in held_out if x == language]
-        others = {w: p for w, p in load_lexicon(language).words.items() if fold(w, language) == "train"}
+        others = {
+            w: p for w, p in load_lexicon(language).words.items() if fold(w, language) == "train"
+        }
         for word, phonemes in zip(words, networks.spell(words, language), strict=True):
-            alone[language].append(phonemes == (load_lexicon(language).find(word) or "").replace(" ", ""))
+            alone[language].append(
+                phonemes == (load_lexicon(language).find(word) or "").replace(" ", "")
+            )
             phonemes = (english_plural(word, others) if language == "en" else None) or phonemes
-            right[language].append(phonemes == (load_lexicon(language).find(word) or "").replace(" ", ""))
+            right[language].append(
+                phonemes == (load_lexicon(language).find(word) or "").replace(" ", "")
+            )
     speed = len(held_out) / (time.process_time() - began)
     bank = SpeechBank(arguments.bank)
-    errors = [reading_error(read(u.text, u.lang, networks=networks), u) for u in bank if u.split == "test"]
-    result = {"held_out_words": {x: round(100 * sum(r) / len(r), 2) for x, r in right.items()},
-              "by_the_network_alone": {x: round(100 * sum(r) / len(r), 2) for x, r in alone.items()},
-              "words_per_cpu_second": round(speed), "sentences": sentence_scores(bank, networks),
-              "length_error": {"mean": sum(errors) / len(errors), "absolute": sum(map(abs, errors)) / len(errors)}}
+    errors = [
+        reading_error(read(u.text, u.lang, networks=networks), u) for u in bank if u.split == "test"
+    ]
+    result = {
+        "held_out_words": {x: round(100 * sum(r) / len(r), 2) for x, r in right.items()},
+        "by_the_network_alone": {x: round(100 * sum(r) / len(r), 2) for x, r in alone.items()},
+        "words_per_cpu_second": round(speed),
+        "sentences": sentence_scores(bank, networks),
+        "length_error": {
+            "mean": sum(errors) / len(errors),
+            "absolute": sum(map(abs, errors)) / len(errors),
+        },
+    }
     print(json.dumps(result, indent=1))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1), encoding="utf8")
@@ -314,26 +403,53 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the pronunciation reader.")
     commands = parser.add_subparsers(dest="command", required=True)
     words = commands.add_parser("words")
-    add_options(words, max_train_steps=9000, train_batch_size=8, learning_rate=2e-3, lr_warmup_steps=200,
-                ema_decay=0.998, validation_steps=1000, checkpointing_steps=500, log_every=100,
-                resume_from_checkpoint="latest", mixed_precision="auto")
+    add_options(
+        words,
+        max_train_steps=9000,
+        train_batch_size=8,
+        learning_rate=2e-3,
+        lr_warmup_steps=200,
+        ema_decay=0.998,
+        validation_steps=1000,
+        checkpointing_steps=500,
+        log_every=100,
+        resume_from_checkpoint="latest",
+        mixed_precision="auto",
+    )
     words.add_argument("--memory", choices=MEMORIES, default="trained")
     words.add_argument("--constant_gate", type=float, default=None)
-    words.add_argument("--cache", default=str(Path.home() / ".cache" / "avdiff" / "reader" / "aligned.json"))
+    words.add_argument(
+        "--cache", default=str(Path.home() / ".cache" / "avdiff" / "reader" / "aligned.json")
+    )
     times = commands.add_parser("times")
-    add_options(times, max_train_steps=2000, train_batch_size=32, learning_rate=3e-3, lr_warmup_steps=100,
-                ema_decay=0.995, validation_steps=500, checkpointing_steps=1000, log_every=100,
-                resume_from_checkpoint="latest")
+    add_options(
+        times,
+        max_train_steps=2000,
+        train_batch_size=32,
+        learning_rate=3e-3,
+        lr_warmup_steps=100,
+        ema_decay=0.995,
+        validation_steps=500,
+        checkpointing_steps=1000,
+        log_every=100,
+        resume_from_checkpoint="latest",
+    )
     ship_ = commands.add_parser("ship")
     ship_.add_argument("--words", required=True)
     ship_.add_argument("--times", required=True)
-    forms, score_ = commands.add_parser("forms"), commands.add_parser("score")
+    forms = commands.add_parser("forms")
+    score_ = commands.add_parser("score")
     score_.add_argument("--json", default=None)
     for sub in (times, forms, score_):
         sub.add_argument("--bank", default=None)
     arguments = parser.parse_args(None if argv is None else list(argv))
-    {"words": train_words, "times": train_times, "ship": ship, "forms": write_all_forms, "score": score}[
-        arguments.command](arguments)
+    {
+        "words": train_words,
+        "times": train_times,
+        "ship": ship,
+        "forms": write_all_forms,
+        "score": score,
+    }[arguments.command](arguments)
 
 
 if __name__ == "__main__":

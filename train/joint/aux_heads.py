@@ -1,7 +1,9 @@
-"""Representation heads: from the middle block, say which phoneme sounds and which viseme shows. Labels are exact.
+"""Representation heads: from the middle block, say which phoneme sounds and which viseme shows.
+Labels are exact.
 
-A corpus that was drawn from timed phones knows both at every moment, so no foreign network has to be matched (as REPA,
-arXiv 2410.06940, does with one); the heads are dropped at export. Off by default.
+A corpus that was drawn from timed phones knows both at every moment, so no foreign network has to
+be matched (as REPA, arXiv 2410.06940, does with one); the heads are dropped at export. Off by
+default.
 """
 
 from __future__ import annotations
@@ -26,28 +28,42 @@ class Heads(nn.Module):
     """Linear readers of one block's output.
 
     Args:
-        transformer: whose widths and clock they follow. phoneme_weight, viseme_weight: of the two losses; 0 is off.
+        transformer: whose widths and clock they follow. phoneme_weight, viseme_weight: of the two
+            losses; 0 is off.
     """
 
-    def __init__(self, transformer: AVTransformer, phoneme_weight: float, viseme_weight: float) -> None:
+    def __init__(
+        self, transformer: AVTransformer, phoneme_weight: float, viseme_weight: float
+    ) -> None:
         super().__init__()
         c = transformer.config
         self.weights = {"phoneme": phoneme_weight, "viseme": viseme_weight}
-        self.mels, self.layer = c.mels_per_token, (len(transformer.transformer_blocks) - 1) // 2
+        self.mels = c.mels_per_token
+        self.layer = (len(transformer.transformer_blocks) - 1) // 2
         self.phoneme = nn.Linear(c.audio_dim, c.num_phonemes) if phoneme_weight else None
         self.viseme = nn.Linear(c.video_dim, len(VISEMES)) if viseme_weight else None
 
-    def forward(self, video: torch.Tensor | None, audio: torch.Tensor | None, script: Script, positions: Positions,
-                ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Cross-entropy of each head, scalars; rows without a script do not count. video (B, N_v, D_v), audio with
-        ticks behind it (B, >= N_a, D_a): outputs of block `layer`."""
+    def forward(
+        self,
+        video: torch.Tensor | None,
+        audio: torch.Tensor | None,
+        script: Script,
+        positions: Positions,
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy of each head, scalars; rows without a script do not count. video (B, N_v,
+        D_v), audio with ticks behind it (B, >= N_a, D_a): outputs of block `layer`.
+        """
         losses = {}
         if self.phoneme is not None and audio is not None:
             said = self.phoneme(rms_norm(audio[:, : len(positions.audio)]))
             losses["phoneme"] = _entropy(said, phoneme_labels(script, self.mels))
         if self.viseme is not None and video is not None:
-            frames = video.unflatten(1, (positions.grid[0], -1)).mean(2)  # (B, T, D): a mouth is no single token
-            losses["viseme"] = _entropy(self.viseme(rms_norm(frames)), viseme_labels(script, positions))
+            frames = video.unflatten(1, (positions.grid[0], -1)).mean(
+                2
+            )  # (B, T, D): a mouth is no single token
+            losses["viseme"] = _entropy(
+                self.viseme(rms_norm(frames)), viseme_labels(script, positions)
+            )
         return losses
 
     def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -74,7 +90,9 @@ def _masked(labels: torch.Tensor, script: Script) -> torch.Tensor:
 
 
 def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 

@@ -1,4 +1,6 @@
-"""What a run starts from: a preset with changes, or a pipeline; and what can be refused before either is loaded."""
+"""What a run starts from: a preset with changes, or a pipeline; and what can be refused before
+either is loaded.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,15 @@ def preset_config(recipe: Recipe) -> dict[str, Any]:
     config = {n: p.default for n, p in own.items() if n != "self"} | presets.PRESETS[model.preset]()
     for name in model.preset_changes:
         if not isinstance(config.get(name), int | float):
-            raise ValueError(f"preset_changes: {name!r} is no number of AVTransformer, such as num_layers or video_dim")
+            raise ValueError(
+                f"preset_changes: {name!r} is no number of AVTransformer, such as num_layers or "
+                "video_dim"
+            )
     config |= {name: type(config[name])(value) for name, value in model.preset_changes.items()}
-    for name, last in (("shared_layers", config["num_layers"] - 1), ("memory_layers", config["num_layers"])):
+    for name, last in (
+        ("shared_layers", config["num_layers"] - 1),
+        ("memory_layers", config["num_layers"]),
+    ):
         config[name] = tuple(i for i in config[name] if i < last)
     return config
 
@@ -51,15 +59,20 @@ def from_preset(recipe: Recipe) -> AVTransformer:
 def from_folder(base: str) -> tuple[AVTransformer, CaptionEncoder, Any]:
     """Transformer, caption encoder and tokenizer of a pipeline folder or hub name."""
     from transformers import AutoTokenizer
-    return (AVTransformer.from_pretrained(base, subfolder="transformer"),
-            CaptionEncoder.from_pretrained(base, subfolder="text_encoder"),
-            AutoTokenizer.from_pretrained(base, subfolder="tokenizer"))
+
+    return (
+        AVTransformer.from_pretrained(base, subfolder="transformer"),
+        CaptionEncoder.from_pretrained(base, subfolder="text_encoder"),
+        AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
+    )
 
 
 def with_path(recipe: Recipe) -> Recipe:
-    """The recipe with what it leaves open of the way from noise to data (time shifts, correlation of frames): as the
-    teacher walks it, else the model that the run starts from."""
-    o, base = recipe.objective, recipe.distillation.teacher or recipe.model.pretrained_model_name_or_path
+    """The recipe with what it leaves open of the way from noise to data (time shifts, correlation
+    of frames): as the teacher walks it, else the model that the run starts from.
+    """
+    o = recipe.objective
+    base = recipe.distillation.teacher or recipe.model.pretrained_model_name_or_path
     if base is None or all(getattr(o, name) is not None for name in PATH):
         return recipe
     try:
@@ -76,24 +89,42 @@ def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:
     Raises:
         ValueError: one sentence that names the option and the fix.
     """
-    o, model = recipe.training, recipe.model
+    o = recipe.training
+    model = recipe.model
     if o.report_to and o.report_to not in LOGGER_TYPE_TO_CLASS:
-        raise ValueError(f"report_to={o.report_to!r}: needs one of {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+        raise ValueError(
+            f"report_to={o.report_to!r}: needs one of {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
+        )
     if recipe.rates.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise ValueError("optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; "
-                         "`pip install bitsandbytes` or choose adamw")
+        raise ValueError(
+            "optimizer='adamw8bit': needs the package bitsandbytes, which is not installed; "
+            "`pip install bitsandbytes` or choose adamw"
+        )
     local = model.codecs is not None and Path(model.codecs).is_dir()
-    missing = [name for name in CODECS if local and not (Path(str(model.codecs)) / name / "config.json").is_file()]
+    missing = [
+        name
+        for name in CODECS
+        if local and not (Path(str(model.codecs)) / name / "config.json").is_file()
+    ]
     if missing:
-        raise ValueError(f"codecs={model.codecs}: has no {missing[0]} in it; needs a folder with {', '.join(CODECS)}")
+        raise ValueError(
+            f"codecs={model.codecs}: has no {missing[0]} in it; needs a folder with "
+            f"{', '.join(CODECS)}"
+        )
     clips = TrainingClips(caches[0], None)
     Feed(clips, None, o.train_batch_size, o.gradient_accumulation_steps, groups=clips.groups())
     base = model.pretrained_model_name_or_path
     try:
-        config = preset_config(recipe) if base is None else AVTransformer.load_config(base, subfolder="transformer")
+        config = (
+            preset_config(recipe)
+            if base is None
+            else AVTransformer.load_config(base, subfolder="transformer")
+        )
     except OSError as error:
-        raise ValueError(f"pretrained_model_name_or_path={base}: needs the folder or hub name of a pipeline "
-                         f"({' '.join(str(error).split())})") from error
+        raise ValueError(
+            f"pretrained_model_name_or_path={base}: needs the folder or hub name of a pipeline "
+            f"({' '.join(str(error).split())})"
+        ) from error
     for name, cache in zip(("train_data", "validation_data"), caches, strict=False):
         if len(cache):
             _refuse_foreign_latents(name, cache, config)
@@ -101,13 +132,18 @@ def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:
         for index in range(len(caches[0])):
             record = caches[0].items[index][1]
             if not any(c.strip() for c in record.get("captions") or [record.get("caption") or ""]):
-                raise ValueError(f"train_data: clip {index} ({record.get('name', record.get('kind', 'clip'))}) has no "
-                                 "caption; write one and cache it again, or set caption_dropout=1")
+                raise ValueError(
+                    f"train_data: clip {index} ({record.get('name', record.get('kind', 'clip'))}) "
+                    "has no "
+                    "caption; write one and cache it again, or set caption_dropout=1"
+                )
 
 
 def _refuse_foreign_latents(name: str, cache: Any, config: Any) -> None:
     item = cache[0]
     for m in MODALITIES:
         if m in item and item[m].shape[-1] != config[f"{m}_channels"]:
-            raise ValueError(f"{name}: holds {m} of {item[m].shape[-1]} values a token, the model takes "
-                             f"{config[f'{m}_channels']}; cache the clips with the codecs of this model")
+            raise ValueError(
+                f"{name}: holds {m} of {item[m].shape[-1]} values a token, the model takes "
+                f"{config[f'{m}_channels']}; cache the clips with the codecs of this model"
+            )

@@ -1,4 +1,6 @@
-"""Audio cannot fail silently: what the numbers of a run say when a modality or a branch stops learning."""
+"""Audio cannot fail silently: what the numbers of a run say when a modality or a branch stops
+learning.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ class Watch:
     """Reads each log line and warns once per trouble, again only after it went away.
 
     Args:
-        modalities: those that are trained. branches: those with trainable weights; both are expected to learn.
+        modalities: those that are trained. branches: those with trainable weights; both are
+            expected to learn.
     """
 
     def __init__(self, modalities: Iterable[str], branches: Iterable[str]) -> None:
-        self.modalities, self.branches = tuple(modalities), tuple(branches)
+        self.modalities = tuple(modalities)
+        self.branches = tuple(branches)
         self._usual: dict[str, float] = {}
         self._bad: dict[str, int] = {}
 
@@ -26,13 +30,19 @@ class Watch:
             share = values.get(f"supervised/{m}", 0.0)
             usual = self._usual.setdefault(m, share)
             if self._lasting(f"share {m}", share < 0.5 * usual or share == 0):
-                said.append(f"{m} supervision fell to {share:.0%} of the tokens (it was {usual:.0%}): check that clips "
-                            f"still come with {m} and that the task mix generates it")
+                said.append(
+                    f"{m} supervision fell to {share:.0%} of the tokens (it was {usual:.0%}): "
+                    "check that clips "
+                    f"still come with {m} and that the task mix generates it"
+                )
             else:
                 self._usual[m] = 0.9 * usual + 0.1 * share
         for b in self.branches:
             if self._lasting(f"gradient {b}", not values.get(f"grad_norm/{b}", 0.0) > 0):
-                said.append(f"the {b} branch gets no gradient: it is trainable, but nothing in the loss reaches it")
+                said.append(
+                    f"the {b} branch gets no gradient: it is trainable, but nothing in the loss "
+                    "reaches it"
+                )
             key = f"adapter_norm/{b}"
             if key in values and self._lasting(key, values[key] == 0):
                 said.append(f"the adapter of the {b} branch is still zero: it learns nothing")

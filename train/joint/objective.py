@@ -1,7 +1,9 @@
-"""The joint flow-matching objective: what is noised, what is given, and what each row of each modality costs.
+"""The joint flow-matching objective: what is noised, what is given, and what each row of each
+modality costs.
 
-z_t = (1 - t) x + t eps. The network estimates x; the loss is that of the velocity v = eps - x, so an error of x counts
-1 / t^2 (v_hat - v = (x - x_hat) / t), with t floored so that nearly clean rows do not drown the rest.
+z_t = (1 - t) x + t eps. The network estimates x; the loss is that of the velocity v = eps - x, so
+an error of x counts 1 / t^2 (v_hat - v = (x - x_hat) / t), with t floored so that nearly clean rows
+do not drown the rest.
 
 Shape legend: B rows, N tokens of a modality, C values per token.
 """
@@ -30,9 +32,10 @@ class Noised:
     """One micro-batch on its way into the network.
 
     Args:
-        noisy: tokens (B, N, C). noise: the eps they were mixed with. levels: noise level of each row (B,).
-        sigmas: what the network is told: (B,), or (B, N) where some tokens are given. wanted: (B, N) bool, tokens that
-            are to be learned; given ones are False and have level 0.
+        noisy: tokens (B, N, C). noise: the eps they were mixed with. levels: noise level of each
+            row (B,).
+        sigmas: what the network is told: (B,), or (B, N) where some tokens are given. wanted: (B,
+            N) bool, tokens that are to be learned; given ones are False and have level 0.
     """
 
     noisy: Joint[torch.Tensor]
@@ -43,7 +46,9 @@ class Noised:
 
 
 def draw_structure(tasks: Mapping[str, float], generator: torch.Generator) -> str:
-    """What a micro-batch is: "together", or one of "t2v", "t2a", "isolated", by the shares of the tasks."""
+    """What a micro-batch is: "together", or one of "t2v", "t2a", "isolated", by the shares of the
+    tasks.
+    """
     names = ("together", *APART)
     shares = [sum(tasks.get(t, 0.0) for t in TOGETHER), *(tasks.get(t, 0.0) for t in APART)]
     return names[int(torch.multinomial(torch.tensor(shares), 1, generator=generator))]
@@ -55,15 +60,21 @@ def draw_task(tasks: Mapping[str, float], generator: torch.Generator) -> str:
     return TOGETHER[int(torch.multinomial(shares, 1, generator=generator))]
 
 
-def given_tokens(task: str, positions: Positions, generator: torch.Generator) -> Joint[torch.Tensor]:
+def given_tokens(
+    task: str, positions: Positions, generator: torch.Generator
+) -> Joint[torch.Tensor]:
     """Bool masks (N_v,), (N_a,) of the tokens that a task gives.
 
-    extend: the first 15 to 75 % of both. image: the first frame, in a quarter of the cases the last one too.
-    retake: all but a span of 20 to 60 % of picture, sound or both. inpaint: all but a rectangle, with the sound in
+    extend: the first 15 to 75 % of both. image: the first frame, in a quarter of the cases the last
+        one too.
+    retake: all but a span of 20 to 60 % of picture, sound or both. inpaint: all but a rectangle,
+        with the sound in
     half the cases.
     """
-    v, a = positions.video[:, 0].cpu(), positions.audio[:, 0].cpu()
-    no_video, no_audio = torch.zeros(len(v), dtype=torch.bool), torch.zeros(len(a), dtype=torch.bool)
+    v = positions.video[:, 0].cpu()
+    a = positions.audio[:, 0].cpu()
+    no_video = torch.zeros(len(v), dtype=torch.bool)
+    no_audio = torch.zeros(len(a), dtype=torch.bool)
     length = float(torch.cat([v, a]).max())
     p, q, r = torch.rand(3, generator=generator, device=generator.device).tolist()
     if task == "a2v":
@@ -86,11 +97,14 @@ def given_tokens(task: str, positions: Positions, generator: torch.Generator) ->
 
 
 def _outside_a_rectangle(positions: Positions, generator: torch.Generator) -> torch.Tensor:
-    """(N_v,) True outside a rectangle that covers a third to two thirds of each side, at least one token."""
+    """(N_v,) True outside a rectangle that covers a third to two thirds of each side, at least one
+    token.
+    """
     inside = torch.ones(len(positions.video), dtype=torch.bool)
     for axis in (1, 2):
         places = positions.video[:, axis].cpu()
-        low, high = float(places.min()), float(places.max())
+        low = float(places.min())
+        high = float(places.max())
         share, start = torch.rand(2, generator=generator, device=generator.device).tolist()
         size = (1 + share) / 3 * (high - low)
         begin = low + start * (high - low - size)
@@ -108,27 +122,58 @@ class Objective:
 
     def __init__(self, options: ObjectiveOptions) -> None:
         self.options = options
-        path = {name: usual if getattr(options, name) is None else getattr(options, name)
-                for name, usual in PATH.items()}
+        path = {
+            name: usual if getattr(options, name) is None else getattr(options, name)
+            for name, usual in PATH.items()
+        }
         self.scheduler = JointFlowMatchScheduler(
-            coupling=options.noise_coupling, prediction_type=options.prediction_type, **path)
+            coupling=options.noise_coupling, prediction_type=options.prediction_type, **path
+        )
 
-    def noised(self, clean: Joint[torch.Tensor], positions: Positions, generators: Sequence[torch.Generator],
-               tasks: Mapping[str, float] | None = None, time: torch.Tensor | float | None = None) -> Noised:
-        """Draw noise, level and task of each row from the row's own generator; clean tokens (B, N, C).
+    def noised(
+        self,
+        clean: Joint[torch.Tensor],
+        positions: Positions,
+        generators: Sequence[torch.Generator],
+        tasks: Mapping[str, float] | None = None,
+        time: torch.Tensor | float | None = None,
+    ) -> Noised:
+        """Draw noise, level and task of each row from the row's own generator; clean tokens (B, N,
+        C).
 
-        With `time` in (0, 1], for all rows or one for each (B,), levels are those of the sampler at this base time.
+        With `time` in (0, 1], for all rows or one for each (B,), levels are those of the sampler at
+        this base time.
         """
-        tasks = tasks if tasks is not None and any(tasks.get(t) for t in TOGETHER) else {"joint": 1.0}
-        o, both = self.options, clean.video is not None and clean.audio is not None
-        levels, noise, given = [], [], []
+        tasks = (
+            tasks if tasks is not None and any(tasks.get(t) for t in TOGETHER) else {"joint": 1.0}
+        )
+        o = self.options
+        both = clean.video is not None and clean.audio is not None
+        levels = []
+        noise = []
+        given = []
         for row, generator in enumerate(generators):
-            drawn = self.scheduler.sample_sigmas(1, generator, None, o.logit_mean, o.logit_std, o.uniform_share)
+            drawn = self.scheduler.sample_sigmas(
+                1, generator, None, o.logit_mean, o.logit_std, o.uniform_share
+            )
             if time is not None:
                 base = time[row] if isinstance(time, torch.Tensor) else torch.tensor(time)
                 drawn = self.levels_at(base.reshape(1).to(generator.device))
-            levels.append(Joint(*(getattr(drawn, m) if getattr(clean, m) is not None else None for m in MODALITIES)))
-            noise.append(clean.map(lambda x, r=row, g=generator: torch.randn(x[r].shape, generator=g, device=g.device)))
+            levels.append(
+                Joint(
+                    *(
+                        getattr(drawn, m) if getattr(clean, m) is not None else None
+                        for m in MODALITIES
+                    )
+                )
+            )
+            noise.append(
+                clean.map(
+                    lambda x, r=row, g=generator: torch.randn(
+                        x[r].shape, generator=g, device=g.device
+                    )
+                )
+            )
             task = draw_task(tasks, generator) if both and tasks != {"joint": 1.0} else "joint"
             given.append(given_tokens(task, positions, generator))
         level = levels[0].map(lambda *rows: torch.cat(rows), *levels[1:])
@@ -137,7 +182,13 @@ class Objective:
             eps = replace(eps, video=self.scheduler.share_frames(eps.video, positions.grid[0]))
         known = clean.map(lambda x, *rows: torch.stack(rows).to(x.device), *given)
         sigmas = level.map(lambda s, k: s if not k.any() else s[:, None].masked_fill(k, 0.0), known)
-        return Noised(self.scheduler.add_noise(clean, eps, sigmas), eps, level, sigmas, known.map(torch.logical_not))
+        return Noised(
+            self.scheduler.add_noise(clean, eps, sigmas),
+            eps,
+            level,
+            sigmas,
+            known.map(torch.logical_not),
+        )
 
     def levels_at(self, base: torch.Tensor) -> Joint[torch.Tensor]:
         """Noise levels (B,) of both modalities where the sampler is at base times (B,)."""
@@ -145,28 +196,42 @@ class Objective:
         audio = c.shift_video if c.coupling == "shared" else c.shift_audio
         return Joint(shift_time(base, c.shift_video), shift_time(base, audio))
 
-    def guided(self, clean: Joint[torch.Tensor], told: Joint[torch.Tensor], untold: Joint[torch.Tensor],
-               ) -> Joint[torch.Tensor]:
-        """What stands for the clean tokens (B, N, C) where guidance w is trained into the weights: x + s (x_c - x_u)
-        with s = 1 - 1/w and the network's own answers with and without text (Tang et al., arXiv 2502.12154).
+    def guided(
+        self, clean: Joint[torch.Tensor], told: Joint[torch.Tensor], untold: Joint[torch.Tensor]
+    ) -> Joint[torch.Tensor]:
+        """What stands for the clean tokens (B, N, C) where guidance w is trained into the weights:
+        x + s (x_c - x_u) with s = 1 - 1/w and the network's own answers with and without text (Tang
+        et al., arXiv 2502.12154).
 
-        At the fixed point x_c = E[x|c] + (w-1) (E[x|c] - x_u), the estimate that two passes guided by w would give.
+        At the fixed point x_c = E[x|c] + (w-1) (E[x|c] - x_u), the estimate that two passes guided
+        by w would give.
         """
         sign = -1.0 if self.options.prediction_type == "velocity" else 1.0
         scales = {m: self.options.learned_guidance.get(m, 1.0) for m in MODALITIES}
         shares = Joint(*(sign * (1 - 1 / scales[m]) for m in MODALITIES))
         return clean.map(lambda x, c, u, s: x + s * (c.detach() - u).to(x), told, untold, shares)
 
-    def row_losses(self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised) -> Joint[torch.Tensor]:
-        """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where all is given."""
+    def row_losses(
+        self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised
+    ) -> Joint[torch.Tensor]:
+        """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where
+        all is given.
+        """
         floor = self.options.loss_floor
 
-        def one(out: torch.Tensor, x: torch.Tensor, eps: torch.Tensor, level: torch.Tensor,
-                wanted: torch.Tensor) -> torch.Tensor:
+        def one(
+            out: torch.Tensor,
+            x: torch.Tensor,
+            eps: torch.Tensor,
+            level: torch.Tensor,
+            wanted: torch.Tensor,
+        ) -> torch.Tensor:
             if self.options.prediction_type == "velocity":
                 square = (out.float() - (eps - x).float()).square().mean(-1)  # (B, N)
             else:
-                square = (out.float() - x.float()).square().mean(-1) / level.clamp(min=floor)[:, None].square()
+                square = (out.float() - x.float()).square().mean(-1) / level.clamp(min=floor)[
+                    :, None
+                ].square()
             return (square * wanted).sum(1) / wanted.sum(1).clamp(min=1)
 
         return output.map(one, clean, n.noise, n.levels, n.wanted)
@@ -176,7 +241,8 @@ def parts_of(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor]:
     """For the log: loss of the rows that learned something, by modality and by noise bucket."""
     parts: dict[str, torch.Tensor] = {}
     for m, loss in losses.items():
-        wanted, level = getattr(n.wanted, m), getattr(n.levels, m)
+        wanted = getattr(n.wanted, m)
+        level = getattr(n.levels, m)
         learns = wanted.any(1)
         parts[m] = loss[learns]
         bucket = (level * BUCKETS).long().clamp(max=BUCKETS - 1)
@@ -186,16 +252,22 @@ def parts_of(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor]:
 
 
 def supervised(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor]:
-    """Share of each row's tokens that carry a loss (B,), by modality; 0 for one that took no part."""
+    """Share of each row's tokens that carry a loss (B,), by modality; 0 for one that took no
+    part.
+    """
     rows = len(next(loss for _, loss in losses.items()))
     absent = {f"supervised/{m}": torch.zeros(rows) for m in MODALITIES}
-    return absent | {f"supervised/{m}": getattr(n.wanted, m).float().mean(1) for m, _ in losses.items()}
+    return absent | {
+        f"supervised/{m}": getattr(n.wanted, m).float().mean(1) for m, _ in losses.items()
+    }
 
 
 class LossBalance(nn.Module):
-    """Weights of the modalities: a module, so that what it learns is trained and saved like the rest.
+    """Weights of the modalities: a module, so that what it learns is trained and saved like the
+    rest.
 
-    fixed: w_m. ema: w_m / running mean of L_m, scaled to the same sum. uncertainty: w_m (exp(-s_m) L_m + s_m) with
+    fixed: w_m. ema: w_m / running mean of L_m, scaled to the same sum. uncertainty: w_m (exp(-s_m)
+        L_m + s_m) with
     learned s_m (Kendall et al., arXiv 1705.07115 eq. 10, constants dropped).
     """
 
@@ -204,7 +276,8 @@ class LossBalance(nn.Module):
 
     def __init__(self, kind: str, weights: Mapping[str, float], decay: float = 0.99) -> None:
         super().__init__()
-        self.kind, self.decay = kind, decay
+        self.kind = kind
+        self.decay = decay
         self.weights = {m: float(weights.get(m, 1.0)) for m in MODALITIES}
         self.register_buffer("means", torch.ones(2))
         self.register_buffer("seen", torch.zeros(2))
@@ -216,9 +289,12 @@ class LossBalance(nn.Module):
         total = torch.zeros(())
         norm = self._norm(losses)
         for m, loss in losses.items():
-            i, weight = MODALITIES.index(m), self.weights[m]
+            i = MODALITIES.index(m)
+            weight = self.weights[m]
             if self.kind == "uncertainty":
-                total = total.to(loss) + weight * (torch.exp(-self.log_variance[i]) * loss + self.log_variance[i])
+                total = total.to(loss) + weight * (
+                    torch.exp(-self.log_variance[i]) * loss + self.log_variance[i]
+                )
             else:
                 total = total.to(loss) + weight * norm[m] * loss
         return total
@@ -243,8 +319,9 @@ class LossBalance(nn.Module):
 class RouterBalance:
     """Balance loss of the experts over the micro-batches of a step and all ranks.
 
-    Experts specialise only if balance is asked of many rows together (arXiv 2501.11873): the load that a micro-batch is
-    judged by is that of all before it in the step as well, on all ranks. Call `forget` after the step.
+    Experts specialise only if balance is asked of many rows together (arXiv 2501.11873): the load
+    that a micro-batch is judged by is that of all before it in the step as well, on all ranks. Call
+    `forget` after the step.
     """
 
     def __init__(self) -> None:
@@ -254,13 +331,18 @@ class RouterBalance:
         """Start a new step."""
         self._load.clear()
 
-    def __call__(self, routing: Sequence[torch.Tensor] | None) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Mean balance loss over layers (1 at balance) and, for the log, it and the experts' load."""
+    def __call__(
+        self, routing: Sequence[torch.Tensor] | None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Mean balance loss over layers (1 at balance) and, for the log, it and the experts'
+        load.
+        """
         if not routing:
             return None, {}
         losses = []
         for layer, data in enumerate(routing):
-            stats, key = RoutingStats(data), (len(routing), layer)
+            stats = RoutingStats(data)
+            key = (len(routing), layer)
             total = stats.all_reduce().data
             if key in self._load:
                 total = total + self._load[key]
@@ -268,6 +350,8 @@ class RouterBalance:
             losses.append(balance_loss(stats, RoutingStats(total)).mean())
         balance = torch.stack(losses).mean()
         reports = [load_report(RoutingStats(r)) for r in routing]
-        return balance, {"experts/balance": balance.detach(),
-                         "experts/max_over_mean": torch.stack([r.max_over_mean.max() for r in reports]),
-                         "experts/dead": torch.stack([r.dead.sum().float() for r in reports])}
+        return balance, {
+            "experts/balance": balance.detach(),
+            "experts/max_over_mean": torch.stack([r.max_over_mean.max() for r in reports]),
+            "experts/dead": torch.stack([r.dead.sum().float() for r in reports]),
+        }

@@ -28,8 +28,9 @@ Features = Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
 
 @dataclass(frozen=True)
 class Question:
-    """What the teacher is asked about a micro-batch: conditions of the rows and, below them, of the same rows without
-    text where guidance needs them."""
+    """What the teacher is asked about a micro-batch: conditions of the rows and, below them, of the
+    same rows without text where guidance needs them.
+    """
 
     conditions: Conditions
     isolated: bool
@@ -40,16 +41,27 @@ class Teacher:
     """A frozen model that estimates clean latents with guidance, in one batched pass.
 
     Args:
-        transformer, text_encoder, tokenizer, scheduler: of its pipeline. guidance: text scales of each modality.
-        recommended: steps and guidance that its pipeline uses by default. world: what its pipeline can make.
+        transformer, text_encoder, tokenizer, scheduler: of its pipeline. guidance: text scales of
+            each modality.
+        recommended: steps and guidance that its pipeline uses by default. world: what its pipeline
+            can make.
     """
 
-    def __init__(self, transformer: AVTransformer, text_encoder: CaptionEncoder, tokenizer: Any,
-                 scheduler: JointFlowMatchScheduler, guidance: Guidance, recommended: Mapping[str, float],
-                 world: PromptWorld | None = None) -> None:
+    def __init__(
+        self,
+        transformer: AVTransformer,
+        text_encoder: CaptionEncoder,
+        tokenizer: Any,
+        scheduler: JointFlowMatchScheduler,
+        guidance: Guidance,
+        recommended: Mapping[str, float],
+        world: PromptWorld | None = None,
+    ) -> None:
         self.transformer = transformer.requires_grad_(False).eval()
         self.text_encoder = text_encoder.requires_grad_(False).eval()
-        self.tokenizer, self.scheduler, self.guidance = tokenizer, scheduler, guidance
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self.guidance = guidance
         self.recommended = {**RECOMMENDED, **recommended}
         self.world = world
 
@@ -62,23 +74,34 @@ class Teacher:
         """
         from transformers import AutoTokenizer
 
-        d, name = recipe.distillation, str(recipe.distillation.teacher)
+        d = recipe.distillation
+        name = str(recipe.distillation.teacher)
         try:
             config = AVDiffPipeline.load_config(name)
-            parts = (AVTransformer.from_pretrained(name, subfolder="transformer"),
-                     CaptionEncoder.from_pretrained(name, subfolder="text_encoder"),
-                     AutoTokenizer.from_pretrained(name, subfolder="tokenizer"),
-                     JointFlowMatchScheduler.from_pretrained(name, subfolder="scheduler"))
+            parts = (
+                AVTransformer.from_pretrained(name, subfolder="transformer"),
+                CaptionEncoder.from_pretrained(name, subfolder="text_encoder"),
+                AutoTokenizer.from_pretrained(name, subfolder="tokenizer"),
+                JointFlowMatchScheduler.from_pretrained(name, subfolder="scheduler"),
+            )
             named = (config.get("world") or [None])[0]
             world = PromptWorld.from_pretrained(name, subfolder="world") if named else None
         except OSError as error:
-            raise ValueError(f"teacher={name}: needs the folder or hub name of a whole pipeline "
-                             f"({' '.join(str(error).split())})") from error
+            raise ValueError(
+                f"teacher={name}: needs the folder or hub name of a whole pipeline "
+                f"({' '.join(str(error).split())})"
+            ) from error
         recommended = {**RECOMMENDED, **{k: config[k] for k in RECOMMENDED if k in config}}
         wanted = (d.teacher_guidance_scale, d.teacher_audio_guidance_scale)
-        usual = [1.0, 1.0] if d.distill == "size" else [recommended[k] for k in RECOMMENDED if "guidance" in k]
+        usual = (
+            [1.0, 1.0]
+            if d.distill == "size"
+            else [recommended[k] for k in RECOMMENDED if "guidance" in k]
+        )
         scales = [u if w is None else w for w, u in zip(wanted, usual, strict=True)]
-        return cls(*parts, guidance=Guidance(text=Joint(*scales)), recommended=recommended, world=world)
+        return cls(
+            *parts, guidance=Guidance(text=Joint(*scales)), recommended=recommended, world=world
+        )
 
     @property
     def guided(self) -> bool:
@@ -92,41 +115,75 @@ class Teacher:
         return self
 
     @torch.no_grad()
-    def ask(self, batch: Mapping[str, Any], positions: Positions, script: Script | None, isolated: bool = False,
-            guided: bool = True) -> Question:
-        """Conditions of a micro-batch (see `Collate`); what does not change between steps is computed here."""
+    def ask(
+        self,
+        batch: Mapping[str, Any],
+        positions: Positions,
+        script: Script | None,
+        isolated: bool = False,
+        guided: bool = True,
+    ) -> Question:
+        """Conditions of a micro-batch (see `Collate`); what does not change between steps is
+        computed here.
+        """
         doubled = guided and self.guided
         mask = batch["attention_mask"].bool()
         text = self.text_encoder(batch["input_ids"], batch["attention_mask"])
         rows = len(text)
         if doubled:
-            text, mask = torch.cat([text, text]), torch.cat([mask, torch.zeros_like(mask)])
+            text = torch.cat([text, text])
+            mask = torch.cat([mask, torch.zeros_like(mask)])
             script = None if script is None else Script.cat([script, script.without()])
         conditions = self.transformer.prepare(text, mask, positions, script, rows * (1 + doubled))
         return Question(conditions, isolated, doubled)
 
     @torch.no_grad()
-    def estimate(self, q: Question, noisy: Joint[torch.Tensor], sigmas: Joint[torch.Tensor]) -> Joint[torch.Tensor]:
+    def estimate(
+        self, q: Question, noisy: Joint[torch.Tensor], sigmas: Joint[torch.Tensor]
+    ) -> Joint[torch.Tensor]:
         """Guided estimate of the clean tokens (B, N, C), fp32; sigmas (B,) or (B, N)."""
         if q.doubled:
             noisy, sigmas = (x.map(lambda t: torch.cat([t, t])) for x in (noisy, sigmas))
-        x0 = estimate(self.transformer, self.scheduler.config.prediction_type, q.conditions, noisy, sigmas, q.isolated)
+        x0 = estimate(
+            self.transformer,
+            self.scheduler.config.prediction_type,
+            q.conditions,
+            noisy,
+            sigmas,
+            q.isolated,
+        )
         if not q.doubled:
             return x0
         halves = [x0.map(lambda t, h=h: t.chunk(2)[h]) for h in range(2)]
         return self.guidance.combine({"cond": halves[0], "no_text": halves[1]})
 
 
-def estimate(transformer: AVTransformer, prediction: str, conditions: Conditions, noisy: Joint[torch.Tensor],
-             sigmas: Joint[torch.Tensor], isolated: bool = False) -> Joint[torch.Tensor]:
+def estimate(
+    transformer: AVTransformer,
+    prediction: str,
+    conditions: Conditions,
+    noisy: Joint[torch.Tensor],
+    sigmas: Joint[torch.Tensor],
+    isolated: bool = False,
+) -> Joint[torch.Tensor]:
     """Clean tokens (B, N, C) as a network sees them, fp32, whatever it predicts."""
-    out = transformer(hidden_states=noisy.video, audio_hidden_states=noisy.audio, timestep=sigmas.video,
-                      audio_timestep=sigmas.audio, conditions=conditions, isolated=isolated)
+    out = transformer(
+        hidden_states=noisy.video,
+        audio_hidden_states=noisy.audio,
+        timestep=sigmas.video,
+        audio_timestep=sigmas.audio,
+        conditions=conditions,
+        isolated=isolated,
+    )
     return as_clean(Joint(out.video, out.audio), prediction, noisy, sigmas)
 
 
-def as_clean(output: Joint[torch.Tensor], prediction: str, noisy: Joint[torch.Tensor],
-             sigmas: Joint[torch.Tensor]) -> Joint[torch.Tensor]:
+def as_clean(
+    output: Joint[torch.Tensor],
+    prediction: str,
+    noisy: Joint[torch.Tensor],
+    sigmas: Joint[torch.Tensor],
+) -> Joint[torch.Tensor]:
     """A network's answer as an estimate of the clean tokens, fp32: x0 = z - t v."""
     output = output.map(lambda x: x.float())
     if prediction == "x0":
@@ -135,10 +192,14 @@ def as_clean(output: Joint[torch.Tensor], prediction: str, noisy: Joint[torch.Te
 
 
 @contextmanager
-def tapped(blocks: Sequence[nn.Module]) -> Iterator[list[tuple[torch.Tensor | None, torch.Tensor | None]]]:
+def tapped(
+    blocks: Sequence[nn.Module],
+) -> Iterator[list[tuple[torch.Tensor | None, torch.Tensor | None]]]:
     """Outputs (video, audio with ticks) of these blocks in the order in which they run."""
     seen: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
-    handles = [b.register_forward_hook(lambda _, __, out: seen.append(tuple(out[:2]))) for b in blocks]
+    handles = [
+        b.register_forward_hook(lambda _, __, out: seen.append(tuple(out[:2]))) for b in blocks
+    ]
     try:
         yield seen
     finally:
@@ -147,18 +208,23 @@ def tapped(blocks: Sequence[nn.Module]) -> Iterator[list[tuple[torch.Tensor | No
 
 
 def matching_blocks(student: AVTransformer, teacher: AVTransformer) -> list[int]:
-    """For each block of the student the block of the teacher it corresponds to: the nearest in relative depth among
-    those that have all of its kinds of layers (text attention, shared stream)."""
+    """For each block of the student the block of the teacher it corresponds to: the nearest in
+    relative depth among those that have all of its kinds of layers (text attention, shared stream).
+    """
 
     def kinds(block: Any) -> set[str]:
-        return {name.split(".")[1] if name.startswith(("video", "audio")) else name.split(".")[0]
-                for name, _ in block.named_parameters()} - {"memory"}
+        return {
+            name.split(".")[1] if name.startswith(("video", "audio")) else name.split(".")[0]
+            for name, _ in block.named_parameters()
+        } - {"memory"}
 
     theirs = [kinds(b) for b in teacher.transformer_blocks]
-    blocks, last = list(student.transformer_blocks), len(theirs) - 1
+    blocks = list(student.transformer_blocks)
+    last = len(theirs) - 1
 
     def nearest(i: int) -> int:
-        own, place = kinds(blocks[i]), i * last / max(1, len(blocks) - 1)
+        own = kinds(blocks[i])
+        place = i * last / max(1, len(blocks) - 1)
         return min(range(len(theirs)), key=lambda j: (len(own - theirs[j]), abs(j - place)))
 
     return [nearest(i) for i in range(len(blocks))]
@@ -166,9 +232,12 @@ def matching_blocks(student: AVTransformer, teacher: AVTransformer) -> list[int]
 
 @torch.no_grad()
 def inherit(student: AVTransformer, teacher: AVTransformer) -> int:
-    """Copy into a student what fits of its teacher's tensors; returns how many. A memory keeps the block it is in,
-    since the block's number is part of its hash."""
-    pairs, theirs, copied = matching_blocks(student, teacher), teacher.state_dict(), 0
+    """Copy into a student what fits of its teacher's tensors; returns how many. A memory keeps the
+    block it is in, since the block's number is part of its hash.
+    """
+    pairs = matching_blocks(student, teacher)
+    theirs = teacher.state_dict()
+    copied = 0
     for name, own in student.state_dict().items():
         source = name
         if name.startswith("transformer_blocks.") and ".memory." not in name:

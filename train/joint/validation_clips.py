@@ -1,7 +1,8 @@
-"""Clips with sound in the middle of training: through the real pipeline, heard and seen by the judges, on a page.
+"""Clips with sound in the middle of training: through the real pipeline, heard and seen by the
+judges, on a page.
 
-`output_dir/samples/step-000200/` holds the clips, `report.json` and `report.html` with players; `samples/index.html`
-shows the curves of the run and links to them.
+`output_dir/samples/step-000200/` holds the clips, `report.json` and `report.html` with players;
+`samples/index.html` shows the curves of the run and links to them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ JUDGES: dict[str, tuple[tuple[str, ...], Callable[[Any, str], float]]] = {
 
 def available_judges(folder: Path = BUNDLED) -> list[str]:
     """Judges whose networks are there."""
-    return [name for name, (needs, _) in JUDGES.items() if all((folder / n / "config.json").is_file() for n in needs)]
+    return [
+        name
+        for name, (needs, _) in JUDGES.items()
+        if all((folder / n / "config.json").is_file() for n in needs)
+    ]
 
 
 class Samples:
@@ -66,22 +71,36 @@ class Samples:
     """
 
     def __init__(self, root: Path, prompts: Sequence[str], judges: Iterable[str]) -> None:
-        self.root, self.prompts, self.judges = root / "samples", list(prompts), list(judges)
+        self.root = root / "samples"
+        self.prompts = list(prompts)
+        self.judges = list(judges)
         self._codecs: dict[str, Any] | None = None
 
     @torch.no_grad()
     def make(self, task: FinetuneTask) -> dict[str, float]:
-        """Metrics "judge/<name>", means over prompts; called with the averaged weights in place, on every rank."""
+        """Metrics "judge/<name>", means over prompts; called with the averaged weights in place, on
+        every rank.
+        """
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if parallel and torch.distributed.get_rank() > 0:  # the same clips, so that ranks agree on what is best
+        if (
+            parallel and torch.distributed.get_rank() > 0
+        ):  # the same clips, so that ranks agree on what is best
             with tempfile.TemporaryDirectory() as aside:
                 return _means(self._clips(task, Path(aside)), self.judges)
         folder = self.root / f"step-{task.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = self._clips(task, folder)
-        header = {"step": task.step, "judges": ", ".join(self.judges) or "none: their weights are not here"}
-        write_reports(rows, header, json=folder / "report.json", html=folder / "report.html",
-                      title=f"Samples at step {task.step}")
+        header = {
+            "step": task.step,
+            "judges": ", ".join(self.judges) or "none: their weights are not here",
+        }
+        write_reports(
+            rows,
+            header,
+            json=folder / "report.json",
+            html=folder / "report.html",
+            title=f"Samples at step {task.step}",
+        )
         write_text(self.root / "index.html", curves_page(self.root.parent / "log.jsonl", self.root))
         return _means(rows, self.judges)
 
@@ -89,13 +108,24 @@ class Samples:
         pipe = self._pipeline(task)
         rows = []
         for number, prompt in enumerate(self.prompts):
-            row: dict[str, Any] = {"file": str(folder / f"{number:02d}.mp4"), "status": "ok", "error": "",
-                                   "prompt": prompt}
+            row: dict[str, Any] = {
+                "file": str(folder / f"{number:02d}.mp4"),
+                "status": "ok",
+                "error": "",
+                "prompt": prompt,
+            }
             generator = torch.Generator("cpu").manual_seed(number)
             with torch.autocast(task.device.type, enabled=False):
                 out = pipe(prompt, generator=generator, output_type="np", check_prompt=False)
             sound = None if out.audio is None else out.audio[0].float().cpu().numpy()
-            write_clip(row["file"], out.frames[0], out.frame_rate, sound, out.sampling_rate, {"prompt": prompt})
+            write_clip(
+                row["file"],
+                out.frames[0],
+                out.frame_rate,
+                sound,
+                out.sampling_rate,
+                {"prompt": prompt},
+            )
             clip = read_clip(row["file"])
             for judge in self.judges:
                 try:
@@ -110,8 +140,14 @@ class Samples:
             self._codecs = load_codec_parts(str(codecs_of(task.recipe)))
             for part in self._codecs.values():
                 part.to(task.device).eval()
-        pipe = AVDiffPipeline(transformer=task.transformer, text_encoder=task.text_encoder, tokenizer=task.tokenizer,
-                              scheduler=task.objective.scheduler, **self._codecs, **task.recommended())
+        pipe = AVDiffPipeline(
+            transformer=task.transformer,
+            text_encoder=task.text_encoder,
+            tokenizer=task.tokenizer,
+            scheduler=task.objective.scheduler,
+            **self._codecs,
+            **task.recommended(),
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -121,25 +157,48 @@ def _means(rows: Sequence[Mapping[str, Any]], judges: Iterable[str]) -> dict[str
 
 
 def curves_page(log: Path, samples: Path) -> str:
-    """HTML with the curves of a run, one small drawing each, and links to the pages of its samples."""
+    """HTML with the curves of a run, one small drawing each, and links to the pages of its
+    samples.
+    """
     lines = read_log(log) if log.exists() else []
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
-            if name != "step" and isinstance(value, int | float) and name.count("/") < 3 and "/t0." not in name:
+            if (
+                name != "step"
+                and isinstance(value, int | float)
+                and name.count("/") < 3
+                and "/t0." not in name
+            ):
                 curves.setdefault(name, []).append((line["step"], float(value)))
     pages = sorted(samples.glob("step-*/report.html"), reverse=True)
-    links = "".join(f'<li><a href="{p.parent.name}/{p.name}">{p.parent.name}</a></li>' for p in pages)
+    links = "".join(
+        f'<li><a href="{p.parent.name}/{p.name}">{p.parent.name}</a></li>' for p in pages
+    )
     drawings = "".join(_drawing(name, points) for name, points in curves.items() if len(points) > 1)
-    style = "body{font:14px sans-serif}figure{display:inline-block;margin:6px}polyline{fill:none;stroke:#06c}"
-    return (f"<!doctype html><meta charset=utf-8><title>Training</title><style>{style}</style>"
-            f"<h1>Training</h1><ul>{links}</ul>{drawings}\n")
+    style = (
+        "body{font:14px "
+        "sans-serif}figure{display:inline-block;margin:6px}polyline{fill:none;stroke:#06c}"
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>Training</title><style>{style}</style>"
+        f"<h1>Training</h1><ul>{links}</ul>{drawings}\n"
+    )
 
 
-def _drawing(name: str, points: Sequence[tuple[int, float]], width: int = 240, height: int = 100) -> str:
+def _drawing(
+    name: str, points: Sequence[tuple[int, float]], width: int = 240, height: int = 100
+) -> str:
     xs, ys = zip(*points, strict=True)
-    left, low = xs[0], min(ys)
-    across, up = max(xs[-1] - left, 1), max(max(ys) - low, 1e-12)
-    path = " ".join(f"{(x - left) / across * width:.1f},{height - (y - low) / up * height:.1f}" for x, y in points)
-    return (f'<figure><svg width="{width}" height="{height}"><polyline points="{path}"/></svg>'
-            f"<figcaption>{html.escape(name)}: {ys[0]:.4g} to {ys[-1]:.4g}</figcaption></figure>")
+    left = xs[0]
+    low = min(ys)
+    across = max(xs[-1] - left, 1)
+    up = max(max(ys) - low, 1e-12)
+    path = " ".join(
+        f"{(x - left) / across * width:.1f},{height - (y - low) / up * height:.1f}"
+        for x, y in points
+    )
+    return (
+        f'<figure><svg width="{width}" height="{height}"><polyline points="{path}"/></svg>'
+        f"<figcaption>{html.escape(name)}: {ys[0]:.4g} to {ys[-1]:.4g}</figcaption></figure>"
+    )

@@ -1,4 +1,6 @@
-"""Where a run takes place: accelerate's process group, device and trackers; and how it is asked to stop."""
+"""Where a run takes place: accelerate's process group, device and trackers; and how it is asked to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,14 @@ from accelerate.utils import DistributedType
 from avdiff.core.precision import native_bf16
 from avdiff.train.loop.task import FitOptions
 
-HANDLED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_NPU,
-           DistributedType.MULTI_XPU, DistributedType.FSDP)
+HANDLED = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.FSDP,
+)
 
 
 def make_accelerator(options: FitOptions) -> Accelerator:
@@ -27,17 +35,29 @@ def make_accelerator(options: FitOptions) -> Accelerator:
         ValueError: unknown tracker, or a kind of distribution this loop does not handle.
     """
     if options.report_to and options.report_to not in LOGGER_TYPE_TO_CLASS:
-        raise ValueError(f"report_to={options.report_to!r}: needs one of {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+        raise ValueError(
+            f"report_to={options.report_to!r}: needs one of "
+            f"{', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
+        )
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=options.report_to or None,
-                              project_dir=options.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=options.report_to or None,
+        project_dir=options.output_dir,
+    )
     if accelerator.distributed_type not in HANDLED:
-        raise ValueError(f"distributed_type={accelerator.distributed_type.value}: this loop handles one process or "
-                         "data-parallel ones; choose MULTI_GPU, MULTI_CPU or FSDP (version 2) in `accelerate config`")
+        raise ValueError(
+            f"distributed_type={accelerator.distributed_type.value}: this loop handles one "
+            "process or "
+            "data-parallel ones; choose MULTI_GPU, MULTI_CPU or FSDP (version 2) in `accelerate "
+            "config`"
+        )
     if options.mixed_precision == "bf16" and not native_bf16():
-        accelerator.print("mixed_precision='bf16': this device only emulates bf16, far slower than fp32; "
-                          "choose auto or no")
+        accelerator.print(
+            "mixed_precision='bf16': this device only emulates bf16, far slower than fp32; "
+            "choose auto or no"
+        )
     return accelerator
 
 
@@ -49,7 +69,9 @@ def open_trackers(accelerator: Accelerator, options: FitOptions) -> None:
 
 
 class Stop:
-    """Context in which the first SIGTERM or Ctrl-C asks to stop after the step; a second Ctrl-C ends at once."""
+    """Context in which the first SIGTERM or Ctrl-C asks to stop after the step; a second Ctrl-C
+    ends at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False

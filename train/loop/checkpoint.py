@@ -1,8 +1,10 @@
-"""What a run is made of besides its weights: EMA, random-number states, and checkpoints that are whole or absent.
+"""What a run is made of besides its weights: EMA, random-number states, and checkpoints that are
+whole or absent.
 
-A checkpoint is a directory `checkpoint-N`. It is written under a temporary name, its `manifest.json` (size and SHA-256
-of every file) comes last, then the directory is renamed: a killed process or a full disk leaves no half checkpoint
-behind, and a damaged one is recognised and skipped.
+A checkpoint is a directory `checkpoint-N`. It is written under a temporary name, its
+`manifest.json` (size and SHA-256 of every file) comes last, then the directory is renamed: a killed
+process or a full disk leaves no half checkpoint behind, and a damaged one is recognised and
+skipped.
 """
 
 from __future__ import annotations
@@ -35,24 +37,35 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written; what was there before is untouched."""
 
 
-# ------------------------------------------------------------------------------------------------ moving average
+# ----------------------------------------------------------------------------------- moving average
 class EMA:
-    """fp32 exponential moving average of parameters: shadow <- decay * shadow + (1 - decay) * parameter.
+    """fp32 exponential moving average of parameters: shadow <- decay * shadow + (1 - decay) *
+    parameter.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) at update n, so that early weights are forgotten.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) at update n, so that early weights are
+    forgotten.
 
     Args:
-        modules: the modules to follow. Averaged are parameters with `requires_grad` and memory tables that a row
-            optimizer trains; buffers stay as they are.
+        modules: the modules to follow. Averaged are parameters with `requires_grad` and memory
+            tables that a row optimizer trains; buffers stay as they are.
         decay: in [0, 1).
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self._live: dict[str, torch.Tensor] = {f"{m}.{name}": p for m, module in modules.items()
-                                               for name, p in module.named_parameters() if p.requires_grad}
-        self._live |= {f"{m}.{name}.rows": table.rows for m, module in modules.items()
-                       for name, table in memory_tables(module) if table.collecting and table.rows is not None}
+        self.decay = decay
+        self.updates = 0
+        self._live: dict[str, torch.Tensor] = {
+            f"{m}.{name}": p
+            for m, module in modules.items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+        self._live |= {
+            f"{m}.{name}.rows": table.rows
+            for m, module in modules.items()
+            for name, table in memory_tables(module)
+            if table.collecting and table.rows is not None
+        }
         self.shadow = {name: p.detach().float().clone() for name, p in self._live.items()}
 
     @torch.no_grad()
@@ -65,7 +78,9 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside this context the modules hold the averaged weights; afterwards their own again, bit for bit."""
+        """Inside this context the modules hold the averaged weights; afterwards their own again,
+        bit for bit.
+        """
         own = {name: p.detach().clone() for name, p in self._live.items()}
         self._write(self.shadow)
         try:
@@ -93,14 +108,21 @@ class EMA:
             shadow.copy_(cut[name])
 
 
-# ------------------------------------------------------------------------------------------------ random numbers
+# ----------------------------------------------------------------------------------- random numbers
 def rng_state(devices: bool = True) -> dict[str, Any]:
-    """States of python, numpy and torch (CPU; all CUDA devices with `devices`) in types that `weights_only` loads."""
+    """States of python, numpy and torch (CPU; all CUDA devices with `devices`) in types that
+    `weights_only` loads.
+    """
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries draw from it
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss),
-                  float(gauss)),
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
         "torch": torch.get_rng_state(),
     }
     if devices and torch.cuda.is_available():
@@ -120,7 +142,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def rng_kept(devices: bool = True) -> Iterator[None]:
-    """Whatever is drawn inside (validation, samples, export) leaves the global generators as they were."""
+    """Whatever is drawn inside (validation, samples, export) leaves the global generators as they
+    were.
+    """
     state = rng_state(devices)
     try:
         yield
@@ -128,9 +152,11 @@ def rng_kept(devices: bool = True) -> Iterator[None]:
         set_rng_state(state)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file. Tensors that share memory (tied weights) are written as independent copies."""
+    """Write a safetensors file. Tensors that share memory (tied weights) are written as independent
+    copies.
+    """
     seen: set[int] = set()
     flat: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -155,7 +181,9 @@ def write_tree(path: Path, tree: Any) -> None:
 
 
 def read_tree(path: Path) -> Any:
-    """Read what `write_tree` wrote; nothing but tensors, numbers, strings and containers is accepted."""
+    """Read what `write_tree` wrote; nothing but tensors, numbers, strings and containers is
+    accepted.
+    """
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -166,7 +194,9 @@ def checkpoint_dir(root: Path, step: int) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """All `checkpoint-N` directories, oldest step first, whole or not."""
-    found = [p for p in root.glob("checkpoint-*") if p.is_dir() and p.name.split("-", 1)[1].isdecimal()]
+    found = [
+        p for p in root.glob("checkpoint-*") if p.is_dir() and p.name.split("-", 1)[1].isdecimal()
+    ]
     return sorted(found, key=step_of)
 
 
@@ -189,12 +219,19 @@ def writing(target: Path) -> Iterator[Path]:
         yield temporary
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{target}: could not be written ({error}); earlier checkpoints are untouched") from error
+        raise CheckpointError(
+            f"{target}: could not be written ({error}); earlier checkpoints are untouched"
+        ) from error
 
 
 def seal(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest (with `facts`), flush everything to disk and give the directory its name."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+    """Write the manifest (with `facts`), flush everything to disk and give the directory its
+    name.
+    """
+    files = {
+        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        for p in sorted(temporary.iterdir())
+    }
     manifest = {"format": FORMAT, **facts, "files": files}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*temporary.iterdir(), temporary):
@@ -207,11 +244,15 @@ def seal(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory that takes the place of `target` if all goes well (an export)."""
+    """Yield an empty temporary directory that takes the place of `target` if all goes well (an
+    export).
+    """
     with writing(target) as temporary:
         yield temporary
         for path in temporary.rglob("*"):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_UMASK)  # safetensors writes for the owner alone
+            path.chmod(
+                (0o777 if path.is_dir() else 0o666) & ~_UMASK
+            )  # safetensors writes for the owner alone
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
 
@@ -226,15 +267,21 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = manifest["files"].items()
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{checkpoint}: no readable {MANIFEST}; the checkpoint was not finished") from error
+        raise ValueError(
+            f"{checkpoint}: no readable {MANIFEST}; the checkpoint was not finished"
+        ) from error
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint}: format {manifest.get('format')!r}; this version reads format {FORMAT}")
+        raise ValueError(
+            f"{checkpoint}: format {manifest.get('format')!r}; this version reads format {FORMAT}"
+        )
     for name, facts in files:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise ValueError(f"{checkpoint}: {name} is missing or cut short")
         if _sha256(path) != facts["sha256"]:
-            raise ValueError(f"{checkpoint}: {name} is damaged (its SHA-256 differs from the manifest)")
+            raise ValueError(
+                f"{checkpoint}: {name} is damaged (its SHA-256 differs from the manifest)"
+            )
     return manifest
 
 
@@ -249,7 +296,9 @@ def find_checkpoint(root: Path, wanted: str) -> tuple[Path, dict[str, Any], list
     if wanted != "latest":
         path = Path(wanted) if Path(wanted).is_dir() else root / wanted
         if not path.is_dir():
-            raise ValueError(f"resume_from_checkpoint={wanted!r}: no such directory; use 'latest' or a path")
+            raise ValueError(
+                f"resume_from_checkpoint={wanted!r}: no such directory; use 'latest' or a path"
+            )
         return path, read_manifest(path), []
     skipped: list[str] = []
     for path in reversed(list_checkpoints(root)):
@@ -258,46 +307,67 @@ def find_checkpoint(root: Path, wanted: str) -> tuple[Path, dict[str, Any], list
         except ValueError as error:
             skipped.append(str(error))
     if skipped:
-        raise ValueError(f"resume_from_checkpoint='latest': every checkpoint in {root} is broken ({skipped[0]}); "
-                         "remove them to start again")
+        raise ValueError(
+            f"resume_from_checkpoint='latest': every checkpoint in {root} is broken "
+            f"({skipped[0]}); "
+            "remove them to start again"
+        )
     return None
 
 
 def keep_newest(root: Path, limit: int | None, spare: Iterable[Path] = ()) -> None:
-    """Delete the oldest checkpoints until `limit` are left; `spare` are never deleted. No limit: None or 0."""
+    """Delete the oldest checkpoints until `limit` are left; `spare` are never deleted. No limit:
+    None or 0.
+    """
     spared = {p.resolve() for p in spare}
     if limit:
         for old in list_checkpoints(root)[:-limit]:
             if old.resolve() not in spared:
-                (old / MANIFEST).unlink(missing_ok=True)  # first, so that a kill in between leaves it visibly broken
+                (old / MANIFEST).unlink(
+                    missing_ok=True
+                )  # first, so that a kill in between leaves it visibly broken
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_changes(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: bool) -> list[str]:
-    """Lines `name: old -> new` for what differs between the manifest of a checkpoint and the facts of this run.
+def refuse_changes(
+    checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: bool
+) -> list[str]:
+    """Lines `name: old -> new` for what differs between the manifest of a checkpoint and the facts
+    of this run.
 
     Raises:
-        ValueError: something differs and is not `allowed`; or only one of the two runs is sharded: its optimizer groups
-            parameters in its own way.
+        ValueError: something differs and is not `allowed`; or only one of the two runs is sharded:
+            its optimizer groups parameters in its own way.
     """
     if ("sharding" in saved) != ("sharding" in now):
         kind = "with" if "sharding" in saved else "without"
-        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: was trained {kind} FSDP; launch it the same "
-                         "way, or start from its exported weights")
-    before, after = ({**facts["options"], **facts["settings"], "processes": facts["num_processes"]}
-                     for facts in (saved, now))
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r}: was trained {kind} FSDP; launch it the "
+            "same "
+            "way, or start from its exported weights"
+        )
+    before, after = (
+        {**facts["options"], **facts["settings"], "processes": facts["num_processes"]}
+        for facts in (saved, now)
+    )
     changes = changed(before, after)
     if changes and not allowed:
-        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: was trained with other options "
-                         f"({'; '.join(changes)}); put them back or set allow_changed_options")
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r}: was trained with other options "
+            f"({'; '.join(changes)}); put them back or set allow_changed_options"
+        )
     return changes
 
 
-def changed(before: Mapping[str, Any], after: Mapping[str, Any], ignore: Iterable[str] = ()) -> list[str]:
+def changed(
+    before: Mapping[str, Any], after: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> list[str]:
     """Lines `name: old -> new` for every key that differs, values compared as JSON."""
     new = json.loads(json.dumps(after))
     keys = sorted((before.keys() | new.keys()) - set(ignore))
-    return [f"{k}: {before.get(k)!r} -> {new.get(k)!r}" for k in keys if before.get(k) != new.get(k)]
+    return [
+        f"{k}: {before.get(k)!r} -> {new.get(k)!r}" for k in keys if before.get(k) != new.get(k)
+    ]
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,9 +1,12 @@
-"""Recipes: a TOML file plus `--option value`, checked against frozen dataclasses before anything is loaded.
+"""Recipes: a TOML file plus `--option value`, checked against frozen dataclasses before anything is
+loaded.
 
-    recipe = load_options(Recipe, "avdiff/bundled/recipes/presenter.toml", ["--learning_rate", "3e-4"])
+    recipe = load_options(Recipe, "avdiff/bundled/recipes/presenter.toml", ["--learning_rate",
+    "3e-4"])
 
-A recipe class has fields of plain types, or sections that are dataclasses themselves. Field names are unique over all
-sections, so a flag needs no section name. The docstring under a field is its help text.
+A recipe class has fields of plain types, or sections that are dataclasses themselves. Field names
+are unique over all sections, so a flag needs no section name. The docstring under a field is its
+help text.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ def load_options(cls: type[T], path: str | Path | None = None, arguments: Sequen
     """Build `cls` from a TOML file and overriding `--name value` arguments.
 
     Raises:
-        ValueError: unreadable file, unknown key (with the nearest name), wrong type, missing required option; or what
-            the class itself refuses.
+        ValueError: unreadable file, unknown key (with the nearest name), wrong type, missing
+            required option; or what the class itself refuses.
     """
     values = read_toml(cls, path) if path is not None else {}
     return build(cls, values | read_arguments(cls, arguments))
@@ -52,8 +55,10 @@ def read_toml(cls: type, path: str | Path) -> dict[str, Any]:
     try:
         tree = tomllib.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"recipe {path}: cannot be read ({error.strerror}); `--list-recipes` names those that ship"
-                         ) from error
+        raise ValueError(
+            f"recipe {path}: cannot be read ({error.strerror}); `--list-recipes` names those that "
+            "ship"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path}: is not valid TOML ({error})") from error
     known = {o.name: o for o in options_of(cls)}
@@ -71,12 +76,16 @@ def read_toml(cls: type, path: str | Path) -> dict[str, Any]:
         elif key in known:
             values[key] = value
         else:
-            raise ValueError(f"recipe {path}: " + _unknown(key, {**known, **dict.fromkeys(sections)}))
+            raise ValueError(
+                f"recipe {path}: " + _unknown(key, {**known, **dict.fromkeys(sections)})
+            )
     return values
 
 
 def read_arguments(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, or `--name` alone for true; values as in TOML, bare words are strings."""
+    """`--name value`, `--name=value`, or `--name` alone for true; values as in TOML, bare words are
+    strings.
+    """
     known = {o.name: o for o in options_of(cls)}
     values: dict[str, Any] = {}
     rest = list(arguments)
@@ -100,15 +109,22 @@ def read_arguments(cls: type, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Instance of `cls` with its sections, from flat `values`; types are checked, the rest keeps its defaults."""
+    """Instance of `cls` with its sections, from flat `values`; types are checked, the rest keeps
+    its defaults.
+    """
     known = {o.name: o for o in options_of(cls)}
     for name in values:
         if name not in known:
             raise ValueError(_unknown(name, known))
-    missing = [o.name for o in known.values() if o.default is dataclasses.MISSING and o.name not in values]
+    missing = [
+        o.name for o in known.values() if o.default is dataclasses.MISSING and o.name not in values
+    ]
     if missing:
-        raise ValueError(f"{missing[0]}: is required ({known[missing[0]].help.rstrip('.')}); add it to the recipe or "
-                         f"pass --{missing[0]}")
+        raise ValueError(
+            f"{missing[0]}: is required ({known[missing[0]].help.rstrip('.')}); add it to the "
+            "recipe or "
+            f"pass --{missing[0]}"
+        )
     checked = {name: coerce(name, value, known[name].kind) for name, value in values.items()}
     hints = get_type_hints(cls)
     parts: dict[str, Any] = {}
@@ -125,7 +141,9 @@ def options_of(cls: type) -> list[Option]:
     """All options of a recipe class in order; a name that two sections share is our own mistake."""
     found = list(_walk(cls))
     names = [o.name for o in found]
-    assert len(set(names)) == len(names), f"{cls.__name__}: {[n for n in names if names.count(n) > 1]} appear twice"
+    assert len(set(names)) == len(names), (
+        f"{cls.__name__}: {[n for n in names if names.count(n) > 1]} appear twice"
+    )
     return found
 
 
@@ -139,26 +157,41 @@ def flatten(recipe: Any) -> dict[str, Any]:
 
 
 def to_toml(recipe: Any) -> str:
-    """The resolved recipe as TOML that reads back to the same object; options without a value are comments."""
-    flat, lines, section = flatten(recipe), [], ""
+    """The resolved recipe as TOML that reads back to the same object; options without a value are
+    comments.
+    """
+    flat = flatten(recipe)
+    lines = []
+    section = ""
     for option in sorted(options_of(type(recipe)), key=lambda o: o.section != ""):
         if option.section != section:
             section = option.section
             lines += ["", f"[{section}]"]
         value = flat[option.name]
-        lines.append(f"# {option.name} is not set" if value is None else f"{option.name} = {_as_toml(value)}")
+        lines.append(
+            f"# {option.name} is not set" if value is None else f"{option.name} = {_as_toml(value)}"
+        )
     return "\n".join(lines).strip() + "\n"
 
 
 def help_text(cls: type) -> str:
     """One paragraph per section: --name  (default)  help."""
-    lines, section = [], None
+    lines = []
+    section = None
     for o in options_of(cls):
         if o.section != section:
             section = o.section
             lines.append(f"\n{section or 'general'}:")
-        default = "required" if o.default is dataclasses.MISSING else "-" if o.default is None else _as_toml(o.default)
-        lines.append(f"  --{o.name} ({default})\n" + textwrap.indent(textwrap.fill(o.help, 100), " " * 8))
+        default = (
+            "required"
+            if o.default is dataclasses.MISSING
+            else "-"
+            if o.default is None
+            else _as_toml(o.default)
+        )
+        lines.append(
+            f"  --{o.name} ({default})\n" + textwrap.indent(textwrap.fill(o.help, 100), " " * 8)
+        )
     return "\n".join(lines).strip()
 
 
@@ -185,13 +218,19 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
             continue
     choices = [c for m in members if get_origin(m) is Literal for c in get_args(m)]
     if choices:
-        raise ValueError(f"{name}={value!r}: needs one of {', '.join(map(str, choices))}{_nearest(value, choices)}")
-    raise ValueError(f"{name}={value!r}: needs {' or '.join(_say(m) for m in members if m is not type(None))}")
+        raise ValueError(
+            f"{name}={value!r}: needs one of "
+            f"{', '.join(map(str, choices))}{_nearest(value, choices)}"
+        )
+    raise ValueError(
+        f"{name}={value!r}: needs {' or '.join(_say(m) for m in members if m is not type(None))}"
+    )
 
 
 def _fit(value: Any, kind: Any) -> Any:
     """The value as `kind`, or TypeError."""
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    arguments = get_args(kind)
     if origin is Literal:
         if value in arguments:
             return value
@@ -212,7 +251,9 @@ def _fit(value: Any, kind: Any) -> Any:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """A command-line word as the TOML value it stands for; a comma makes a list, `a=1,b=2` a table."""
+    """A command-line word as the TOML value it stands for; a comma makes a list, `a=1,b=2` a
+    table.
+    """
     members = _members(kind)
     lists = [m for m in members if get_origin(m) is tuple]
     if lists and not text.startswith("["):
@@ -232,12 +273,17 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 def _walk(cls: type, section: str = "") -> Iterator[Option]:
-    hints, texts = get_type_hints(cls), _docstrings(cls)
+    hints = get_type_hints(cls)
+    texts = _docstrings(cls)
     for field in _fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _walk(hints[field.name], field.name)
         else:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = (
+                field.default
+                if field.default_factory is dataclasses.MISSING
+                else field.default_factory()
+            )
             yield Option(section, field.name, hints[field.name], default, texts.get(field.name, ""))
 
 
@@ -252,8 +298,13 @@ def _docstrings(cls: type) -> dict[str, str]:
     for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
         for field, text in pairwise(body):
-            if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
                 texts[field.target.id] = " ".join(text.value.value.split())
     return texts
 
@@ -263,7 +314,9 @@ def _members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _unknown(name: str, known: Mapping[str, Any], section: str = "", elsewhere: Option | None = None) -> str:
+def _unknown(
+    name: str, known: Mapping[str, Any], section: str = "", elsewhere: Option | None = None
+) -> str:
     if elsewhere is not None:
         home = f"[{elsewhere.section}]" if elsewhere.section else "the top of the file"
         return f"key {name} in [{section}]: belongs in {home}"
@@ -293,5 +346,9 @@ def _as_toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_as_toml(v) for v in value) + "]"
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + " }"
+            if value
+            else "{}"
+        )
     return repr(value)

@@ -1,8 +1,9 @@
 """The feed: which rows each step sees, on which rank, with which seed; and the position to save.
 
-The order is a function of (seed, epoch). A step of B rows x W ranks x A micro-batches takes the same rows whatever the
-split, so one process with the same global batch sees what two see. Every row is fetched with python's, numpy's and
-torch's generators seeded from (seed, epoch, row), so random augmentation does not depend on workers or on resuming.
+The order is a function of (seed, epoch). A step of B rows x W ranks x A micro-batches takes the
+same rows whatever the split, so one process with the same global batch sees what two see. Every row
+is fetched with python's, numpy's and torch's generators seeded from (seed, epoch, row), so random
+augmentation does not depend on workers or on resuming.
 """
 
 from __future__ import annotations
@@ -47,25 +48,46 @@ class Feed:
         dataset: map-style; `dataset[i]` is a function of i (and of the seeded global generators).
         collate: list of items -> batch. batch_size: rows of one micro-batch on one rank.
         accumulation: micro-batches per step. rank, world_size: this process among how many.
-        num_workers: loader processes. groups: a hashable key per item; a micro-batch never mixes groups (buckets).
+        num_workers: loader processes. groups: a hashable key per item; a micro-batch never mixes
+            groups (buckets).
 
     Raises:
         ValueError: the dataset is smaller than one step.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any] | None, batch_size: int, accumulation: int = 1,
-                 rank: int = 0, world_size: int = 1, seed: int = 0, num_workers: int = 0,
-                 groups: Sequence[Any] | None = None) -> None:
-        self.dataset, self.collate, self.num_workers = dataset, collate, num_workers
-        self.batch_size, self.accumulation, self.rank, self.world_size = batch_size, accumulation, rank, world_size
-        self.seed, self.epoch, self.step_in_epoch = seed, 0, 0
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any] | None,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        groups: Sequence[Any] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.collate = collate
+        self.num_workers = num_workers
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+        self.step_in_epoch = 0
         if groups is not None and len(groups) != len(dataset):
-            raise ValueError(f"groups: {len(groups)} keys for {len(dataset)} items; needs one key for each item")
+            raise ValueError(
+                f"groups: {len(groups)} keys for {len(dataset)} items; needs one key for each item"
+            )
         self._members = self._by_group(groups)
         if self.steps_per_epoch < 1:
             sizes = ", ".join(str(len(m)) for m in self._members[:8])
-            raise ValueError(f"train_batch_size={batch_size}: a step needs {self.rows_per_step} items that fit, "
-                             f"the dataset has {sizes}; use a smaller batch, less accumulation or more data")
+            raise ValueError(
+                f"train_batch_size={batch_size}: a step needs {self.rows_per_step} items that fit, "
+                f"the dataset has {sizes}; use a smaller batch, less accumulation or more data"
+            )
         self._batches: Iterator[Any] | None = None
 
     @property
@@ -86,7 +108,8 @@ class Feed:
         micro = [next(self._batches) for _ in range(self.accumulation)]
         self.step_in_epoch += 1
         if self.step_in_epoch == self.steps_per_epoch:
-            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+            self.epoch = self.epoch + 1
+            self.step_in_epoch = 0
         return micro
 
     def close(self) -> None:
@@ -105,9 +128,14 @@ class Feed:
 
     def _loader(self) -> DataLoader:
         return DataLoader(
-            _SeededRows(self.dataset), batch_sampler=self._keys(self.epoch, self.step_in_epoch),
-            collate_fn=self.collate, num_workers=self.num_workers, worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator().manual_seed(self.seed),  # else each start would draw from the global generator
+            _SeededRows(self.dataset),
+            batch_sampler=self._keys(self.epoch, self.step_in_epoch),
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator().manual_seed(
+                self.seed
+            ),  # else each start would draw from the global generator
             prefetch_factor=max(2, self.accumulation) if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
@@ -119,17 +147,21 @@ class Feed:
             for chunk in range(step * self.accumulation, self.steps_per_epoch * self.accumulation):
                 first = self.rank * self.batch_size
                 row = chunk * self.batch_size * self.world_size + first
-                own = order[chunk][first:first + self.batch_size]
+                own = order[chunk][first : first + self.batch_size]
                 yield [(int(i), mix(self.seed, epoch, row + k)) for k, i in enumerate(own)]
-            epoch, step = epoch + 1, 0
+            epoch = epoch + 1
+            step = 0
 
     def _order(self, epoch: int) -> list[np.ndarray]:
-        """Global micro-batches of an epoch: items shuffled within each group, then all batches shuffled."""
-        rng, size = np.random.default_rng([self.seed, epoch]), self.batch_size * self.world_size
+        """Global micro-batches of an epoch: items shuffled within each group, then all batches
+        shuffled.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        size = self.batch_size * self.world_size
         chunks: list[np.ndarray] = []
         for members in self._members:
             shuffled = rng.permutation(members)
-            chunks += [shuffled[i:i + size] for i in range(0, len(members) - size + 1, size)]
+            chunks += [shuffled[i : i + size] for i in range(0, len(members) - size + 1, size)]
         if len(self._members) > 1:
             chunks = [chunks[i] for i in rng.permutation(len(chunks))]
         return chunks
@@ -144,7 +176,9 @@ class Feed:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """A Ctrl-C reaches the whole process group: the parent decides, and ends its workers with SIGTERM."""
+    """A Ctrl-C reaches the whole process group: the parent decides, and ends its workers with
+    SIGTERM.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -1,12 +1,14 @@
-"""The one training loop: step, log, validate, save, resume. Codecs, judges, readers and the transformer all use it.
+"""The one training loop: step, log, validate, save, resume. Codecs, judges, readers and the
+transformer all use it.
 
     summary = fit(MyTask(...), FitOptions(output_dir="runs/a", max_train_steps=1000))
 
-Implement `Task` (see train/loop/task.py); `fit` owns the rest: AdamW by phase, warm-up and schedule, clipping, bf16, EMA,
-accumulation, several processes, the order of the data, and checkpoints from which a run goes on bit for bit.
-Gradients are averaged over processes in flat buckets after the last micro-batch rather than by DDP's forward hooks:
-so a loss may call any method of a module (encode, decode), and a branch that took no part keeps `grad = None`.
-Under FSDP the blocks of a module are cut over the processes (train/loop/fsdp.py) and averaged by FSDP.
+Implement `Task` (see train/loop/task.py); `fit` owns the rest: AdamW by phase, warm-up and
+schedule, clipping, bf16, EMA, accumulation, several processes, the order of the data, and
+checkpoints from which a run goes on bit for bit. Gradients are averaged over processes in flat
+buckets after the last micro-batch rather than by DDP's forward hooks: so a loss may call any method
+of a module (encode, decode), and a branch that took no part keeps `grad = None`. Under FSDP the
+blocks of a module are cut over the processes (train/loop/fsdp.py) and averaged by FSDP.
 """
 
 from __future__ import annotations
@@ -45,18 +47,23 @@ class NonFiniteError(RuntimeError):
 
 
 def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> FitSummary:
-    """Train `task` until `max_train_steps`, a signal or `max_seconds`; always leaves a checkpoint to go on from.
+    """Train `task` until `max_train_steps`, a signal or `max_seconds`; always leaves a checkpoint
+    to go on from.
 
-    `sharding`: how weights are cut over the processes; None: as accelerate was launched, which is not at all but for
-    FSDP.
+    `sharding`: how weights are cut over the processes; None: as accelerate was launched, which is
+    not at all but for FSDP.
 
     Raises:
-        ValueError: options that do not fit the data or the checkpoint. NonFiniteError: NaN or infinity.
+        ValueError: options that do not fit the data or the checkpoint. NonFiniteError: NaN or
+            infinity.
         state.CheckpointError: a checkpoint could not be written (full disk).
     """
     run = Run(task, options, sharding)
     run.start()
-    began, first, waited, reason = time.monotonic(), run.step, 0.0, "finished"
+    began = time.monotonic()
+    first = run.step
+    waited = 0.0
+    reason = "finished"
     with Stop() as stop, run.log_open():
         while run.step < options.max_train_steps:
             asked = time.monotonic()
@@ -70,7 +77,9 @@ def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> Fi
                 run.record_means()
             if run.due(options.validation_steps):
                 run.validate()
-            out_of_time = options.max_seconds > 0 and time.monotonic() - began >= options.max_seconds
+            out_of_time = (
+                options.max_seconds > 0 and time.monotonic() - began >= options.max_seconds
+            )
             if run.agree(stop.requested or out_of_time) and run.step < options.max_train_steps:
                 reason = "time" if out_of_time and not stop.requested else "interrupted"
                 break
@@ -79,18 +88,28 @@ def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> Fi
         run.finish(reason)
     seconds = time.monotonic() - began
     rows = (run.step - first) * run.feed.rows_per_step
-    return FitSummary(run.step, reason, seconds, rows / max(seconds, 1e-9), waited / max(seconds, 1e-9), run.losses,
-                      run.metrics, run.checkpoint)
+    return FitSummary(
+        run.step,
+        reason,
+        seconds,
+        rows / max(seconds, 1e-9),
+        waited / max(seconds, 1e-9),
+        run.losses,
+        run.metrics,
+        run.checkpoint,
+    )
 
 
 class Run:
     """Everything that moves during training; `train_step` and `save` are its two halves."""
 
     def __init__(self, task: Task, options: FitOptions, sharding: Sharding | None = None) -> None:
-        self.task, self.options = task, options
+        self.task = task
+        self.options = options
         self.root = Path(options.output_dir)
         self.accelerator = make_accelerator(options)
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.world = self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
         self.first = self.accelerator.is_main_process
         self.sharding = sharding or cuts.requested(self.accelerator)
         task.device = self.accelerator.device
@@ -102,27 +121,51 @@ class Run:
         for module in task.modules.values() if self.sharding is None else ():
             cuts.settle(module.to(task.device), task.device)
         self.optimizers = {phase: build_optimizer(task, phase, options) for phase in task.phases}
-        self.schedulers = {phase: build_scheduler(o, options) for phase, o in self.optimizers.items()}
-        self.phase_params = {phase: [p for g in o.param_groups for p in g["params"]]
-                             for phase, o in self.optimizers.items()}
+        self.schedulers = {
+            phase: build_scheduler(o, options) for phase, o in self.optimizers.items()
+        }
+        self.phase_params = {
+            phase: [p for g in o.param_groups for p in g["params"]]
+            for phase, o in self.optimizers.items()
+        }
         names = optim.parameter_names(task.modules)
-        self.norm_groups = {id(p): task.norm_group(names[id(p)]) for ps in self.phase_params.values() for p in ps}
-        followed = task.modules if task.ema_modules is None else {m: task.modules[m] for m in task.ema_modules}
+        self.norm_groups = {
+            id(p): task.norm_group(names[id(p)]) for ps in self.phase_params.values() for p in ps
+        }
+        followed = (
+            task.modules
+            if task.ema_modules is None
+            else {m: task.modules[m] for m in task.ema_modules}
+        )
         self.ema = state.EMA(followed, options.ema_decay) if options.ema_decay else None
-        self.feed = Feed(task.dataset, task.collate, options.train_batch_size, options.gradient_accumulation_steps,
-                         self.rank, self.world, options.seed, options.dataloader_num_workers, task.groups)
+        self.feed = Feed(
+            task.dataset,
+            task.collate,
+            options.train_batch_size,
+            options.gradient_accumulation_steps,
+            self.rank,
+            self.world,
+            options.seed,
+            options.dataloader_num_workers,
+            task.groups,
+        )
         self.means = Means()
         self.log = Logbook(self.root / "log.jsonl", options.max_train_steps, self.first)
-        self.step, self.best = 0, float("inf")
+        self.step = 0
+        self.best = float("inf")
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
-        self._window, self._logged, self._last_loss = time.monotonic(), 0, float("nan")
+        self._window = time.monotonic()
+        self._logged = 0
+        self._last_loss = float("nan")
         self._lr: dict[str, float] = {}
 
-    # ------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------- one step
     def next_batches(self, stop: Stop) -> list[Any] | None:
-        """Micro-batches of the next step on the device; None if the run was stopped while the workers died."""
+        """Micro-batches of the next step on the device; None if the run was stopped while the
+        workers died.
+        """
         try:
             return [send_to_device(batch, self.task.device) for batch in self.feed.next_step()]
         except RuntimeError:
@@ -155,30 +198,39 @@ class Run:
         row = (micro * self.world + self.rank) * self.options.train_batch_size
         seed = mix(self.options.seed, self.step, self.task.phases.index(phase)) + row
         generator = torch.Generator(self.task.device).manual_seed(seed)
-        self.task.common_seed = mix(self.options.seed, self.step, self.task.phases.index(phase), micro)
+        self.task.common_seed = mix(
+            self.options.seed, self.step, self.task.phases.index(phase), micro
+        )
         with self.accelerator.autocast():
             loss = self.task.loss(batch, phase, generator)
         self._last_loss = loss.total.item()
         if not torch.isfinite(loss.total):
             bad = [name for name, part in loss.parts.items() if not torch.isfinite(part).all()]
-            raise NonFiniteError(f"step {self.step}, phase {phase}: the loss is {self._last_loss}; first seen in "
-                                 f"{bad[0] if bad else 'the total alone, no part is'}; the last checkpoint is "
-                                 f"{self.checkpoint or 'none'}")
+            raise NonFiniteError(
+                f"step {self.step}, phase {phase}: the loss is {self._last_loss}; first seen in "
+                f"{bad[0] if bad else 'the total alone, no part is'}; the last checkpoint is "
+                f"{self.checkpoint or 'none'}"
+            )
         (loss.total / self.options.gradient_accumulation_steps).backward()
         self.means.add(self._key(phase, "loss"), self._last_loss)
-        for name, part in ({f"loss/{k}": v for k, v in loss.parts.items()} | dict(loss.metrics)).items():
+        for name, part in (
+            {f"loss/{k}": v for k, v in loss.parts.items()} | dict(loss.metrics)
+        ).items():
             self.means.add(self._key(phase, name), float(part.detach().float().sum()), part.numel())
 
     @torch.no_grad()
     def _clip(self, phase: str) -> None:
         """Log the gradient norm of each group, then clip by the norm of all."""
-        norms, rows = group_norms(self.phase_params[phase], self.norm_groups), self.task.row_optimizer(phase)
+        norms = group_norms(self.phase_params[phase], self.norm_groups)
+        rows = self.task.row_optimizer(phase)
         if rows is not None:
             norms["memory_table"] = rows.grad_norm()
         for name, norm in norms.items():
             if not torch.isfinite(norm):
-                raise NonFiniteError(f"step {self.step}, phase {phase}: the gradient of {name} is {float(norm)}; "
-                                     f"the last checkpoint is {self.checkpoint or 'none'}")
+                raise NonFiniteError(
+                    f"step {self.step}, phase {phase}: the gradient of {name} is {float(norm)}; "
+                    f"the last checkpoint is {self.checkpoint or 'none'}"
+                )
             self.means.add(self._key(phase, f"grad_norm/{name}"), float(norm))
         if self.options.max_grad_norm and norms:
             total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
@@ -188,7 +240,9 @@ class Run:
 
     @contextmanager
     def _only(self, phase: str) -> Iterator[None]:
-        """Parameters of the other phases ask for no gradient meanwhile (no graph for a generator that rests)."""
+        """Parameters of the other phases ask for no gradient meanwhile (no graph for a generator
+        that rests).
+        """
         others = {id(p): p for name, ps in self.phase_params.items() if name != phase for p in ps}
         for p in self.phase_params[phase]:
             others.pop(id(p), None)
@@ -203,23 +257,30 @@ class Run:
     def _key(self, phase: str, name: str) -> str:
         return name if len(self.task.phases) == 1 else f"{phase}/{name}"
 
-    # ------------------------------------------------------------------------------------------- watching
+    # ------------------------------------------------------------------------------------- watching
     def due(self, every: int) -> bool:
         """True at each `every`-th step; never for 0."""
         return every > 0 and self.step % every == 0
 
     def record_means(self) -> None:
-        """One log line: means since the last one over all ranks, learning rate, speed, share of waiting."""
+        """One log line: means since the last one over all ranks, learning rate, speed, share of
+        waiting.
+        """
         steps = self.step - self._logged
         if self.world > 1:
-            states, self.means = gather_object([self.means.state_dict()]), Means()
+            states = gather_object([self.means.state_dict()])
+            self.means = Means()
             self.means.merge(states)
         values = self.means.pop()
         now = time.monotonic()
-        elapsed, self._window, self._logged = max(now - self._window, 1e-9), now, self.step
+        elapsed = max(now - self._window, 1e-9)
+        self._window = now
+        self._logged = self.step
         waited = values.pop("data_wait", 0.0)
         self.losses = {k: v for k, v in values.items() if k.split("/")[0] == "loss" or "/loss" in k}
-        values |= {self._key(phase, "lr"): lr for phase, lr in self._lr.items()} | self.task.report()
+        values |= {
+            self._key(phase, "lr"): lr for phase, lr in self._lr.items()
+        } | self.task.report()
         values["samples_per_second"] = steps * self.feed.rows_per_step / elapsed
         values["data_wait"] = min(1.0, waited * steps / elapsed)
         self._tell(values)
@@ -227,7 +288,9 @@ class Run:
             self.log.warn(self.step, sentence)
 
     def validate(self) -> None:
-        """Measure with the averaged weights; keep them in `best` if the chosen metric never was better."""
+        """Measure with the averaged weights; keep them in `best` if the chosen metric never was
+        better.
+        """
         with self._averaged(), state.rng_kept(), torch.no_grad(), self.accelerator.autocast():
             self.task.step = self.step
             self.metrics = self.task.validate()
@@ -236,9 +299,18 @@ class Run:
             if not name:
                 return
             if name not in self.metrics:
-                raise ValueError(f"best_metric={name!r}: validation gives {', '.join(self.metrics) or 'no metrics'}")
-            value = -self.metrics[name] if self.options.best_metric.startswith("+") else self.metrics[name]
-            if self.agree(self.first and value < self.best):  # all ranks take part in an export, or none
+                raise ValueError(
+                    f"best_metric={name!r}: validation gives "
+                    f"{', '.join(self.metrics) or 'no metrics'}"
+                )
+            value = (
+                -self.metrics[name]
+                if self.options.best_metric.startswith("+")
+                else self.metrics[name]
+            )
+            if self.agree(
+                self.first and value < self.best
+            ):  # all ranks take part in an export, or none
                 self.best = value
                 self._export("best")
 
@@ -281,14 +353,16 @@ class Run:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    # ------------------------------------------------------------------------------------------- save and resume
+    # ------------------------------------------------------------------------------ save and resume
     def start(self) -> None:
         """Resume if asked for; refuse to mix a fresh run with an old one."""
         wanted = self.options.resume_from_checkpoint
         found = state.find_checkpoint(self.root, wanted) if wanted else None
         if not wanted and (old := state.list_checkpoints(self.root)):
-            raise ValueError(f"output_dir={str(self.root)!r}: holds {old[-1].name} already; pass "
-                             "resume_from_checkpoint='latest' to go on, or choose another folder")
+            raise ValueError(
+                f"output_dir={str(self.root)!r}: holds {old[-1].name} already; pass "
+                "resume_from_checkpoint='latest' to go on, or choose another folder"
+            )
         self.root.mkdir(parents=True, exist_ok=True)
         if found:
             self._load(*found)
@@ -310,7 +384,9 @@ class Run:
         except state.CheckpointError as failure:
             error = failure
         if self.agree(error is not None):
-            raise error or state.CheckpointError(f"{target}: another process could not write its part")
+            raise error or state.CheckpointError(
+                f"{target}: another process could not write its part"
+            )
         self.checkpoint = target
         if self.first:
             state.keep_newest(self.root, self.options.checkpoints_total_limit)
@@ -321,7 +397,11 @@ class Run:
             if self.first:
                 with state.writing(target) as folder:
                     for name, content in parts:
-                        write = state.write_tensors if name.endswith(".safetensors") else state.write_tree
+                        write = (
+                            state.write_tensors
+                            if name.endswith(".safetensors")
+                            else state.write_tree
+                        )
                         write(folder / name, content)
                     state.seal(folder, target, self._facts())
         finally:  # the other ranks gather to the end, also when this one could not write
@@ -329,7 +409,9 @@ class Run:
                 pass
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
-        """Files of a checkpoint and what the first rank writes to them. All ranks must go through them all."""
+        """Files of a checkpoint and what the first rank writes to them. All ranks must go through
+        them all.
+        """
         own = {"rng": state.rng_state(), "means": self.means.state_dict()}
         others = gather_object([own]) if self.world > 1 else [own]  # small: rank 0 writes it all
         for name in self.task.modules:
@@ -338,21 +420,37 @@ class Run:
             yield "ema.safetensors", cuts.gathered(self.ema.state_dict(), self.first)
         if extra := self.task.extra_state_dict():
             yield "extra.safetensors", extra
-        yield "training.pt", {
-            "step": self.step, "best": self.best, "feed": self.feed.state_dict(), "ranks": others,
-            "optimizers": {p: cuts.gathered(o.state_dict(), self.first) for p, o in self.optimizers.items()},
-            "schedulers": {p: s.state_dict() for p, s in self.schedulers.items()},
-        }
+        yield (
+            "training.pt",
+            {
+                "step": self.step,
+                "best": self.best,
+                "feed": self.feed.state_dict(),
+                "ranks": others,
+                "optimizers": {
+                    p: cuts.gathered(o.state_dict(), self.first) for p, o in self.optimizers.items()
+                },
+                "schedulers": {p: s.state_dict() for p, s in self.schedulers.items()},
+            },
+        )
 
     def _facts(self) -> dict[str, Any]:
         sharded = {} if self.sharding is None else {"sharding": "fsdp2"}
-        return {"step": self.step, "num_processes": self.world, "torch": torch.__version__, **sharded,
-                "options": self.options.fixed(), "settings": self.task.settings()}
+        return {
+            "step": self.step,
+            "num_processes": self.world,
+            "torch": torch.__version__,
+            **sharded,
+            "options": self.options.fixed(),
+            "settings": self.task.settings(),
+        }
 
     def _load(self, checkpoint: Path, manifest: dict[str, Any], skipped: list[str]) -> None:
         for reason in skipped:
             self.log.say(f"skipped: {reason}")
-        for line in state.refuse_changes(checkpoint, manifest, self._facts(), self.options.allow_changed_options):
+        for line in state.refuse_changes(
+            checkpoint, manifest, self._facts(), self.options.allow_changed_options
+        ):
             self.log.say(f"changed on resume: {line}")
         for name in self.task.modules:
             saved = state.read_tensors(checkpoint / f"{name}.safetensors")
@@ -367,26 +465,37 @@ class Run:
             self.optimizers[phase].load_state_dict(own)
             self.schedulers[phase].load_state_dict(tree["schedulers"][phase])
         self.feed.load_state_dict(tree["feed"])
-        self.step, self.best, self.checkpoint = tree["step"], tree["best"], checkpoint
+        self.step = tree["step"]
+        self.best = tree["best"]
+        self.checkpoint = checkpoint
         if self.rank < len(tree["ranks"]):
             state.set_rng_state(tree["ranks"][self.rank]["rng"])
             self.means.load_state_dict(tree["ranks"][self.rank]["means"])
         self.log.say(f"resumed from {checkpoint} at step {self.step}")
 
     def finish(self, reason: str) -> None:
-        """Last log line, checkpoint and, if the run is complete, validation and export to `final`."""
+        """Last log line, checkpoint and, if the run is complete, validation and export to
+        `final`.
+        """
         if self.step > self._logged and reason == "finished":
             self.record_means()
-        if reason == "finished" and self.options.validation_steps and not self.due(self.options.validation_steps):
+        if (
+            reason == "finished"
+            and self.options.validation_steps
+            and not self.due(self.options.validation_steps)
+        ):
             self.validate()
         self.save()
         if reason == "finished":
             with self._averaged(), state.rng_kept():
                 self._export("final")
         else:
-            self.log.say(f"stopped ({reason}) at step {self.step}; go on with resume_from_checkpoint='latest'")
+            self.log.say(
+                f"stopped ({reason}) at step {self.step}; go on with "
+                "resume_from_checkpoint='latest'"
+            )
 
-    # ------------------------------------------------------------------------------------------- several processes
+    # ---------------------------------------------------------------------------- several processes
     def agree(self, flag: bool) -> bool:
         """True if any rank says so."""
         if self.world == 1:

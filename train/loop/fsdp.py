@@ -1,19 +1,24 @@
-"""Weights in slices, one a process, for models too large to be whole on every device: FSDP2, torch's `fully_shard`.
+"""Weights in slices, one a process, for models too large to be whole on every device: FSDP2,
+torch's `fully_shard`.
 
-    accelerate launch --config_file avdiff/bundled/recipes/fsdp2.yaml -m avdiff.train.finetune RECIPE
+    accelerate launch --config_file avdiff/bundled/recipes/fsdp2.yaml -m avdiff.train.finetune
+    RECIPE
 
-`Accelerator.prepare` takes one model with its optimizer; a task has several modules and an optimizer for each phase. So
-`fit` reads what accelerate was launched with and calls `fully_shard` itself, before it builds the optimizers, which
-must hold the slices. Blocks of the named classes become units: their parameters, gradients, moments and averages are
-DTensors. What lies outside of blocks stays whole on every rank, and so do Engrams inside of blocks: `prepare` reads
-them before any forward would gather them. In the presets that is a few percent of the weights.
+`Accelerator.prepare` takes one model with its optimizer; a task has several modules and an
+optimizer for each phase. So `fit` reads what accelerate was launched with and calls `fully_shard`
+itself, before it builds the optimizers, which must hold the slices. Blocks of the named classes
+become units: their parameters, gradients, moments and averages are DTensors. What lies outside of
+blocks stays whole on every rank, and so do Engrams inside of blocks: `prepare` reads them before
+any forward would gather them. In the presets that is a few percent of the weights.
 
-Numbers stay those of an unsharded run: slices, gathered weights and gradients are fp32, and bf16 comes from autocast
-alone (FSDP's own MixedPrecisionPolicy is not used). A checkpoint holds whole tensors that the first rank writes, so the
-number of processes may change on resume; the host of the first rank needs memory for the largest file of it.
+Numbers stay those of an unsharded run: slices, gathered weights and gradients are fp32, and bf16
+comes from autocast alone (FSDP's own MixedPrecisionPolicy is not used). A checkpoint holds whole
+tensors that the first rank writes, so the number of processes may change on resume; the host of the
+first rank needs memory for the largest file of it.
 
-Tested on CPU with two gloo processes. Untested, for want of hardware: CUDA and NCCL (streams, overlap, the memory
-saved), more than two processes, several machines, and accelerate's FSDP launch itself, which it ignores on a CPU.
+Tested on CPU with two gloo processes. Untested, for want of hardware: CUDA and NCCL (streams,
+overlap, the memory saved), more than two processes, several machines, and accelerate's FSDP launch
+itself, which it ignores on a CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +46,8 @@ class Sharding:
 
     Args:
         blocks: names of the classes whose instances are units; of nested ones the outermost.
-        reshard_after_forward: give gathered weights up after the forward and gather them again for the backward.
+        reshard_after_forward: give gathered weights up after the forward and gather them again for
+            the backward.
     """
 
     blocks: tuple[str, ...]
@@ -52,21 +58,26 @@ class Sharding:
         """The settings of accelerate's plugin.
 
         Raises:
-            ValueError: one that this loop does not follow; the sentence names it as accelerate's config file does.
+            ValueError: one that this loop does not follow; the sentence names it as accelerate's
+                config file does.
         """
         names = plugin.transformer_cls_names_to_wrap or ()
         followed = {
             "fsdp_version: 2": plugin.fsdp_version == 2,
-            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": plugin.auto_wrap_policy is transformer_auto_wrap_policy,
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": plugin.auto_wrap_policy
+            is transformer_auto_wrap_policy,
             "fsdp_transformer_layer_cls_to_wrap: DualBlock,CaptionEncoder": bool(names),
             "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-            "fsdp_activation_checkpointing: false (the recipe has gradient_checkpointing)":
-                not plugin.activation_checkpointing,
-            "fsdp_state_dict_type: FULL_STATE_DICT": getattr(plugin.state_dict_type, "name", "") == "FULL_STATE_DICT",
+            "fsdp_activation_checkpointing: false (the recipe has "
+            "gradient_checkpointing)": not plugin.activation_checkpointing,
+            "fsdp_state_dict_type: FULL_STATE_DICT": getattr(plugin.state_dict_type, "name", "")
+            == "FULL_STATE_DICT",
         }
         for wanted, given in followed.items():
             if not given:
-                raise ValueError(f"fsdp_config: this loop needs {wanted}; see avdiff/bundled/recipes/fsdp2.yaml")
+                raise ValueError(
+                    f"fsdp_config: this loop needs {wanted}; see avdiff/bundled/recipes/fsdp2.yaml"
+                )
         return cls(tuple(n.strip() for n in names), bool(plugin.reshard_after_forward))
 
 
@@ -79,14 +90,17 @@ def requested(accelerator: Accelerator) -> Sharding | None:
     if accelerator.distributed_type != DistributedType.FSDP:
         return None
     if accelerator.parallelism_config is not None:
-        raise ValueError("parallelism_config: this loop cuts weights over all processes alike; leave it out")
+        raise ValueError(
+            "parallelism_config: this loop cuts weights over all processes alike; leave it out"
+        )
     return Sharding.of(accelerator.state.fsdp_plugin)
 
 
-# ------------------------------------------------------------------------------------------------ cutting
+# ------------------------------------------------------------------------------------------ cutting
 def shard(modules: Mapping[str, nn.Module], device: torch.device, sharding: Sharding) -> None:
-    """Move modules to the device, make them those of the first rank and cut their blocks, one block after the other:
-    the device never holds more than one whole block. Parameters in blocks are DTensors afterwards.
+    """Move modules to the device, make them those of the first rank and cut their blocks, one block
+    after the other: the device never holds more than one whole block. Parameters in blocks are
+    DTensors afterwards.
 
     Raises:
         ValueError: a class that no module has.
@@ -96,8 +110,11 @@ def shard(modules: Mapping[str, nn.Module], device: torch.device, sharding: Shar
     found = {type(unit).__name__ for blocks in units.values() for unit in blocks}
     for wanted in sharding.blocks:
         if wanted not in found:
-            raise ValueError(f"fsdp_transformer_layer_cls_to_wrap: no module of this training ({', '.join(modules)}) "
-                             f"has a {wanted}; name its blocks, or launch without FSDP")
+            raise ValueError(
+                "fsdp_transformer_layer_cls_to_wrap: no module of this training "
+                f"({', '.join(modules)}) "
+                f"has a {wanted}; name its blocks, or launch without FSDP"
+            )
     for name, module in modules.items():
         _cut(module, units[name], mesh, device, sharding.reshard_after_forward)
 
@@ -109,20 +126,30 @@ def blocks_of(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return [block for child in module.children() for block in blocks_of(child, names)]
 
 
-def _cut(module: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, device: torch.device, reshard: bool) -> None:
+def _cut(
+    module: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    device: torch.device,
+    reshard: bool,
+) -> None:
     whole = {p for part in module.modules() if isinstance(part, Engram) for p in part.parameters()}
     for block in blocks:
         settle(block, device)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, ignored_params=whole)
     settle(module, device)
-    if blocks and module not in blocks:  # a root without weights of its own: it lines up the gathers of its blocks
+    if (
+        blocks and module not in blocks
+    ):  # a root without weights of its own: it lines up the gathers of its blocks
         rest = {p for p in module.parameters() if not isinstance(p, DTensor)}
         fully_shard(module, mesh=mesh, ignored_params=rest)
 
 
 @torch.no_grad()
 def settle(module: nn.Module, device: torch.device) -> None:
-    """Move the tensors of a module that are not in slices to the device, and make them those of the first rank."""
+    """Move the tensors of a module that are not in slices to the device, and make them those of the
+    first rank.
+    """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
@@ -132,16 +159,20 @@ def settle(module: nn.Module, device: torch.device) -> None:
 
 
 def reshard(modules: Mapping[str, nn.Module]) -> None:
-    """Drop gathered weights that a forward without a backward may have left: they would outlive a change of slices."""
+    """Drop gathered weights that a forward without a backward may have left: they would outlive a
+    change of slices.
+    """
     for module in modules.values():
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
 
-# ------------------------------------------------------------------------------------------------ slices and wholes
+# -------------------------------------------------------------------------------- slices and wholes
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's slice of a DTensor, sharing its memory (call it without gradients); any other tensor itself."""
+    """This rank's slice of a DTensor, sharing its memory (call it without gradients); any other
+    tensor itself.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -160,10 +191,11 @@ def apart(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 @torch.no_grad()
 def gathered(tree: Any, first: bool) -> Any:
-    """Nested dicts and lists with every DTensor as a whole CPU tensor on the `first` rank, and None on the others.
+    """Nested dicts and lists with every DTensor as a whole CPU tensor on the `first` rank, and None
+    on the others.
 
-    All ranks must call it. torch's own `get_optimizer_state_dict` is not used: it invents moments for parameters that
-    never had a gradient, and a resumed run would count their steps differently.
+    All ranks must call it. torch's own `get_optimizer_state_dict` is not used: it invents moments
+    for parameters that never had a gradient, and a resumed run would count their steps differently.
     """
     if isinstance(tree, DTensor):
         tensor = tree.full_tensor()  # one at a time: the device holds no second model
@@ -173,7 +205,9 @@ def gathered(tree: Any, first: bool) -> Any:
     return [gathered(value, first) for value in tree] if isinstance(tree, list) else tree
 
 
-def slices(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def slices(
+    state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Whole tensors, the same on all ranks, cut as those of the same name in `like`."""
     return {name: _slice(tensor, like.get(name)) for name, tensor in state.items()}
 
@@ -181,9 +215,18 @@ def slices(state: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) 
 def optimizer_slices(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A gathered optimizer state with each tensor of a parameter's shape cut as that parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return {**saved, "state": {i: {key: _slice(value, params[i]) if torch.is_tensor(value)
-                                   and value.shape == params[i].shape else value for key, value in entry.items()}
-                               for i, entry in saved["state"].items()}}
+    return {
+        **saved,
+        "state": {
+            i: {
+                key: _slice(value, params[i])
+                if torch.is_tensor(value) and value.shape == params[i].shape
+                else value
+                for key, value in entry.items()
+            }
+            for i, entry in saved["state"].items()
+        },
+    }
 
 
 def _slice(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
@@ -194,8 +237,10 @@ def _slice(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
 
 @contextmanager
 def exportable(modules: Mapping[str, nn.Module], first: bool) -> Iterator[None]:
-    """Inside it, on the `first` rank, sharded modules save like whole ones: `state_dict` gives whole CPU tensors and
-    their class has its own name again. All ranks must enter it; modules that were never cut are left alone."""
+    """Inside it, on the `first` rank, sharded modules save like whole ones: `state_dict` gives
+    whole CPU tensors and their class has its own name again. All ranks must enter it; modules that
+    were never cut are left alone.
+    """
     undo: list[Any] = []
     for module in modules.values():
         if isinstance(module, FSDPModule):
@@ -211,10 +256,15 @@ def exportable(modules: Mapping[str, nn.Module], first: bool) -> Iterator[None]:
 
 
 def _presented(module: nn.Module, found: dict[str, torch.Tensor]) -> tuple[Any, nn.Module, type]:
-    """Let `state_dict` answer with `found`, under the class that `fully_shard` has put a subclass over."""
+    """Let `state_dict` answer with `found`, under the class that `fully_shard` has put a subclass
+    over.
+    """
+
     def answer(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         state.update({prefix + name: tensor for name, tensor in found.items()})
 
     kind = type(module)
-    module.__class__ = next(c for c in kind.__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
+    module.__class__ = next(
+        c for c in kind.__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule)
+    )
     return module.register_state_dict_post_hook(answer), module, kind

@@ -1,11 +1,12 @@
-"""Muon for the inner matrices, AdamW for the rest: more progress a step for networks that train for an hour.
+"""Muon for the inner matrices, AdamW for the rest: more progress a step for networks that train for
+an hour.
 
-Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, found by five
-Newton-Schulz steps with the coefficients of the reference implementation; a convolution kernel counts as an
-(out, in * k * k) matrix, the weights of E experts (E, out, in) as E matrices. Matrices of one shape are worked on
-together; with several processes each works on its share and sends it to the others. Updates are scaled by
-0.2 sqrt(max(rows, columns)) to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, eq. 4), so that one learning
-rate serves both.
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, found
+by five Newton-Schulz steps with the coefficients of the reference implementation; a convolution
+kernel counts as an (out, in * k * k) matrix, the weights of E experts (E, out, in) as E matrices.
+Matrices of one shape are worked on together; with several processes each works on its share and
+sends it to the others. Updates are scaled by 0.2 sqrt(max(rows, columns)) to the size of AdamW's
+(Liu et al. 2025, arXiv:2502.16982, eq. 4), so that one learning rate serves both.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ class MuonAdam(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         eps: float = 1e-8,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps, "muon": False})
+        super().__init__(
+            groups,
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps, "muon": False},
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -76,12 +80,15 @@ class MuonAdam(torch.optim.Optimizer):
 
 
 def directions(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Orthogonal factors of matrices (m, n) and stacks of them (E, m, n), each bf16 in its own shape.
+    """Orthogonal factors of matrices (m, n) and stacks of them (E, m, n), each bf16 in its own
+    shape.
 
     Ranks take turns: the same matrices must be given on all of them.
     """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    rank, world = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    )
     shares = [list(range(owner, len(matrices), world)) for owner in range(world)]
     found = dict(zip(shares[rank], _by_shape([matrices[i] for i in shares[rank]]), strict=True))
     for owner in range(world if world > 1 else 0):
@@ -91,7 +98,10 @@ def directions(matrices: Sequence[Tensor]) -> list[Tensor]:
             if owner == rank:
                 torch.cat([found[i].flatten() for i in shares[owner]], out=flat)
             torch.distributed.broadcast(flat, owner)
-            found |= {i: x.view_as(matrices[i]) for i, x in zip(shares[owner], flat.split(sizes), strict=True)}
+            found |= {
+                i: x.view_as(matrices[i])
+                for i, x in zip(shares[owner], flat.split(sizes), strict=True)
+            }
     return [found[i] for i in range(len(matrices))]
 
 
@@ -110,7 +120,9 @@ def _by_shape(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrices with singular values near 1 (0.7 to 1.2): (..., m, n) -> (..., m, n), in bf16."""
+    """About the nearest matrices with singular values near 1 (0.7 to 1.2): (..., m, n) -> (..., m,
+    n), in bf16.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
@@ -123,25 +135,46 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def muon_groups(modules: Mapping[str, nn.Module], ends: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Trainable parameters in three groups: inner kernels for Muon, kernels named like one of `ends`, and vectors.
+    """Trainable parameters in three groups: inner kernels for Muon, kernels named like one of
+    `ends`, and vectors.
 
-    The layers at the ends (pixels, latents) do better under AdamW, as embeddings and heads of language models do.
+    The layers at the ends (pixels, latents) do better under AdamW, as embeddings and heads of
+    language models do.
     """
-    named = [(n, p) for module in modules.values() for n, p in module.named_parameters() if p.requires_grad]
+    named = [
+        (n, p)
+        for module in modules.values()
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    ]
     inner = {id(p) for n, p in named if p.ndim > 1 and not any(end in n for end in ends)}
     return muon_split(inner, {"params": [p for _, p in named]})
 
 
 def muon_split(inner: Collection[int], group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A group of parameters in up to three: those whose id is in `inner` for Muon, other matrices, vectors."""
+    """A group of parameters in up to three: those whose id is in `inner` for Muon, other matrices,
+    vectors.
+    """
     kinds: dict[str, list[Tensor]] = {"inner": [], "outer": [], "vectors": []}
     for p in group["params"]:
         kinds["inner" if id(p) in inner else "outer" if p.ndim > 1 else "vectors"].append(p)
-    extra: dict[str, dict[str, Any]] = {"inner": {"muon": True}, "outer": {}, "vectors": {"weight_decay": 0.0}}
+    extra: dict[str, dict[str, Any]] = {
+        "inner": {"muon": True},
+        "outer": {},
+        "vectors": {"weight_decay": 0.0},
+    }
     return [{**group, **extra[kind], "params": params} for kind, params in kinds.items() if params]
 
 
 def inner_matrices(named: Iterable[tuple[str, nn.Parameter]]) -> set[int]:
-    """ids of the matrices inside transformer blocks: not tables, embeddings, memories or the ends."""
-    inside = ((n, p) for n, p in named if any(part in n for part in (".transformer_blocks.", ".attns.", ".ffs.")))
-    return {id(p) for n, p in inside if p.ndim in (2, 3) and "table" not in n and ".memory" not in n}
+    """ids of the matrices inside transformer blocks: not tables, embeddings, memories or the
+    ends.
+    """
+    inside = (
+        (n, p)
+        for n, p in named
+        if any(part in n for part in (".transformer_blocks.", ".attns.", ".ffs."))
+    )
+    return {
+        id(p) for n, p in inside if p.ndim in (2, 3) and "table" not in n and ".memory" not in n
+    }

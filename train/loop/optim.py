@@ -13,33 +13,47 @@ from torch.distributed.tensor import DTensor
 from avdiff.train.loop.fsdp import apart, local
 from avdiff.train.loop.task import FitOptions, Task
 
-NO_DECAY_OWNERS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+NO_DECAY_OWNERS = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
 NO_DECAY_ENDINGS = ("bias", "table", "embedding", "embeddings", "token", "tokens")
 BUCKET = 2**24  # elements of one all-reduce: 64 MB of fp32
 
 
 def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.Optimizer:
-    """The task's own optimizer, or AdamW over `task.parameters(phase)`, split into parameters with and without decay.
+    """The task's own optimizer, or AdamW over `task.parameters(phase)`, split into parameters with
+    and without decay.
 
     Raises:
-        ValueError: no parameters, a parameter twice, one that belongs to no module of the task, or an own optimizer
-            over weights in slices.
+        ValueError: no parameters, a parameter twice, one that belongs to no module of the task, or
+            an own optimizer over weights in slices.
     """
     own = task.optimizer(phase, options)
     if own is not None:
         if any(isinstance(p, DTensor) for group in own.param_groups for p in group["params"]):
-            raise ValueError(f"optimizer: {type(own).__name__} works on whole matrices, and FSDP keeps slices of them; "
-                             "choose adamw, or launch without FSDP")
+            raise ValueError(
+                f"optimizer: {type(own).__name__} works on whole matrices, and FSDP keeps slices "
+                "of them; "
+                "choose adamw, or launch without FSDP"
+            )
         return own
     names = parameter_names(task.modules)
     spared = _undecayed(task.modules)
-    groups, seen = [], set()
+    groups = []
+    seen = set()
     for entry in _as_groups(task.parameters(phase)):
         params = list(entry["params"])
         for p in params:
             if id(p) not in names:
-                raise ValueError(f"parameters({phase!r}): a parameter of shape {tuple(p.shape)} belongs to none of the "
-                                 f"modules {', '.join(task.modules)}; it would not be saved")
+                raise ValueError(
+                    f"parameters({phase!r}): a parameter of shape {tuple(p.shape)} belongs to "
+                    "none of the "
+                    f"modules {', '.join(task.modules)}; it would not be saved"
+                )
             if id(p) in seen:
                 raise ValueError(f"parameters({phase!r}): {names[id(p)]} appears twice")
             seen.add(id(p))
@@ -50,34 +64,57 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
         groups += [{**common, "params": part, "weight_decay": 0.0} for part in apart(rest)]
     if not groups:
         raise ValueError(f"parameters({phase!r}): nothing to train; is everything frozen?")
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
-                             eps=options.adam_epsilon, weight_decay=options.adam_weight_decay, fused=True)
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+        fused=True,
+    )
 
 
 def eight_bit(groups: Any, options: FitOptions) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with moments in eight bits (Dettmers et al., arXiv 2110.02861); its states need an
-    accelerator or a recent CPU build of the package."""
+    """bitsandbytes' AdamW with moments in eight bits (Dettmers et al., arXiv 2110.02861); its
+    states need an accelerator or a recent CPU build of the package.
+    """
     from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
 
-    return AdamW8bit(list(groups), lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2),
-                     eps=options.adam_epsilon, weight_decay=options.adam_weight_decay)
+    return AdamW8bit(
+        list(groups),
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+    )
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, options: FitOptions) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up, then cosine, constant or linear, by diffusers' `get_scheduler`; every group keeps its own peak."""
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, options: FitOptions
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up, then cosine, constant or linear, by diffusers' `get_scheduler`; every group keeps
+    its own peak.
+    """
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
-    return get_scheduler(name, optimizer, num_warmup_steps=options.lr_warmup_steps,
-                         num_training_steps=options.max_train_steps)
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     """id of each parameter -> "module.path.to.weight"."""
-    return {id(p): f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()}
+    return {
+        id(p): f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()
+    }
 
 
 @torch.no_grad()
 def average_gradients(params: Sequence[nn.Parameter], world: int) -> None:
-    """Mean over ranks; a parameter that no rank used keeps None, so that AdamW leaves it bit-identical.
+    """Mean over ranks; a parameter that no rank used keeps None, so that AdamW leaves it
+    bit-identical.
 
     Gradients in slices are left alone: FSDP has averaged them during the backward.
     """
@@ -100,7 +137,9 @@ def average_gradients(params: Sequence[nn.Parameter], world: int) -> None:
 
 
 @torch.no_grad()
-def group_norms(params: Sequence[nn.Parameter], groups: Mapping[int, str]) -> dict[str, torch.Tensor]:
+def group_norms(
+    params: Sequence[nn.Parameter], groups: Mapping[int, str]
+) -> dict[str, torch.Tensor]:
     """Euclidean norm of the gradients of each group; `groups` maps id(parameter) -> group.
 
     Of gradients in slices that over all ranks, which must call it together.
@@ -113,7 +152,9 @@ def group_norms(params: Sequence[nn.Parameter], groups: Mapping[int, str]) -> di
             kind.setdefault(groups[id(p)], []).append(local(p.grad))
     norms = {name: torch.nn.utils.get_total_norm(grads) for name, grads in members.items()}
     if sliced:
-        squares = torch.stack([torch.nn.utils.get_total_norm(grads).square() for grads in sliced.values()])
+        squares = torch.stack(
+            [torch.nn.utils.get_total_norm(grads).square() for grads in sliced.values()]
+        )
         torch.distributed.all_reduce(squares)
         for name, norm in zip(sliced, squares.sqrt(), strict=True):
             norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
@@ -122,7 +163,9 @@ def group_norms(params: Sequence[nn.Parameter], groups: Mapping[int, str]) -> di
 
 @torch.no_grad()
 def clip_gradients(params: Sequence[nn.Parameter], max_norm: float, total: torch.Tensor) -> None:
-    """Scale gradients of norm `total` down to `max_norm`, as torch's `clip_grads_with_norm_`, in slices or whole."""
+    """Scale gradients of norm `total` down to `max_norm`, as torch's `clip_grads_with_norm_`, in
+    slices or whole.
+    """
     grads = [local(p.grad) for p in params if p.grad is not None]
     if grads:
         torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0).to(grads[0].device))
@@ -132,7 +175,9 @@ def _as_groups(entries: Any) -> list[dict[str, Any]]:
     """Loose parameters become one group ahead of the given ones."""
     entries = list(entries)
     loose = [e for e in entries if isinstance(e, nn.Parameter)]
-    return ([{"params": loose}] if loose else []) + [e for e in entries if not isinstance(e, nn.Parameter)]
+    return ([{"params": loose}] if loose else []) + [
+        e for e in entries if not isinstance(e, nn.Parameter)
+    ]
 
 
 def _undecayed(modules: Mapping[str, nn.Module]) -> set[int]:

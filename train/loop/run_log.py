@@ -1,7 +1,9 @@
-"""What a run says while it runs: means since the last line, a JSONL file, a progress bar or plain lines.
+"""What a run says while it runs: means since the last line, a JSONL file, a progress bar or plain
+lines.
 
-Every line of `log.jsonl` is one JSON object with "step". It is appended by a single write, so that a killed run leaves
-whole lines, and cut back to the checkpoint's step on resume, so that no step is told twice.
+Every line of `log.jsonl` is one JSON object with "step". It is appended by a single write, so that
+a killed run leaves whole lines, and cut back to the checkpoint's step on resume, so that no step is
+told twice.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from rich.progress import (
 
 
 class Means:
-    """Running sums of named values; `pop` returns the means and starts again. The state survives a checkpoint."""
+    """Running sums of named values; `pop` returns the means and starts again. The state survives a
+    checkpoint.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
@@ -62,25 +66,37 @@ class Logbook:
     """Writes `log.jsonl` and the console; silent on every rank but the first.
 
     Args:
-        path: the JSONL file. steps: steps of the whole run. active: False makes every method do nothing.
+        path: the JSONL file. steps: steps of the whole run. active: False makes every method do
+            nothing.
     """
 
     def __init__(self, path: Path, steps: int, active: bool = True) -> None:
-        self.path, self.steps, self.active = path, steps, active
+        self.path = path
+        self.steps = steps
+        self.active = active
         self._console = Console(highlight=False, soft_wrap=True)
-        self._started, self._first = time.monotonic(), 0
+        self._started = time.monotonic()
+        self._first = 0
         self._bar: Progress | None = None
         self._task: Any = None
 
     def start(self, step: int) -> None:
         """Begin at `step`: drop lines of later steps, show the bar if somebody is watching."""
-        self._started, self._first = time.monotonic(), step
+        self._started = time.monotonic()
+        self._first = step
         if not self.active:
             return
         self._cut(step)
         if self._console.is_terminal:
-            self._bar = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console)
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._console,
+            )
             self._task = self._bar.add_task("", total=self.steps, completed=step, note="")
             self._bar.start()
 
@@ -95,10 +111,15 @@ class Logbook:
             return
         self._append({"step": step, **{k: _plain(v) for k, v in values.items()}})
         if not self._bar:
-            # Buckets and gradient norms are for the file: a console line should be read, not searched.
+            # Buckets and gradient norms are for the file: a console line should be read, not
+            # searched.
             details = ("grad_norm", "experts")
-            brief = {k: v for k, v in values.items() if k.count("/") <= 1 and not k.startswith(details)}
-            shown = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in brief.items())
+            brief = {
+                k: v for k, v in values.items() if k.count("/") <= 1 and not k.startswith(details)
+            }
+            shown = " ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in brief.items()
+            )
             self._console.print(f"step {step}/{self.steps} {self._left(step)}{shown}", markup=False)
 
     def warn(self, step: int, text: str) -> None:

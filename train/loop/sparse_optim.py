@@ -2,9 +2,9 @@
 
 Use beside the optimizer of the dense weights:
 
-    rows = RowAdagrad([table for _, table in memory_tables(model)], lr=0.05)   # from now on the tables collect
-    loss.backward()                                  # once, or several times to accumulate
-    clip_with_rows(model.parameters(), rows, 1.0)
+    rows = RowAdagrad([table for _, table in memory_tables(model)], lr=0.05)   # from now on the
+    tables collect loss.backward()                                  # once, or several times to
+    accumulate clip_with_rows(model.parameters(), rows, 1.0)
     rows.step(); rows.zero_grad()
 
 Shape legend: R rows of a table, D channels, U unique rows touched since the last step.
@@ -27,14 +27,18 @@ class RowOptimizer(torch.optim.Optimizer):
     """Base of the two below: gathers what was touched, keeps the state, writes back.
 
     Args:
-        tables: tables in RAM, float32 or bfloat16 (written with stochastic rounding: plain rounding would lose every
-            update below 2^-9 of a value). seed: of the rounding.
+        tables: tables in RAM, float32 or bfloat16 (written with stochastic rounding: plain rounding
+            would lose every update below 2^-9 of a value). seed: of the rounding.
     """
 
-    def __init__(self, tables: Sequence[MemoryTable], defaults: dict[str, Any], seed: int = 0) -> None:
+    def __init__(
+        self, tables: Sequence[MemoryTable], defaults: dict[str, Any], seed: int = 0
+    ) -> None:
         for table in tables:
             if table.rows is None or table.rows.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError("tables: only tables in RAM, of float32 or bfloat16, can be trained")
+                raise ValueError(
+                    "tables: only tables in RAM, of float32 or bfloat16, can be trained"
+                )
         self.tables = list(tables)
         super().__init__([{"params": [t.rows for t in tables]}], defaults)
         self.generator = torch.Generator().manual_seed(seed)
@@ -43,7 +47,9 @@ class RowOptimizer(torch.optim.Optimizer):
             table.collecting = True
 
     def touched(self) -> list[Touched | None]:
-        """Rows (U,) and gradients (U, D) of each table, merged over micro-batches and ranks; kept until `step`."""
+        """Rows (U,) and gradients (U, D) of each table, merged over micro-batches and ranks; kept
+        until `step`.
+        """
         fresh = [gather_rows(t.take_pending(), t.dim, t.rows) for t in self.tables]
         kept = self._gathered or [None] * len(fresh)
         self._gathered = [_join(a, b) for a, b in zip(kept, fresh, strict=True)]
@@ -91,21 +97,32 @@ class RowOptimizer(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         self.generator.set_state(state_dict.pop("generator").cpu())
         super().load_state_dict(state_dict)
-        for i, key in enumerate(self.param_groups[0]["params"]):  # torch casts state to the table's type: undo
+        for i, key in enumerate(
+            self.param_groups[0]["params"]
+        ):  # torch casts state to the table's type: undo
             if i in state_dict["state"]:
-                self.state[key] = {k: v.clone().to(key.device) for k, v in state_dict["state"][i].items()}
+                self.state[key] = {
+                    k: v.clone().to(key.device) for k, v in state_dict["state"][i].items()
+                }
 
     def flat_state(self) -> dict[str, torch.Tensor]:
         """The same state as plain tensors by name, for a safetensors file."""
-        flat = {f"{i}.{name}": value for i, key in enumerate(self.param_groups[0]["params"])
-                for name, value in self.state[key].items()}
+        flat = {
+            f"{i}.{name}": value
+            for i, key in enumerate(self.param_groups[0]["params"])
+            for name, value in self.state[key].items()
+        }
         return flat | {"generator": self.generator.get_state()}
 
     def load_flat_state(self, flat: Mapping[str, torch.Tensor]) -> None:
         """Inverse of `flat_state`."""
         self.generator.set_state(flat["generator"].cpu())
         for i, key in enumerate(self.param_groups[0]["params"]):
-            own = {name.split(".", 1)[1]: value for name, value in flat.items() if name.startswith(f"{i}.")}
+            own = {
+                name.split(".", 1)[1]: value
+                for name, value in flat.items()
+                if name.startswith(f"{i}.")
+            }
             self.state[key] = {name: value.clone().to(key.device) for name, value in own.items()}
 
     def _state(self, key: torch.Tensor, table: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,44 +133,71 @@ class RowOptimizer(torch.optim.Optimizer):
     def _new_state(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
-    def _update(self, state: dict[str, torch.Tensor], rows: torch.Tensor, grads: torch.Tensor,
-                group: dict[str, Any]) -> torch.Tensor:
+    def _update(
+        self,
+        state: dict[str, torch.Tensor],
+        rows: torch.Tensor,
+        grads: torch.Tensor,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
         """(U,), (U, D) -> what is subtracted from the rows (U, D)."""
         raise NotImplementedError
 
 
 class RowAdagrad(RowOptimizer):
-    """Row-wise Adagrad, one float of state a row: G_r += mean(g_r^2); w_r -= lr g_r / (sqrt(G_r) + eps)."""
+    """Row-wise Adagrad, one float of state a row: G_r += mean(g_r^2); w_r -= lr g_r / (sqrt(G_r) +
+    eps).
+    """
 
-    def __init__(self, tables: Sequence[MemoryTable], lr: float = 0.05, eps: float = 1e-8, seed: int = 0) -> None:
+    def __init__(
+        self, tables: Sequence[MemoryTable], lr: float = 0.05, eps: float = 1e-8, seed: int = 0
+    ) -> None:
         super().__init__(tables, {"lr": lr, "eps": eps}, seed)
 
     def _new_state(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"sum": torch.zeros(len(table), device=table.device)}
 
-    def _update(self, state: dict[str, torch.Tensor], rows: torch.Tensor, grads: torch.Tensor,
-                group: dict[str, Any]) -> torch.Tensor:
+    def _update(
+        self,
+        state: dict[str, torch.Tensor],
+        rows: torch.Tensor,
+        grads: torch.Tensor,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
         total = state["sum"][rows] + grads.square().mean(-1)
         state["sum"][rows] = total
         return group["lr"] * grads / (total.sqrt() + group["eps"])[:, None]
 
 
 class RowAdam(RowOptimizer):
-    """Lazy Adam without weight decay: momentum of each value in the table's type, second moment one float a row.
+    """Lazy Adam without weight decay: momentum of each value in the table's type, second moment one
+    float a row.
 
-    Moments of untouched rows do not decay, and the bias correction counts the steps of each row by itself.
+    Moments of untouched rows do not decay, and the bias correction counts the steps of each row by
+    itself.
     """
 
-    def __init__(self, tables: Sequence[MemoryTable], lr: float = 5e-3, betas: tuple[float, float] = (0.9, 0.99),
-                 eps: float = 1e-8, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tables: Sequence[MemoryTable],
+        lr: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        seed: int = 0,
+    ) -> None:
         super().__init__(tables, {"lr": lr, "betas": betas, "eps": eps}, seed)
 
     def _new_state(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
         one = torch.zeros(len(table), device=table.device)
         return {"mean": torch.zeros_like(table), "square": one, "steps": one.clone()}
 
-    def _update(self, state: dict[str, torch.Tensor], rows: torch.Tensor, grads: torch.Tensor,
-                group: dict[str, Any]) -> torch.Tensor:
+    def _update(
+        self,
+        state: dict[str, torch.Tensor],
+        rows: torch.Tensor,
+        grads: torch.Tensor,
+        group: dict[str, Any],
+    ) -> torch.Tensor:
         first, second = group["betas"]
         steps = state["steps"][rows] + 1
         mean = state["mean"][rows].float().lerp(grads, 1 - first)
@@ -164,8 +208,12 @@ class RowAdam(RowOptimizer):
         return group["lr"] * mean / ((1 - first**steps) * root)[:, None]
 
 
-def clip_with_rows(parameters: Iterable[torch.Tensor], rows: RowOptimizer | None, max_norm: float) -> torch.Tensor:
-    """Clip dense and row gradients by their common norm, as if the table were a parameter; returns the norm."""
+def clip_with_rows(
+    parameters: Iterable[torch.Tensor], rows: RowOptimizer | None, max_norm: float
+) -> torch.Tensor:
+    """Clip dense and row gradients by their common norm, as if the table were a parameter; returns
+    the norm.
+    """
     dense = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in dense if p.grad is not None])
     if rows is not None:
@@ -181,11 +229,17 @@ def gather_rows(entry: Touched | None, dim: int, like: torch.Tensor | None) -> T
 
     Every rank must call it at the same point, touched or not.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_world_size() == 1
+    ):
         return entry
     world = distributed.get_world_size()
     device = None if like is None else like.device
-    rows, grads = entry or (torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, dim, device=device))
+    rows, grads = entry or (
+        torch.empty(0, dtype=torch.int64, device=device),
+        torch.empty(0, dim, device=device),
+    )
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=device))
     most = int(torch.cat(counts).max())
@@ -198,8 +252,10 @@ def gather_rows(entry: Touched | None, dim: int, like: torch.Tensor | None) -> T
     distributed.all_gather(all_rows, padded)
     distributed.all_gather(all_grads, padded_grads)
     kept = [int(c) for c in counts]
-    return merge_rows(torch.cat([r[:n] for r, n in zip(all_rows, kept, strict=True)]),
-                      torch.cat([g[:n] for g, n in zip(all_grads, kept, strict=True)]) / world)
+    return merge_rows(
+        torch.cat([r[:n] for r, n in zip(all_rows, kept, strict=True)]),
+        torch.cat([g[:n] for g, n in zip(all_grads, kept, strict=True)]) / world,
+    )
 
 
 def _join(a: Touched | None, b: Touched | None) -> Touched | None:
@@ -209,7 +265,9 @@ def _join(a: Touched | None, b: Touched | None) -> Touched | None:
 
 
 def _round_up_or_down(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """fp32 -> bf16, up or down with probability by distance, so that small updates survive on average."""
+    """fp32 -> bf16, up or down with probability by distance, so that small updates survive on
+    average.
+    """
     bits = values.cpu().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
     return ((bits + noise) & -65536).view(torch.float32).to(values.device, torch.bfloat16)

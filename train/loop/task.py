@@ -1,4 +1,6 @@
-"""What a trainer hands to `fit`: the `Task` it implements, the `Loss` it returns, the `FitOptions` it is run with."""
+"""What a trainer hands to `fit`: the `Task` it implements, the `Loss` it returns, the `FitOptions`
+it is run with.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ class Loss:
 
     Args:
         total: scalar to differentiate, a mean over rows.
-        parts: named values for the log, any shape, usually one per row (n,); a part may be empty. They are detached,
-            averaged over rows, micro-batches and ranks, and never differentiated. Logged as "loss/<name>".
+        parts: named values for the log, any shape, usually one per row (n,); a part may be empty.
+            They are detached, averaged over rows, micro-batches and ranks, and never
+            differentiated. Logged as "loss/<name>".
         metrics: the same for values that are no losses; logged under their own names.
     """
 
@@ -36,16 +39,19 @@ class Task:
     """What is trained on what. Subclass it, set the attributes in `__init__`, implement `loss`.
 
     Attributes:
-        modules: name -> module. All of them are moved to the device, put in training mode, saved and restored; those
-            in `ema_modules` (None: all) are averaged too. Every trained parameter must belong to one of them.
-        dataset: map-style; item i must be a function of i (random augmentation may use the global generators, which
-            are seeded per row).
+        modules: name -> module. All of them are moved to the device, put in training mode, saved
+            and restored; those in `ema_modules` (None: all) are averaged too. Every trained
+            parameter must belong to one of them.
+        dataset: map-style; item i must be a function of i (random augmentation may use the global
+            generators, which are seeded per row).
         collate: list of items -> batch (None: torch's default).
         groups: None, or a key per item; a micro-batch never mixes keys (buckets of equal shape).
-        phases: the optimizers, in the order in which each step runs them; GANs have ("generator", "discriminator").
+        phases: the optimizers, in the order in which each step runs them; GANs have ("generator",
+            "discriminator").
         device: set by `fit` before anything else happens.
         step: set by `fit` before each `validate`: optimizer steps done.
-        common_seed: set by `fit` before each `loss`: seed for what a micro-batch shares, the same on all ranks.
+        common_seed: set by `fit` before each `loss`: seed for what a micro-batch shares, the same
+            on all ranks.
     """
 
     modules: dict[str, nn.Module]
@@ -61,44 +67,56 @@ class Task:
     def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
         """Loss of one micro-batch (tensors are on the device, bf16 autocast is on if asked for).
 
-        `generator` is on the device and seeded from (seed, step, phase, first row): draw every noise from it, or one
-        row at a time from `row_generators(generator, B)`, whose noise does not depend on how a step is split.
-        Only the parameters of `phase` require gradients meanwhile.
+        `generator` is on the device and seeded from (seed, step, phase, first row): draw every
+        noise from it, or one row at a time from `row_generators(generator, B)`, whose noise does
+        not depend on how a step is split. Only the parameters of `phase` require gradients
+        meanwhile.
         """
         raise NotImplementedError
 
     def parameters(self, phase: str) -> Iterable[nn.Parameter | dict[str, Any]]:
-        """Parameters of a phase, or torch parameter groups ({"params", "lr", "weight_decay"} override the options).
+        """Parameters of a phase, or torch parameter groups ({"params", "lr", "weight_decay"}
+        override the options).
 
-        Default: every parameter of every module that requires gradients. Norms, biases, embeddings, tables and other
+        Default: every parameter of every module that requires gradients. Norms, biases, embeddings,
+            tables and other
         1-D parameters get no weight decay in any case.
         """
-        return (p for module in self.modules.values() for p in module.parameters() if p.requires_grad)
+        return (
+            p for module in self.modules.values() for p in module.parameters() if p.requires_grad
+        )
 
     def optimizer(self, phase: str, options: FitOptions) -> torch.optim.Optimizer | None:
         """Optimizer of a phase; None (the default) is AdamW over `parameters(phase)`."""
         return None
 
     def row_optimizer(self, phase: str) -> RowOptimizer | None:
-        """Optimizer of memory tables that learn with this phase: their gradients are logged and clipped with the rest.
-        The task steps it in `after_step`."""
+        """Optimizer of memory tables that learn with this phase: their gradients are logged and
+        clipped with the rest. The task steps it in `after_step`.
+        """
         return None
 
     def phases_at(self, step: int) -> tuple[str, ...]:
-        """Phases that run at `step` (0 is the first); default: all. A discriminator may start late."""
+        """Phases that run at `step` (0 is the first); default: all. A discriminator may start
+        late.
+        """
         return self.phases
 
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data, computed with the averaged weights in eval mode, without gradients.
+        """Metrics on held-out data, computed with the averaged weights in eval mode, without
+        gradients.
 
-        Called on every rank; only the first rank's numbers are kept. The global generators are put back afterwards.
+        Called on every rank; only the first rank's numbers are kept. The global generators are put
+        back afterwards.
         """
         return {}
 
     def after_step(self, phase: str, lr: float) -> None:
-        """Called after the optimizer's step: train what is no `nn.Parameter` (memory tables by gathered rows).
+        """Called after the optimizer's step: train what is no `nn.Parameter` (memory tables by
+        gathered rows).
 
-        `lr` is options.learning_rate times the schedule, whatever the rates of the parameter groups.
+        `lr` is options.learning_rate times the schedule, whatever the rates of the parameter
+        groups.
         """
 
     def report(self) -> dict[str, float]:
@@ -110,11 +128,15 @@ class Task:
         return ()
 
     def norm_group(self, name: str) -> str:
-        """Key under which a parameter's gradient norm is logged; `name` is "module.path.to.weight"."""
+        """Key under which a parameter's gradient norm is logged; `name` is
+        "module.path.to.weight".
+        """
         return name.split(".", 1)[0]
 
     def settings(self) -> dict[str, Any]:
-        """JSON-able facts that must not change between interruption and resume (model config, dataset)."""
+        """JSON-able facts that must not change between interruption and resume (model config,
+        dataset).
+        """
         return {"dataset_size": len(self.dataset)}
 
     def module_state(self, name: str) -> dict[str, torch.Tensor]:
@@ -133,7 +155,9 @@ class Task:
         """Inverse of `extra_state_dict`."""
 
     def save(self, directory: Path) -> None:
-        """Export for use, called with the averaged weights in place: at the end and for each best validation."""
+        """Export for use, called with the averaged weights in place: at the end and for each best
+        validation.
+        """
         for name, module in self.modules.items():
             if isinstance(module, ModelMixin):
                 module.save_pretrained(directory / name)
@@ -172,8 +196,9 @@ class FitOptions:
     ema_decay: float = 0.0
     """Decay of the weights' moving average, used for validation and export; 0 switches it off."""
     mixed_precision: str = "no"
-    """no, bf16 (autocast; weights, optimizer and averages stay fp32), or auto: bf16 where the device multiplies it in
-    hardware, no elsewhere."""
+    """no, bf16 (autocast; weights, optimizer and averages stay fp32), or auto: bf16 where the
+    device multiplies it in hardware, no elsewhere.
+    """
     checkpointing_steps: int = 500
     """Save a checkpoint every so many steps; 0 saves only at the end."""
     checkpoints_total_limit: int = 2
@@ -185,7 +210,9 @@ class FitOptions:
     validation_steps: int = 0
     """Validate every so many steps and at the end; 0 never."""
     best_metric: str = ""
-    """Metric that decides which weights are kept in output_dir/best: name if lower is better, +name if higher is."""
+    """Metric that decides which weights are kept in output_dir/best: name if lower is better, +name
+    if higher is.
+    """
     log_every: int = 10
     """Steps between log lines."""
     report_to: str = ""
@@ -198,27 +225,55 @@ class FitOptions:
     """Save and stop after this many seconds; 0 has no limit."""
 
     def __post_init__(self) -> None:
-        at_least = {"max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1, "log_every": 1,
-                    "lr_warmup_steps": 0, "checkpointing_steps": 0, "checkpoints_total_limit": 0, "validation_steps": 0,
-                    "dataloader_num_workers": 0, "seed": 0, "learning_rate": 0, "adam_weight_decay": 0,
-                    "max_grad_norm": 0, "max_seconds": 0}
+        at_least = {
+            "max_train_steps": 1,
+            "train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "log_every": 1,
+            "lr_warmup_steps": 0,
+            "checkpointing_steps": 0,
+            "checkpoints_total_limit": 0,
+            "validation_steps": 0,
+            "dataloader_num_workers": 0,
+            "seed": 0,
+            "learning_rate": 0,
+            "adam_weight_decay": 0,
+            "max_grad_norm": 0,
+            "max_seconds": 0,
+        }
         for name, low in at_least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}={getattr(self, name)}: needs at least {low}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: needs a number from 0 (off) to below 1, such as 0.999")
-        for name, fits in (("lr_scheduler", ("cosine", "constant", "linear")),
-                           ("mixed_precision", ("no", "bf16", "auto"))):
+            raise ValueError(
+                f"ema_decay={self.ema_decay}: needs a number from 0 (off) to below 1, such as 0.999"
+            )
+        for name, fits in (
+            ("lr_scheduler", ("cosine", "constant", "linear")),
+            ("mixed_precision", ("no", "bf16", "auto")),
+        ):
             if getattr(self, name) not in fits:
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs {' or '.join(fits)}")
-        if self.mixed_precision == "auto":  # settled here, so that a checkpoint tells which one it was
+        if (
+            self.mixed_precision == "auto"
+        ):  # settled here, so that a checkpoint tells which one it was
             object.__setattr__(self, "mixed_precision", "bf16" if native_bf16() else "no")
 
     def fixed(self) -> dict[str, Any]:
         """The options that shape the result, and so must not change on resume."""
-        free = {"output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-                "allow_changed_options", "validation_steps", "best_metric", "log_every", "report_to",
-                "dataloader_num_workers", "max_seconds"}
+        free = {
+            "output_dir",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "resume_from_checkpoint",
+            "allow_changed_options",
+            "validation_steps",
+            "best_metric",
+            "log_every",
+            "report_to",
+            "dataloader_num_workers",
+            "max_seconds",
+        }
         if self.lr_scheduler == "constant":
             free.add("max_train_steps")  # then it bends no curve
         return {name: value for name, value in vars(self).items() if name not in free}
@@ -229,7 +284,8 @@ class FitSummary:
     """How a run ended.
 
     Args:
-        step: optimizer steps done in all. reason: finished, interrupted (signal) or time (max_seconds).
+        step: optimizer steps done in all. reason: finished, interrupted (signal) or time
+            (max_seconds).
         seconds: wall-clock of this call. samples_per_second: rows over all ranks, this call.
         data_wait: share of the time spent waiting for data, 0 to 1.
         losses: means of the last logged window. metrics: last validation. checkpoint: newest one.
@@ -248,7 +304,8 @@ class FitSummary:
 def row_generators(generator: torch.Generator, rows: int) -> list[torch.Generator]:
     """One generator per row of a micro-batch, seeded `generator.initial_seed() + row`.
 
-    Row k of a step gets the same numbers whether the step is one batch, several micro-batches or several processes.
+    Row k of a step gets the same numbers whether the step is one batch, several micro-batches or
+    several processes.
     """
     first = generator.initial_seed()
     return [torch.Generator(generator.device).manual_seed(first + k) for k in range(rows)]

@@ -27,7 +27,11 @@ from avdiff.corpus.events.scene import Event, ball_height, since_impact, strike_
 from avdiff.corpus.face.brush import blob, fill, linear, oval, radial, stroke, tone
 from avdiff.corpus.face.identity import RGB
 
-FLOOR_RGB: dict[str, RGB] = {"wooden": (178, 124, 78), "stone": (150, 150, 152), "metal": (132, 144, 158)}
+FLOOR_RGB: dict[str, RGB] = {
+    "wooden": (178, 124, 78),
+    "stone": (150, 150, 152),
+    "metal": (132, 144, 158),
+}
 
 
 def render_event(event: Event, time: float, size: int = 128) -> np.ndarray:
@@ -63,7 +67,9 @@ def _still(event: Event, size: int) -> np.ndarray:
     pixels = np.zeros((size, size, 4), np.uint8)
     canvas = _canvas(pixels, event)
     base = event.background_rgb
-    canvas.drawPaint(fill(base, 1, linear((0, 0), (0, CANVAS), ((tone(base, 1.12), 1), (tone(base, 0.9), 1)))))
+    canvas.drawPaint(
+        fill(base, 1, linear((0, 0), (0, CANVAS), ((tone(base, 1.12), 1), (tone(base, 0.9), 1))))
+    )
     _STILL[event.kind](canvas, event)
     return pixels
 
@@ -84,7 +90,9 @@ def _still_ball(canvas: skia.Canvas, event: Event) -> None:
             canvas.drawLine(x, top, x - (64 - x) * 0.04, bottom, stroke(tone(rgb, 0.74), 0.7))
     elif event.floor == "stone":
         for x in range(-64, 200, 26):
-            canvas.drawLine(64 + (x - 64) * 0.8, 92, 64 + (x - 64) * 1.5, CANVAS, stroke(tone(rgb, 0.78), 0.8))
+            canvas.drawLine(
+                64 + (x - 64) * 0.8, 92, 64 + (x - 64) * 1.5, CANVAS, stroke(tone(rgb, 0.78), 0.8)
+            )
         for y in (99, 111):
             canvas.drawLine(0, y, CANVAS, y, stroke(tone(rgb, 0.78), 0.8))
     else:
@@ -95,16 +103,21 @@ def _still_ball(canvas: skia.Canvas, event: Event) -> None:
 
 
 def _moving_ball(canvas: skia.Canvas, event: Event, time: float) -> None:
-    radius, floor = 9.5 * event.scale, 108.0
+    radius = 9.5 * event.scale
+    floor = 108.0
     height = ball_height(event, time)
-    start, end = event.impacts[0] - 0.4, event.impacts[-1] + 0.25
+    start = event.impacts[0] - 0.4
+    end = event.impacts[-1] + 0.25
     share = float(np.clip((time - start) / (end - start), 0, 1))
     x = event.drift[0] + (event.drift[1] - event.drift[0]) * share
     lift = height * (floor - 2 * radius - 6)
     shadow(canvas, x, floor + 0.5, radius * (1.1 + 0.5 * height), 0.42 * (1 - 0.65 * height))
     since = min(abs(time - t) for t in event.impacts)
-    squash = {"rubber": 0.20, "plastic": 0.05}.get(event.material, 0.0) * max(0.0, 1 - since / 0.045)
-    ry, rx = radius * (1 - squash), radius * (1 + 0.6 * squash)
+    squash = {"rubber": 0.20, "plastic": 0.05}.get(event.material, 0.0) * max(
+        0.0, 1 - since / 0.045
+    )
+    ry = radius * (1 - squash)
+    rx = radius * (1 + 0.6 * squash)
     y = floor - lift - ry
     rgb = {"metal": STEEL, "wood": WOOD}.get(event.material, event.rgb)
     alpha = 0.72 if event.material == "glass" else 1.0
@@ -121,17 +134,23 @@ def _moving_ball(canvas: skia.Canvas, event: Event, time: float) -> None:
         canvas.clipPath(skia.Path().addOval(oval(x, y, rx, ry)), True)
         canvas.translate(x, y)
         canvas.rotate((x - event.drift[0]) / radius * 57.3)
-        canvas.drawRect(skia.Rect.MakeLTRB(-rx * 1.2, -2.2, rx * 1.2, 2.2), fill((255, 255, 255), 0.75))
+        canvas.drawRect(
+            skia.Rect.MakeLTRB(-rx * 1.2, -2.2, rx * 1.2, 2.2), fill((255, 255, 255), 0.75)
+        )
         canvas.restore()
     if event.material == "wood":
         for part in (0.35, 0.7):
             canvas.drawOval(oval(x, y, rx * part, ry * 0.96), stroke(tone(rgb, 0.7), 0.7))
     if event.material in ("metal", "glass", "plastic"):
-        canvas.drawOval(oval(x - 0.38 * rx, y - 0.42 * ry, 0.24 * rx, 0.17 * ry), fill((255, 255, 255), 0.85))
+        canvas.drawOval(
+            oval(x - 0.38 * rx, y - 0.42 * ry, 0.24 * rx, 0.17 * ry), fill((255, 255, 255), 0.85)
+        )
 
 
 def _still_clap(canvas: skia.Canvas, event: Event) -> None:
-    shader = radial((64, 58), 88, ((tone(event.background_rgb, 1.3), 1), (tone(event.background_rgb, 0.84), 1)))
+    shader = radial(
+        (64, 58), 88, ((tone(event.background_rgb, 1.3), 1), (tone(event.background_rgb, 0.84), 1))
+    )
     canvas.drawPaint(fill(event.background_rgb, 1, shader))
 
 
@@ -148,8 +167,13 @@ def _moving_clap(canvas: skia.Canvas, event: Event, time: float) -> None:
         canvas.drawLine(9, 20, 17, 42, stroke(skin, 15))
         palm = blob([(0, -4), (0.2, 12), (4, 26), (15, 28), (19, 14), (17, -2), (9, -10)])
         for k, (x, length) in enumerate(((1.5, 26), (5.6, 30), (10, 28), (14.2, 22))):
-            canvas.drawLine(x + 1.4, 0, x + 1.2 + 0.6 * k, -length, stroke(tone(skin, 1.0 - 0.05 * k), 5.0))
-        canvas.drawPath(palm, fill(skin, 1, linear((0, 0), (20, 10), ((tone(skin, 1.12), 1), (tone(skin, 0.84), 1)))))
+            canvas.drawLine(
+                x + 1.4, 0, x + 1.2 + 0.6 * k, -length, stroke(tone(skin, 1.0 - 0.05 * k), 5.0)
+            )
+        canvas.drawPath(
+            palm,
+            fill(skin, 1, linear((0, 0), (20, 10), ((tone(skin, 1.12), 1), (tone(skin, 0.84), 1)))),
+        )
         canvas.drawLine(14, 16, 21, 2, stroke(tone(skin, 0.9), 5.2))
         canvas.restore()
     flash(canvas, 64, 50, 24, since_impact(event, time), (190, 350))
@@ -164,9 +188,14 @@ def _still_knock(canvas: skia.Canvas, event: Event) -> None:
     if event.material == "wood":
         for left, right in ((29, 60), (68, 99)):
             for top, bottom in ((14, 48), (76, 112)):
-                canvas.drawRoundRect(skia.Rect.MakeLTRB(left, top, right, bottom), 2, 2, fill(tone(rgb, 0.82)))
                 canvas.drawRoundRect(
-                    skia.Rect.MakeLTRB(left + 2.5, top + 2.5, right - 2.5, bottom - 2.5), 2, 2, fill(tone(rgb, 1.06))
+                    skia.Rect.MakeLTRB(left, top, right, bottom), 2, 2, fill(tone(rgb, 0.82))
+                )
+                canvas.drawRoundRect(
+                    skia.Rect.MakeLTRB(left + 2.5, top + 2.5, right - 2.5, bottom - 2.5),
+                    2,
+                    2,
+                    fill(tone(rgb, 1.06)),
                 )
     else:
         for y in (12, 115):
@@ -179,7 +208,8 @@ def _still_knock(canvas: skia.Canvas, event: Event) -> None:
 
 def _moving_knock(canvas: skia.Canvas, event: Event, time: float) -> None:
     away = strike_distance(event, time)
-    x, y = 66 + 15 * away, 62 + 7 * away
+    x = 66 + 15 * away
+    y = 62 + 7 * away
     canvas.save()
     canvas.translate(x - 9 * away - 1, y + 5 + 6 * away)
     canvas.drawOval(oval(0, 0, 15, 12), fill((0, 0, 0), 0.34 - 0.2 * away))
@@ -198,9 +228,18 @@ def _moving_knock(canvas: skia.Canvas, event: Event, time: float) -> None:
     )
     for k in range(4):
         canvas.drawRoundRect(
-            skia.Rect.MakeXYWH(-15 + 0.7 * k, -11.5 + 5.6 * k, 12, 5.2), 2.6, 2.6, fill(tone(skin, 1.08))
+            skia.Rect.MakeXYWH(-15 + 0.7 * k, -11.5 + 5.6 * k, 12, 5.2),
+            2.6,
+            2.6,
+            fill(tone(skin, 1.08)),
         )
-        canvas.drawLine(-12 + 0.7 * k, -6.1 + 5.6 * k, -4 + 0.7 * k, -6.1 + 5.6 * k, stroke(tone(skin, 0.72), 0.8))
+        canvas.drawLine(
+            -12 + 0.7 * k,
+            -6.1 + 5.6 * k,
+            -4 + 0.7 * k,
+            -6.1 + 5.6 * k,
+            stroke(tone(skin, 0.72), 0.8),
+        )
     canvas.drawLine(-2, -9, 8, -4, stroke(tone(skin, 0.95), 5.4))
     canvas.restore()
     flash(canvas, x - 4, y, 16, since_impact(event, time), (130, 290))

@@ -1,4 +1,6 @@
-"""Things that are struck: drum, bell and glass, and the hand that strikes them, in design units (128 x 128)."""
+"""Things that are struck: drum, bell and glass, and the hand that strikes them, in design units
+(128 x 128).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from avdiff.corpus.face.identity import RGB
 
 CANVAS = 128.0
 METAL: dict[str, RGB] = {"brass": (222, 178, 76), "silver": (200, 206, 214)}
-WOOD, STEEL, DARK = (176, 118, 70), (176, 184, 194), (44, 44, 52)
+WOOD = (176, 118, 70)
+STEEL = (176, 184, 194)
+DARK = (44, 44, 52)
 
 
 def ground(canvas: skia.Canvas, rgb: RGB, top: float) -> None:
@@ -26,7 +30,9 @@ def ground(canvas: skia.Canvas, rgb: RGB, top: float) -> None:
 
 
 def shadow(canvas: skia.Canvas, x: float, y: float, width: float, alpha: float) -> None:
-    shader = radial((0, 0), 1, (((0, 0, 0), alpha), ((0, 0, 0), alpha * 0.7), ((0, 0, 0), 0.0)), (0, 0.5, 1))
+    shader = radial(
+        (0, 0), 1, (((0, 0, 0), alpha), ((0, 0, 0), alpha * 0.7), ((0, 0, 0), 0.0)), (0, 0.5, 1)
+    )
     canvas.save()
     canvas.translate(x, y)
     canvas.scale(width, width * 0.24)
@@ -35,7 +41,12 @@ def shadow(canvas: skia.Canvas, x: float, y: float, width: float, alpha: float) 
 
 
 def flash(
-    canvas: skia.Canvas, x: float, y: float, near: float, since: float, away: tuple[float, float] = (0, 360)
+    canvas: skia.Canvas,
+    x: float,
+    y: float,
+    near: float,
+    since: float,
+    away: tuple[float, float] = (0, 360),
 ) -> None:
     """Little rays for a tenth of a second after a contact."""
     strength = 1 - since / 0.12
@@ -43,9 +54,14 @@ def flash(
         return
     for angle in np.deg2rad(np.linspace(*away, 8, endpoint=away[1] - away[0] < 360)):
         unit = np.array([np.cos(angle), np.sin(angle)])
-        start, end = near * unit, (near + 7) * unit
+        start = near * unit
+        end = (near + 7) * unit
         canvas.drawLine(
-            x + start[0], y + start[1], x + end[0], y + end[1], stroke((255, 255, 255), 1.3, 0.85 * strength)
+            x + start[0],
+            y + start[1],
+            x + end[0],
+            y + end[1],
+            stroke((255, 255, 255), 1.3, 0.85 * strength),
         )
 
 
@@ -73,17 +89,25 @@ def _stick(canvas: skia.Canvas, length: float) -> None:
 
 def _hand_at(canvas: skia.Canvas, hand: np.ndarray, event: Event) -> None:
     """A fist that holds something, with a sleeve that leaves the picture."""
-    x, y = float(hand[0]), float(hand[1])
+    x = float(hand[0])
+    y = float(hand[1])
     canvas.drawLine(x + 6, y + 3, x + 34, y + 16, stroke(event.sleeve_rgb, 15))
     canvas.drawOval(oval(x + 1, y + 0.5, 7.6, 6.4), fill(event.skin_rgb))
     for k in range(3):
-        canvas.drawLine(x - 4.2 + 3 * k, y - 2.5, x - 4.4 + 3 * k, y + 2.6, stroke(tone(event.skin_rgb, 0.74), 0.8))
+        canvas.drawLine(
+            x - 4.2 + 3 * k,
+            y - 2.5,
+            x - 4.4 + 3 * k,
+            y + 2.6,
+            stroke(tone(event.skin_rgb, 0.74), 0.8),
+        )
 
 
 def still_drum(canvas: skia.Canvas, event: Event) -> None:
     ground(canvas, tone(event.background_rgb, 0.72), 98)
     rx = 27 * event.scale
-    ry, height = 0.30 * rx, 26 * event.scale
+    ry = 0.30 * rx
+    height = 26 * event.scale
     top = 113 - height - ry
     shadow(canvas, 58, 113 + ry * 0.6, rx * 1.25, 0.35)
     body = skia.Path()
@@ -93,7 +117,9 @@ def still_drum(canvas: skia.Canvas, event: Event) -> None:
     body.lineTo(58 + rx, top)
     body.close()
     sheen = linear(
-        (58 - rx, 0), (58 + rx, 0), ((tone(event.rgb, 0.6), 1), (tone(event.rgb, 1.3), 1), (tone(event.rgb, 0.55), 1))
+        (58 - rx, 0),
+        (58 + rx, 0),
+        ((tone(event.rgb, 0.6), 1), (tone(event.rgb, 1.3), 1), (tone(event.rgb, 0.55), 1)),
     )
     canvas.drawPath(body, fill(event.rgb, 1, sheen))
     for part in (-0.8, -0.4, 0.0, 0.4, 0.8):
@@ -107,7 +133,8 @@ def still_drum(canvas: skia.Canvas, event: Event) -> None:
 
 def moving_drum(canvas: skia.Canvas, event: Event, time: float) -> None:
     rx = 27 * event.scale
-    ry, height = 0.30 * rx, 26 * event.scale
+    ry = 0.30 * rx
+    height = 26 * event.scale
     top = 113 - height - ry
     since = since_impact(event, time)
     wave = float(np.exp(-since / 0.09)) if since < 1 else 0.0
@@ -119,7 +146,8 @@ def moving_drum(canvas: skia.Canvas, event: Event, time: float) -> None:
             stroke((150, 130, 96), 1.0, 0.8 * wave),
         )
     canvas.drawOval(oval(58, top, rx, ry), stroke(STEEL, 2.2))
-    tip, hand = np.array([58.0, top]), np.array([112.0, top - 22.0])
+    tip = np.array([58.0, top])
+    hand = np.array([112.0, top - 22.0])
     _swing(canvas, hand, tip, -42 * strike_distance(event, time), _stick)
     _hand_at(canvas, hand, event)
     flash(canvas, 58, top, 7, since, (200, 340))
@@ -140,7 +168,9 @@ def moving_bell(canvas: skia.Canvas, event: Event, time: float) -> None:
     rgb = METAL[event.material]
     s = event.scale
     since = since_impact(event, time)
-    sway = -3.2 * float(np.exp(-since / 0.35) * np.sin(2 * np.pi * since / 0.55)) if since < 3 else 0.0
+    sway = (
+        -3.2 * float(np.exp(-since / 0.35) * np.sin(2 * np.pi * since / 0.55)) if since < 3 else 0.0
+    )
     contact = np.array([57 + 21.0 * s, 22 + 46.0 * s])
     canvas.save()
     canvas.translate(57, 15)
@@ -159,7 +189,11 @@ def moving_bell(canvas: skia.Canvas, event: Event, time: float) -> None:
     shape.cubicTo(-12, 20, -14, 3, -4, 0)
     shape.close()
     canvas.drawCircle(0, 51, 4.2, fill(tone(rgb, 0.55)))
-    sheen = linear((-23, 0), (23, 0), ((tone(rgb, 0.62), 1), (tone(rgb, 1.5), 1), (rgb, 1), (tone(rgb, 0.55), 1)))
+    sheen = linear(
+        (-23, 0),
+        (23, 0),
+        ((tone(rgb, 0.62), 1), (tone(rgb, 1.5), 1), (rgb, 1), (tone(rgb, 0.55), 1)),
+    )
     canvas.drawPath(shape, fill(rgb, 1, sheen))
     canvas.drawLine(-right[4][0], 41, right[4][0], 41, stroke(tone(rgb, 0.6), 1.2))
     canvas.drawOval(oval(0, 50, 23, 3.4), fill(tone(rgb, 0.7)))
@@ -183,13 +217,28 @@ def still_glass(canvas: skia.Canvas, event: Event) -> None:
 def moving_glass(canvas: skia.Canvas, event: Event, time: float) -> None:
     s = 0.75 + 0.3 * event.scale
     since = since_impact(event, time)
-    shake = 0.5 * float(np.exp(-since / 0.06) * np.sin(2 * np.pi * since / 0.05)) if since < 0.5 else 0.0
+    shake = (
+        0.5 * float(np.exp(-since / 0.06) * np.sin(2 * np.pi * since / 0.05))
+        if since < 0.5
+        else 0.0
+    )
     canvas.save()
     canvas.translate(54 + shake, 114)
     canvas.scale(s, s)
     white = (244, 250, 255)
     bowl = blob(
-        [(-15, -66), (-18, -52), (-15, -38), (-6, -30), (0, -28.5), (6, -30), (15, -38), (18, -52), (15, -66), (0, -68)]
+        [
+            (-15, -66),
+            (-18, -52),
+            (-15, -38),
+            (-6, -30),
+            (0, -28.5),
+            (6, -30),
+            (15, -38),
+            (18, -52),
+            (15, -66),
+            (0, -68),
+        ]
     )
     canvas.save()
     canvas.clipPath(bowl, True)
@@ -217,5 +266,9 @@ def _spoon(canvas: skia.Canvas, length: float) -> None:
     canvas.drawLine(-4, 0, length - 10, 0, stroke(STEEL, 2.2))
     canvas.drawOval(
         oval(length - 7, 0, 7, 4.2),
-        fill(tone(STEEL, 1.2), 1, linear((0, -4), (0, 4), ((tone(STEEL, 1.6), 1), (tone(STEEL, 0.7), 1)))),
+        fill(
+            tone(STEEL, 1.2),
+            1,
+            linear((0, -4), (0, 4), ((tone(STEEL, 1.6), 1), (tone(STEEL, 0.7), 1))),
+        ),
     )

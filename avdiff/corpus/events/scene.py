@@ -1,8 +1,8 @@
 """Objects that sound: balls, drums, bells, glasses, claps, knocks, with exact impact times.
 
-An `Event` holds everything; its sound (`event_sound`) and its picture at any time (`event_drawing`) are functions of
-it, so motion and sound agree by construction: a striker's distance is 0, and a ball touches the floor, exactly at each
-impact.
+An `Event` holds everything; its sound (`event_sound`) and its picture at any time (`event_drawing`)
+are functions of it, so motion and sound agree by construction: a striker's distance is 0, and a
+ball touches the floor, exactly at each impact.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ MATERIALS: dict[str, tuple[str, ...]] = {
 }
 FLOORS = ("wooden", "stone", "metal")
 SIZES = {"small": 0.75, "medium": 1.0, "large": 1.35}
-BOUNCE = {"rubber": 0.78, "plastic": 0.80, "wood": 0.62, "metal": 0.68, "glass": 0.72}  # speed kept in a bounce
+BOUNCE = {
+    "rubber": 0.78,
+    "plastic": 0.80,
+    "wood": 0.62,
+    "metal": 0.68,
+    "glass": 0.72,
+}  # speed kept in a bounce
 REST_FLIGHT = 0.13  # s; a flight shorter than this is no bounce any more: the ball stays
 SWING = 0.17  # s from the height of a swing to contact
 MOST_IMPACTS = 6
@@ -38,8 +44,9 @@ STROKE = 0.06  # s that a stroke takes in the script
 class Event:
     """One scene.
 
-    `impacts` are seconds; `speeds` in (0, 1] the strength of each; `scale` the size as a factor; `drift` the horizontal
-    path of a ball in design units (from, to); `fill` how full a glass is; `seed` draws the fine detail of the sound.
+    `impacts` are seconds; `speeds` in (0, 1] the strength of each; `scale` the size as a factor;
+    `drift` the horizontal path of a ball in design units (from, to); `fill` how full a glass is;
+    `seed` draws the fine detail of the sound.
     """
 
     kind: str
@@ -79,7 +86,9 @@ class Event:
 
 def _near(rng: np.random.Generator, rgb: RGB) -> RGB:
     red, green, blue = (
-        np.clip(np.asarray(rgb) * rng.uniform(0.94, 1.06) + rng.normal(0, 3, 3), 8, 250).astype(int).tolist()
+        np.clip(np.asarray(rgb) * rng.uniform(0.94, 1.06) + rng.normal(0, 3, 3), 8, 250)
+        .astype(int)
+        .tolist()
     )
     return red, green, blue
 
@@ -108,7 +117,9 @@ def sample_event(rng: np.random.Generator, seconds: float, kind: str | None = No
             ]
         )
     )
-    impacts, speeds = (_bounces if kind == "ball" else _strikes)(rng, seconds, BOUNCE.get(material, 0.7))
+    impacts, speeds = (_bounces if kind == "ball" else _strikes)(
+        rng, seconds, BOUNCE.get(material, 0.7)
+    )
     left, right = sorted(rng.uniform(26, 102, 2).tolist())
     mirrored = bool(rng.random() < 0.5)
     return Event(
@@ -133,7 +144,9 @@ def sample_event(rng: np.random.Generator, seconds: float, kind: str | None = No
     )
 
 
-def _strikes(rng: np.random.Generator, seconds: float, _: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _strikes(
+    rng: np.random.Generator, seconds: float, _: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A steady beat with a human touch: times and strengths."""
     first = rng.uniform(0.2, min(0.6, seconds - 0.28))
     beat = rng.uniform(0.24, 0.75)
@@ -143,15 +156,23 @@ def _strikes(rng: np.random.Generator, seconds: float, _: float) -> tuple[tuple[
     return tuple(times.tolist()), tuple(rng.uniform(0.55, 1.0, count).tolist())
 
 
-def _bounces(rng: np.random.Generator, seconds: float, keep: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _bounces(
+    rng: np.random.Generator, seconds: float, keep: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """A dropped ball: each flight lasts `keep` times the one before; the last impact ends it."""
     keep = float(np.clip(keep + rng.uniform(-0.05, 0.05), 0.5, 0.85))
-    shortest = rng.uniform(REST_FLIGHT, REST_FLIGHT / keep * 0.98)  # the last flight that still counts
+    shortest = rng.uniform(
+        REST_FLIGHT, REST_FLIGHT / keep * 0.98
+    )  # the last flight that still counts
     longest = min(0.85, (seconds - 0.4) / 2)
     most = 1
     while most < MOST_IMPACTS:
         flight = shortest / keep ** (most - 1)
-        if flight > longest or _first_fall(flight, keep) + sum(shortest / keep**k for k in range(most)) > seconds - 0.3:
+        if (
+            flight > longest
+            or _first_fall(flight, keep) + sum(shortest / keep**k for k in range(most))
+            > seconds - 0.3
+        ):
             break
         most += 1
     count = int(rng.integers(1, most + 1))
@@ -169,18 +190,26 @@ def _first_fall(flight: float, keep: float) -> float:
 
 
 def stroke_phones(impacts: Sequence[float]) -> tuple[Phone, ...]:
-    """The script of an event: `IMPACT` for 60 ms from each impact on, less where the next one is nearer."""
+    """The script of an event: `IMPACT` for 60 ms from each impact on, less where the next one is
+    nearer.
+    """
     ends = [*impacts[1:], float("inf")]
-    return tuple(Phone(IMPACT, t, min(t + STROKE, end)) for t, end in zip(impacts, ends, strict=True))
+    return tuple(
+        Phone(IMPACT, t, min(t + STROKE, end)) for t, end in zip(impacts, ends, strict=True)
+    )
 
 
 def ball_height(event: Event, time: float) -> float:
-    """Height of a ball's lowest point over the floor as a share of the height it was dropped from; 0 at each impact."""
+    """Height of a ball's lowest point over the floor as a share of the height it was dropped from;
+    0 at each impact.
+    """
     times = event.impacts
     keep = event.speeds[1] if len(times) > 1 else 0.0
     fall = _first_fall(times[1] - times[0], keep) if keep else 0.32
     if time <= times[0]:
-        return 1.0 - min(max((time - times[0] + fall) / fall, 0.0), 1.0) ** 2  # held at the top, then free fall
+        return (
+            1.0 - min(max((time - times[0] + fall) / fall, 0.0), 1.0) ** 2
+        )  # held at the top, then free fall
     index = int(np.searchsorted(times, time, side="right")) - 1
     if index + 1 >= len(times):
         return 0.0
@@ -192,13 +221,16 @@ def ball_height(event: Event, time: float) -> float:
 def strike_distance(event: Event, time: float) -> float:
     """Distance of a striker in [0, 1]: 0 exactly at each impact, 0.6 at rest.
 
-    Near an impact it is the same before and after, so that the frame nearest in time is also nearest in the picture.
+    Near an impact it is the same before and after, so that the frame nearest in time is also
+    nearest in the picture.
     """
     times = np.asarray(event.impacts)
     index = int(np.searchsorted(times, time, side="right"))
     if 0 < index < len(times):
         gap = float(times[index] - times[index - 1])
-        if gap < 2 * SWING:  # too quick a beat for the whole swing: the same speed at contact, less height
+        if (
+            gap < 2 * SWING
+        ):  # too quick a beat for the whole swing: the same speed at contact, less height
             return float(gap / (2 * SWING) * np.sin(np.pi * (time - times[index - 1]) / gap))
     away = float(np.abs(times - time).min())
     if away < SWING:

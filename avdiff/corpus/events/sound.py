@@ -1,5 +1,6 @@
-"""Sound of events: modal synthesis. A struck body is a sum of decaying sines at its natural frequencies (van den Doel &
-Pai 1998, "The sounds of physical shapes"), with a short burst of noise for the contact.
+"""Sound of events: modal synthesis. A struck body is a sum of decaying sines at its natural
+frequencies (van den Doel & Pai 1998, "The sounds of physical shapes"), with a short burst of noise
+for the contact.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from avdiff.corpus.events.scene import Event
 
 
 class Body(NamedTuple):
-    """A struck body: lowest frequency (Hz), ratios of the modes, decay of the lowest mode (s), and its contact:
-    loudness of the burst, its length (s) and its brightness (0 dull to 1 bright)."""
+    """A struck body: lowest frequency (Hz), ratios of the modes, decay of the lowest mode (s), and
+    its contact: loudness of the burst, its length (s) and its brightness (0 dull to 1 bright).
+    """
 
     base: float
     ratios: tuple[float, ...]
@@ -24,8 +26,10 @@ class Body(NamedTuple):
     bright: float
 
 
-# Ratios: free bar 1 2.76 5.40 8.93, circular membrane 1 1.59 2.14 2.30 2.65 2.92, bell hum to nominal, wine glass 1
-# 2.32 4.25 6.63 (Fletcher & Rossing, "The Physics of Musical Instruments"). Bases and decays are set by ear.
+# Ratios: free bar 1 2.76 5.40 8.93, circular membrane 1 1.59 2.14 2.30 2.65 2.92, bell hum to
+# nominal, wine glass 1 2.32 4.25 6.63 (Fletcher & Rossing, "The Physics of Musical Instruments").
+# Bases and decays are
+# set by ear.
 BODIES: dict[str, Body] = {
     "rubber": Body(170, (1, 1.94, 2.9), 0.050, 0.5, 0.012, 0.15),
     "plastic": Body(1150, (1, 1.62, 2.41, 3.3), 0.022, 0.6, 0.005, 0.7),
@@ -64,16 +68,24 @@ def bodies_of(event: Event) -> list[tuple[Body, float]]:
     return [(BODIES[name], 1.0)]
 
 
-def ring(body: Body, rng: np.random.Generator, pitch: float, hardness: float, rate: int) -> np.ndarray:
-    """Response to one strike at sample 0: (n,) float64. A harder strike excites the higher modes more."""
-    length = round(min(MOST_SECONDS, max(TAIL * body.decay / np.sqrt(min(1.0, body.ratios[0])), 0.06)) * rate)
+def ring(
+    body: Body, rng: np.random.Generator, pitch: float, hardness: float, rate: int
+) -> np.ndarray:
+    """Response to one strike at sample 0: (n,) float64. A harder strike excites the higher modes
+    more.
+    """
+    length = round(
+        min(MOST_SECONDS, max(TAIL * body.decay / np.sqrt(min(1.0, body.ratios[0])), 0.06)) * rate
+    )
     times = np.arange(length) / rate
     ratios = np.array(body.ratios)
     hertz = body.base * pitch * ratios * (1 + rng.uniform(-0.012, 0.012, len(ratios)))
     audible = hertz < 0.45 * rate
     decays = body.decay / np.sqrt(ratios) * rng.uniform(0.85, 1.15, len(ratios))
     heights = ratios ** (-1.3 + 0.8 * hardness) * rng.uniform(0.6, 1.0, len(ratios))
-    waves = np.sin(2 * np.pi * hertz[audible, None] * times) * np.exp(-times / decays[audible, None])
+    waves = np.sin(2 * np.pi * hertz[audible, None] * times) * np.exp(
+        -times / decays[audible, None]
+    )
     sound = (heights[audible, None] * waves).sum(0) / heights[audible].sum()
     noise = rng.standard_normal(length) * np.exp(-times / body.length)
     dull = 1 - (0.25 + 0.7 * body.bright * (0.6 + 0.4 * hardness))
@@ -82,9 +94,13 @@ def ring(body: Body, rng: np.random.Generator, pitch: float, hardness: float, ra
 
 
 def event_audio(event: Event, samples: int, rate: int = 24000) -> np.ndarray:
-    """Sound of an event: (samples,) float32, peak in `PEAK`; each impact starts at its time, to a sample."""
+    """Sound of an event: (samples,) float32, peak in `PEAK`; each impact starts at its time, to a
+    sample.
+    """
     rng = np.random.default_rng(event.seed)
-    pitch = rng.uniform(0.92, 1.08) / event.scale ** (1.0 if event.kind in ("clap", "knock") else 1.3)
+    pitch = rng.uniform(0.92, 1.08) / event.scale ** (
+        1.0 if event.kind in ("clap", "knock") else 1.3
+    )
     if event.kind == "glass":
         pitch *= 1 - 0.35 * event.fill**2  # water lowers the pitch (French 1983)
     track = np.zeros(samples)
@@ -102,6 +118,8 @@ def event_audio(event: Event, samples: int, rate: int = 24000) -> np.ndarray:
         hard = max(0.0, (speed - SOFT) / (1 - SOFT))
         for sound, hardness in sounds:  # between a soft and a hard strike
             part = sound[: max(0, samples - first)]
-            track[first : first + len(part)] += part * speed * (hard if hardness == 1.0 else 1 - hard)
+            track[first : first + len(part)] += (
+                part * speed * (hard if hardness == 1.0 else 1 - hard)
+            )
     peak = np.abs(track).max() + 1e-9
     return (track * rng.uniform(*PEAK) / peak).astype(np.float32)

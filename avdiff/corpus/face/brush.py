@@ -33,27 +33,48 @@ def fill(rgb: RGB, alpha: float = 1.0, shader: skia.Shader | None = None) -> ski
 
 def stroke(rgb: RGB, width: float, alpha: float = 1.0) -> skia.Paint:
     """Anti-aliased round stroke; `width` in design units."""
-    return skia.Paint(Color=color(rgb, alpha), AntiAlias=True, Style=skia.Paint.kStroke_Style, StrokeWidth=width,
-                      StrokeCap=skia.Paint.kRound_Cap, StrokeJoin=skia.Paint.kRound_Join)
+    return skia.Paint(
+        Color=color(rgb, alpha),
+        AntiAlias=True,
+        Style=skia.Paint.kStroke_Style,
+        StrokeWidth=width,
+        StrokeCap=skia.Paint.kRound_Cap,
+        StrokeJoin=skia.Paint.kRound_Join,
+    )
 
 
-def radial(centre: tuple[float, float], radius: float, stops: Sequence[tuple[RGB, float]],
-           places: Sequence[float] | None = None) -> skia.Shader:
+def radial(
+    centre: tuple[float, float],
+    radius: float,
+    stops: Sequence[tuple[RGB, float]],
+    places: Sequence[float] | None = None,
+) -> skia.Shader:
     """Radial gradient through (colour, alpha) stops."""
-    return skia.GradientShader.MakeRadial(skia.Point(*centre), radius, [color(*stop) for stop in stops],
-                                          None if places is None else list(places))
+    return skia.GradientShader.MakeRadial(
+        skia.Point(*centre),
+        radius,
+        [color(*stop) for stop in stops],
+        None if places is None else list(places),
+    )
 
 
-def linear(start: tuple[float, float], end: tuple[float, float], stops: Sequence[tuple[RGB, float]]) -> skia.Shader:
+def linear(
+    start: tuple[float, float], end: tuple[float, float], stops: Sequence[tuple[RGB, float]]
+) -> skia.Shader:
     """Linear gradient through (colour, alpha) stops."""
-    return skia.GradientShader.MakeLinear([skia.Point(*start), skia.Point(*end)], [color(*stop) for stop in stops])
+    return skia.GradientShader.MakeLinear(
+        [skia.Point(*start), skia.Point(*end)], [color(*stop) for stop in stops]
+    )
 
 
 def blob(points: Sequence[tuple[float, float]]) -> skia.Path:
     """Smooth closed curve through the points (Catmull-Rom as cubic Beziers)."""
     p = np.asarray(points, float)
-    before, after, second = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
-    one, two = p + (after - before) / 6, after - (second - p) / 6
+    before = np.roll(p, 1, 0)
+    after = np.roll(p, -1, 0)
+    second = np.roll(p, -2, 0)
+    one = p + (after - before) / 6
+    two = after - (second - p) / 6
     path = skia.Path()
     path.moveTo(*p[0].tolist())
     for a, b, c in zip(one.tolist(), two.tolist(), after.tolist(), strict=True):
@@ -63,7 +84,9 @@ def blob(points: Sequence[tuple[float, float]]) -> skia.Path:
 
 
 def curves(path: skia.Path, edge: Iterable[Curve], move: bool) -> skia.Path:
-    """Append an edge made of cubic curves; `move` starts a new contour, else a line leads to its start."""
+    """Append an edge made of cubic curves; `move` starts a new contour, else a line leads to its
+    start.
+    """
     for index, curve in enumerate(edge):
         p0, c1, c2, p3 = curve.points.tolist()
         if index == 0:

@@ -1,8 +1,10 @@
 """Draws a presenter with skia: vector shapes on a canvas of 128 x 128 design units, at any size.
 
-Order: background (cached: it never moves), back hair, body (recorded once), ears, face, mouth, nose, eyes, front
-hair, glasses, hat. Parts shift by their depth when the head turns (parallax), which reads as a turn without a 3-D
-model. """
+Order: background (cached: it never moves), back hair, body (recorded once), ears, face, mouth,
+    nose, eyes, front
+hair, glasses, hat. Parts shift by their depth when the head turns (parallax), which reads as a turn
+without a 3-D model.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,18 @@ from avdiff.corpus.face.wardrobe import (
 )
 
 _FACES = {  # half widths of cheek (y 12), jaw (y 24) and chin (y 33)
-    "oval": (25.4, 19.0, 9.5), "round": (26.4, 21.8, 11.5), "square": (26.0, 22.6, 13.0), "heart": (25.2, 17.2, 8.0),
+    "oval": (25.4, 19.0, 9.5),
+    "round": (26.4, 21.8, 11.5),
+    "square": (26.0, 22.6, 13.0),
+    "heart": (25.2, 17.2, 8.0),
     "long": (24.6, 19.4, 10.5),
 }
-_NOSES = {"button": (4.3, 2.7), "straight": (3.5, 3.7), "wide": (5.8, 2.7), "pointed": (2.9, 4.5)}  # half width, height
+_NOSES = {
+    "button": (4.3, 2.7),
+    "straight": (3.5, 3.7),
+    "wide": (5.8, 2.7),
+    "pointed": (2.9, 4.5),
+}  # half width, height
 EYE_Y = -4.0
 
 
@@ -50,17 +60,33 @@ class Puppet:
 
     def __init__(self, who: Identity) -> None:
         self.who = who
-        skin, hair = who.skin_rgb, who.hair_rgb
+        skin = who.skin_rgb
+        hair = who.hair_rgb
         shapes = hair_of(who.hair_style, who.hair_seed, who.mirrored)
         self.back = [blob(points) for points in shapes.back]
         self.front = [blob(points) for points in shapes.front]
-        self.back_circles, self.front_circles = shapes.back_circles, shapes.front_circles
-        self.back_paint = fill(tone(hair, 0.80), 1,
-                               linear((0, -50), (0, 60), ((tone(hair, 0.86), 1), (tone(hair, 0.68), 1))))
-        self.front_paint = fill(hair, 1, radial((-8, -40), 62,
-                                                ((tone(hair, 1.16), 1), (hair, 1), (tone(hair, 0.84), 1))))
-        self.skin_paint = fill(skin, 1, radial((-7, -6), 52, ((tone(skin, 1.10), 1), (skin, 1), (tone(skin, 0.86), 1)),
-                                               (0, 0.55, 1)))
+        self.back_circles = shapes.back_circles
+        self.front_circles = shapes.front_circles
+        self.back_paint = fill(
+            tone(hair, 0.80),
+            1,
+            linear((0, -50), (0, 60), ((tone(hair, 0.86), 1), (tone(hair, 0.68), 1))),
+        )
+        self.front_paint = fill(
+            hair,
+            1,
+            radial((-8, -40), 62, ((tone(hair, 1.16), 1), (hair, 1), (tone(hair, 0.84), 1))),
+        )
+        self.skin_paint = fill(
+            skin,
+            1,
+            radial(
+                (-7, -6),
+                52,
+                ((tone(skin, 1.10), 1), (skin, 1), (tone(skin, 0.86), 1)),
+                (0, 0.55, 1),
+            ),
+        )
         self.ear_paint = fill(tone(skin, 0.92))
         self.lines = tone(hair if who.hair_style != "bald" else (70, 50, 40), 0.62)
         self.covers_ears = who.hair_style in COVERS_EARS
@@ -83,7 +109,15 @@ class Puppet:
     def face_path(self, drop: float) -> skia.Path:
         """Outline of the face; `drop` lowers the chin when the jaw opens."""
         cheek, jaw, chin = self.sides
-        right = [(0, -38), (15, -35.5), (24.5, -24), (27, -7), (cheek, 11), (jaw, 23.5 + 0.4 * drop), (chin, 33 + drop)]
+        right = [
+            (0, -38),
+            (15, -35.5),
+            (24.5, -24),
+            (27, -7),
+            (cheek, 11),
+            (jaw, 23.5 + 0.4 * drop),
+            (chin, 33 + drop),
+        ]
         return blob([*right, (0, 36 + drop), *((-x, y) for x, y in reversed(right) if x > 0)])
 
 
@@ -187,7 +221,9 @@ def _draw_ears(canvas: skia.Canvas, puppet: Puppet, pose: Pose) -> None:
         _shift(canvas, pose, -0.45)
         size = who.ear_size
         canvas.drawOval(oval(side * 27.5, 1, 4.6 * size, 7.2 * size), puppet.ear_paint)
-        canvas.drawOval(oval(side * 28, 1.5, 2.2 * size, 4.2 * size), fill(tone(who.skin_rgb, 0.78)))
+        canvas.drawOval(
+            oval(side * 28, 1.5, 2.2 * size, 4.2 * size), fill(tone(who.skin_rgb, 0.78))
+        )
         canvas.restore()
 
 
@@ -203,7 +239,8 @@ def _draw_cheeks(canvas: skia.Canvas, who: Identity, pose: Pose) -> None:
 
 
 def _draw_nose(canvas: skia.Canvas, who: Identity, pose: Pose) -> None:
-    skin, size = who.skin_rgb, who.nose_size
+    skin = who.skin_rgb
+    size = who.nose_size
     wide, tall = (size * half for half in _NOSES[who.nose])
     _shift(canvas, pose, 1.0)
     canvas.drawOval(oval(0, 10.2 - tall, wide, tall), fill(tone(skin, 0.80)))
@@ -225,18 +262,22 @@ def _draw_eyes(canvas: skia.Canvas, puppet: Puppet, pose: Pose) -> None:
 
 def _draw_eye(canvas: skia.Canvas, puppet: Puppet, pose: Pose, side: int) -> None:
     who = puppet.who
-    rx, ry = 6.0, 4.8
+    rx = 6.0
+    ry = 4.8
     white = skia.Path()
     white.addOval(oval(0, 0, rx, ry))
     canvas.save()
     canvas.clipPath(white, True)
     canvas.drawOval(oval(0, 0, rx, ry), fill((250, 250, 250)))
-    gx, gy = 2.4 * pose.gaze_x + 0.6 * pose.yaw, 1.5 * pose.gaze_y
+    gx = 2.4 * pose.gaze_x + 0.6 * pose.yaw
+    gy = 1.5 * pose.gaze_y
     canvas.drawCircle(gx, gy, 3.7, fill(who.eye_rgb))
     canvas.drawCircle(gx, gy, 1.9, fill((24, 18, 20)))
     canvas.drawCircle(gx - 1.2, gy - 1.3, 1.0, fill((255, 255, 255)))
     lid = -ry + 2 * ry * pose.blink
-    canvas.drawRect(skia.Rect.MakeLTRB(-rx - 1, -ry - 2, rx + 1, lid), fill(tone(who.skin_rgb, 0.90)))
+    canvas.drawRect(
+        skia.Rect.MakeLTRB(-rx - 1, -ry - 2, rx + 1, lid), fill(tone(who.skin_rgb, 0.90))
+    )
     canvas.restore()
     curve = -ry * (1 - 2 * pose.blink) * 1.3
     lash = skia.Path()
@@ -244,7 +285,9 @@ def _draw_eye(canvas: skia.Canvas, puppet: Puppet, pose: Pose, side: int) -> Non
     lash.quadTo(0, curve * 1.25 - 0.4, rx, -0.4)
     canvas.drawPath(lash, stroke(tone(puppet.lines, 0.6), 1.8 if who.gender == "female" else 1.5))
     if who.gender == "female":
-        canvas.drawLine(side * rx, -0.6, side * (rx + 1.4), -2.0, stroke(tone(puppet.lines, 0.6), 1.5))
+        canvas.drawLine(
+            side * rx, -0.6, side * (rx + 1.4), -2.0, stroke(tone(puppet.lines, 0.6), 1.5)
+        )
 
 
 def _draw_brows(canvas: skia.Canvas, puppet: Puppet, pose: Pose) -> None:
@@ -255,7 +298,9 @@ def _draw_brows(canvas: skia.Canvas, puppet: Puppet, pose: Pose) -> None:
     for side in (-1, 1):
         path = skia.Path()
         path.moveTo(side * 5.8 * who.eye_gap, lift + 0.5)
-        path.quadTo(side * 12 * who.eye_gap, lift - 2.6 * who.brow_arch, side * 17 * who.eye_gap, lift + 1.9)
+        path.quadTo(
+            side * 12 * who.eye_gap, lift - 2.6 * who.brow_arch, side * 17 * who.eye_gap, lift + 1.9
+        )
         canvas.drawPath(path, paint)
     canvas.restore()
 
@@ -266,12 +311,17 @@ def _draw_mouth(canvas: skia.Canvas, puppet: Puppet, mouth: np.ndarray, pose: Po
     _shift(canvas, pose, MOUTH_DEPTH)
     canvas.translate(*MOUTH)
     if who.beard not in ("full beard", "goatee"):
-        canvas.drawOval(oval(0, 0.76 * lips.gap + 6.8, 7.5, 1.8), fill(tone(who.skin_rgb, 0.84), 0.7))
+        canvas.drawOval(
+            oval(0, 0.76 * lips.gap + 6.8, 7.5, 1.8), fill(tone(who.skin_rgb, 0.84), 0.7)
+        )
     canvas.drawPath(between(lips.outer_upper, lips.outer_lower), fill(tone(who.lip_rgb, 0.91)))
     canvas.drawPath(between(lips.inner_lower, lips.outer_lower), fill(who.lip_rgb))
     seam = 1 - min(1.0, lips.gap / 2.2)
     if seam > 0:
-        canvas.drawPath(curves(skia.Path(), lips.inner_upper, move=True), stroke(tone(who.lip_rgb, 0.62), 1.5, seam))
+        canvas.drawPath(
+            curves(skia.Path(), lips.inner_upper, move=True),
+            stroke(tone(who.lip_rgb, 0.62), 1.5, seam),
+        )
     if lips.gap > 0.25:
         _draw_inside(canvas, who, lips, mouth)
     canvas.restore()
@@ -280,7 +330,8 @@ def _draw_mouth(canvas: skia.Canvas, puppet: Puppet, mouth: np.ndarray, pose: Po
 def _draw_inside(canvas: skia.Canvas, who: Identity, lips: Lips, mouth: np.ndarray) -> None:
     """Cavity, tongue and teeth, clipped to the opening."""
     teeth, tongue, tuck = (float(value) for value in mouth[3:6])
-    bottom, half = lips.bottom, -float(lips.inner_upper[0].points[0, 0])
+    bottom = lips.bottom
+    half = -float(lips.inner_upper[0].points[0, 0])
     top = bottom - lips.gap
     canvas.save()
     canvas.clipPath(between(lips.inner_upper, lips.inner_lower), True)
@@ -292,12 +343,32 @@ def _draw_inside(canvas: skia.Canvas, who: Identity, lips: Lips, mouth: np.ndarr
     band = min(5.4 * teeth, lips.gap * (1 - 0.09 * low))
     if band > 0.3:
         wide = half * (0.94 - 0.18 * tuck)
-        canvas.drawPath(blob([(-wide, top - 3), (wide, top - 3), (wide * 0.92, top + band * 0.8), (0, top + band),
-                              (-wide * 0.92, top + band * 0.8)]), fill(TEETH))
+        canvas.drawPath(
+            blob(
+                [
+                    (-wide, top - 3),
+                    (wide, top - 3),
+                    (wide * 0.92, top + band * 0.8),
+                    (0, top + band),
+                    (-wide * 0.92, top + band * 0.8),
+                ]
+            ),
+            fill(TEETH),
+        )
     if low > 0.3:  # a shade darker, and never over the upper row
         edge = max(bottom - low, top + band)
-        canvas.drawPath(blob([(-half * 0.8, bottom + 3), (half * 0.8, bottom + 3), (half * 0.78, edge), (0, edge + 0.3),
-                              (-half * 0.78, edge)]), fill(tone(TEETH, 0.86)))
+        canvas.drawPath(
+            blob(
+                [
+                    (-half * 0.8, bottom + 3),
+                    (half * 0.8, bottom + 3),
+                    (half * 0.78, edge),
+                    (0, edge + 0.3),
+                    (-half * 0.78, edge),
+                ]
+            ),
+            fill(tone(TEETH, 0.86)),
+        )
     if tongue > 0.75:
         tip = (tongue - 0.75) * 4
         canvas.drawOval(oval(0, bottom - 0.6, half * 0.60, 3.4 * tip), fill(tone(tongue_rgb, 1.12)))

@@ -1,7 +1,8 @@
 """How the presenter moves: head sway, blinks, gaze and brows as functions of time in seconds.
 
-Slow parts are sums of sines with random periods; blinks and glances are events at random moments. Stressed syllables
-nod the head and lift the brows, as speakers do (Graf et al. 2002, "Visual prosody").
+Slow parts are sums of sines with random periods; blinks and glances are events at random moments.
+Stressed syllables nod the head and lift the brows, as speakers do (Graf et al. 2002, "Visual
+prosody").
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from avdiff.phonetics.visemes import Phone
 class Pose(NamedTuple):
     """Head and eyes at one moment, all zero at rest.
 
-    yaw, pitch in [-1, 1] (about 20 degrees; yaw > 0 looks to the right of the picture, pitch > 0 down); tilt in degrees
-    clockwise; dx, dy in 1/128 of the picture; blink 0 open to 1 closed; gaze_x, gaze_y in [-1, 1]; brow -1 down to
-    1 up.
+    yaw, pitch in [-1, 1] (about 20 degrees; yaw > 0 looks to the right of the picture, pitch > 0
+    down); tilt in degrees clockwise; dx, dy in 1/128 of the picture; blink 0 open to 1 closed;
+    gaze_x, gaze_y in [-1, 1]; brow -1 down to 1 up.
     """
 
     yaw: float = 0.0
@@ -33,7 +34,14 @@ class Pose(NamedTuple):
     brow: float = 0.0
 
 
-_SWAY = {"yaw": 0.42, "pitch": 0.22, "tilt": 2.2, "dx": 1.2, "dy": 0.7, "brow": 0.22}  # standard deviations
+_SWAY = {
+    "yaw": 0.42,
+    "pitch": 0.22,
+    "tilt": 2.2,
+    "dx": 1.2,
+    "dy": 0.7,
+    "brow": 0.22,
+}  # standard deviations
 _PERIODS = (1.6, 5.5)  # s
 _WAVES = 3
 
@@ -47,8 +55,11 @@ def _wander(rng: np.random.Generator, times: np.ndarray, deviation: float) -> np
 
 
 def _moments(rng: np.random.Generator, end: float, low: float, high: float) -> list[float]:
-    """Random moments from before 0 to `end`, `low`-`high` seconds apart; a longer end only adds moments."""
-    moments, now = [], float(rng.uniform(-low, high * 0.7))
+    """Random moments from before 0 to `end`, `low`-`high` seconds apart; a longer end only adds
+    moments.
+    """
+    moments = []
+    now = float(rng.uniform(-low, high * 0.7))
     while now < end + 1.0:
         moments.append(now)
         now += float(rng.uniform(low, high))
@@ -67,22 +78,30 @@ def _blinks(rng: np.random.Generator, times: np.ndarray) -> np.ndarray:
 
 def _gaze(rng: np.random.Generator, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mostly into the camera, with glances aside; jumps take 50 ms. ((F,), (F,))"""
-    across, down = np.zeros_like(times), np.zeros_like(times)
+    across = np.zeros_like(times)
+    down = np.zeros_like(times)
     last = (0.0, 0.0)
     clock, rng = rng.spawn(2)  # apart, so that the number of moments does not shift the goals
     for moment in _moments(clock, float(times.max(initial=0.0)), 0.5, 2.2):
         aside = rng.random() < 0.35
         scale = 0.75 if aside else 0.10
-        goal = (float(np.clip(rng.normal(0, scale), -1, 1)), float(np.clip(rng.normal(0, scale * 0.5), -1, 1)))
+        goal = (
+            float(np.clip(rng.normal(0, scale), -1, 1)),
+            float(np.clip(rng.normal(0, scale * 0.5), -1, 1)),
+        )
         step = np.clip((times - moment) / 0.05, 0.0, 1.0)
-        across, down = across + step * (goal[0] - last[0]), down + step * (goal[1] - last[1])
+        across = across + step * (goal[0] - last[0])
+        down = down + step * (goal[1] - last[1])
         last = goal
     return across, down
 
 
-def _beats(rng: np.random.Generator, times: np.ndarray, phones: Sequence[Phone]) -> tuple[np.ndarray, np.ndarray]:
+def _beats(
+    rng: np.random.Generator, times: np.ndarray, phones: Sequence[Phone]
+) -> tuple[np.ndarray, np.ndarray]:
     """Nods and brow lifts on some of the stressed vowels. ((F,), (F,))"""
-    nod, lift = np.zeros_like(times), np.zeros_like(times)
+    nod = np.zeros_like(times)
+    lift = np.zeros_like(times)
     for phone in phones:
         strength, chance = rng.random(2)
         if phone.mark != 1 or chance > 0.6:
@@ -94,12 +113,17 @@ def _beats(rng: np.random.Generator, times: np.ndarray, phones: Sequence[Phone])
     return np.minimum(nod, 1.2), np.minimum(lift, 1.2)
 
 
-def pose_track(rng: np.random.Generator, times: np.ndarray, phones: Sequence[Phone] = (), liveliness: float = 1.0,
-               ) -> list[Pose]:
+def pose_track(
+    rng: np.random.Generator,
+    times: np.ndarray,
+    phones: Sequence[Phone] = (),
+    liveliness: float = 1.0,
+) -> list[Pose]:
     """Motion of head and eyes at each time.
 
     Args:
-        rng: one draw is taken from it, so that the motion at a time depends on nothing but the seed and the time.
+        rng: one draw is taken from it, so that the motion at a time depends on nothing but the seed
+            and the time.
         times: (F,) seconds.
         phones: spoken phones; stressed vowels (mark 1) add nods and brow lifts.
         liveliness: factor of the sway, 0 holds the head still.
@@ -110,7 +134,9 @@ def pose_track(rng: np.random.Generator, times: np.ndarray, phones: Sequence[Pho
     times = np.asarray(times, np.float64)
     seeds = np.random.SeedSequence(int(rng.integers(1 << 62))).spawn(4)
     sway, lids, eyes, beat = (np.random.default_rng(seed) for seed in seeds)
-    track = {name: _wander(sway, times, deviation) * liveliness for name, deviation in _SWAY.items()}
+    track = {
+        name: _wander(sway, times, deviation) * liveliness for name, deviation in _SWAY.items()
+    }
     rest = {"yaw": float(sway.normal(0, 0.22)), "tilt": float(sway.normal(0, 1.2))}
     nod, lift = _beats(beat, times, phones)
     track["yaw"] = np.clip(track["yaw"] + rest["yaw"], -1, 1)

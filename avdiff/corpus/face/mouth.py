@@ -1,7 +1,8 @@
 """The mouth: contours of the lips from six parameters, and where they land in the picture.
 
-Everything here is plain geometry, so that the drawing and the ground truth (`lip_points`) share it. The design unit is
-1/128 of the picture's side; the mouth has its own frame with the origin between the corners and y down.
+Everything here is plain geometry, so that the drawing and the ground truth (`lip_points`) share it.
+The design unit is 1/128 of the picture's side; the mouth has its own frame with the origin between
+the corners and y down.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ HEAD = (64.0, 57.5)  # where the head's frame has its origin, in the picture
 HEAD_SCALE = 1.09
 MOUTH = (0.0, 20.0)  # where the mouth's frame has its origin, in the head
 PIVOT_Y = 44.0  # the neck, about which the head tilts (head frame)
-DEPTH_X, DEPTH_Y = 5.0, 3.0  # shift of the foremost features at full yaw and pitch
+# shift of the foremost features at full yaw and pitch
+DEPTH_X = 5.0
+DEPTH_Y = 3.0
 MOUTH_DEPTH = 0.85
 GAP = 16.0  # opening of the lips at jaw 1
 CAVITY: RGB = (72, 14, 26)
 TEETH: RGB = (252, 250, 244)
 TONGUES: tuple[RGB, RGB] = ((222, 96, 104), (250, 152, 160))
-OUTER, INNER = 12, 8  # points in `lip_points`
+# points in `lip_points`
+OUTER = 12
+INNER = 8
 
 
 class Curve(NamedTuple):
@@ -57,12 +62,13 @@ def _mix(low: float, high: float, share: float) -> float:
     return low + (high - low) * share
 
 
-def _edge(half: float, corner: float, middle: float, fullness: float, peak: float = 0.0, dip: float = 0.0,
-          ) -> tuple[Curve, Curve]:
+def _edge(
+    half: float, corner: float, middle: float, fullness: float, peak: float = 0.0, dip: float = 0.0
+) -> tuple[Curve, Curve]:
     """One edge of a lip: from (-half, corner) through the middle to (half, corner).
 
-    `fullness` 0 gives a lens, 1 an ellipse. `peak` > 0 makes a Cupid's bow: peaks at that share of the half width, with
-    the middle lower by `dip`.
+    `fullness` 0 gives a lens, 1 an ellipse. `peak` > 0 makes a Cupid's bow: peaks at that share of
+    the half width, with the middle lower by `dip`.
     """
     rise = middle - corner
     near = -half * _mix(0.74, 1.0, fullness)
@@ -92,8 +98,14 @@ def lip_contours(identity: Identity, mouth: np.ndarray) -> Lips:
     above = (2.8 + 1.4 * rounding) * weight
     below = (4.3 + 1.2 * rounding) * weight * (1 - 0.50 * tuck)
     return Lips(
-        outer_upper=_edge(outer, corner, upper - above, fullness * 0.8, peak=_mix(0.36, 0.46, rounding),
-                          dip=0.9 * weight),
+        outer_upper=_edge(
+            outer,
+            corner,
+            upper - above,
+            fullness * 0.8,
+            peak=_mix(0.36, 0.46, rounding),
+            dip=0.9 * weight,
+        ),
         inner_upper=_edge(inner, corner, upper, fullness),
         inner_lower=_edge(inner, corner, lower, fullness),
         outer_lower=_edge(outer, corner, lower + below, max(fullness, 0.45)),
@@ -109,7 +121,9 @@ def tongue_color(identity: Identity) -> RGB:
 
 
 def head_matrix(identity: Identity, pose: Pose) -> np.ndarray:
-    """Head frame -> picture in design units, as a (2, 3) affine matrix: scale, tilt about the neck, translate."""
+    """Head frame -> picture in design units, as a (2, 3) affine matrix: scale, tilt about the neck,
+    translate.
+    """
     angle = np.deg2rad(pose.tilt)
     turn = np.array(((np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))))
     scale = HEAD_SCALE * np.diag((identity.face_width, identity.face_height))
@@ -119,7 +133,9 @@ def head_matrix(identity: Identity, pose: Pose) -> np.ndarray:
 
 
 def parallax(pose: Pose, depth: float) -> tuple[float, float]:
-    """Shift (x, y) in the head's frame of something `depth` (0 outline, 1 nose tip, < 0 behind) at this pose."""
+    """Shift (x, y) in the head's frame of something `depth` (0 outline, 1 nose tip, < 0 behind) at
+    this pose.
+    """
     return DEPTH_X * depth * pose.yaw, DEPTH_Y * depth * pose.pitch
 
 
@@ -127,19 +143,25 @@ def lip_points(identity: Identity, mouth: np.ndarray, pose: Pose) -> np.ndarray:
     """Lip landmarks in the picture.
 
     Returns:
-        (20, 2) float32 (x, y) in [0, 1] of the picture. 0-11 outer contour clockwise from the left corner (as seen),
-        6 the right corner; 12-19 inner contour likewise, 16 the right corner.
+        (20, 2) float32 (x, y) in [0, 1] of the picture. 0-11 outer contour clockwise from the left
+        corner (as seen), 6 the right corner; 12-19 inner contour likewise, 16 the right corner.
     """
     lips = lip_contours(identity, mouth)
-    points = np.concatenate((_around(lips.outer_upper, lips.outer_lower, OUTER),
-                             _around(lips.inner_upper, lips.inner_lower, INNER)))
+    points = np.concatenate(
+        (
+            _around(lips.outer_upper, lips.outer_lower, OUTER),
+            _around(lips.inner_upper, lips.inner_lower, INNER),
+        )
+    )
     points = points + MOUTH + np.array(parallax(pose, MOUTH_DEPTH))
     matrix = head_matrix(identity, pose)
     return ((points @ matrix[:, :2].T + matrix[:, 2]) / CANVAS).astype(np.float32)
 
 
 def _around(upper: tuple[Curve, Curve], lower: tuple[Curve, Curve], count: int) -> np.ndarray:
-    """`count` points clockwise: left corner, along the upper edge, right corner, back along the lower edge."""
+    """`count` points clockwise: left corner, along the upper edge, right corner, back along the
+    lower edge.
+    """
     half = count // 2
     along = np.linspace(0.0, 2.0, half + 1)
     one = _along(upper, along)
@@ -149,12 +171,15 @@ def _around(upper: tuple[Curve, Curve], lower: tuple[Curve, Curve], count: int) 
 
 def _along(edge: tuple[Curve, Curve], along: np.ndarray) -> np.ndarray:
     """Points of a two-curve edge at `along` (K,) in [0, 2]."""
-    left, right = edge[0].at(np.clip(along, 0, 1)), edge[1].at(np.clip(along - 1, 0, 1))
+    left = edge[0].at(np.clip(along, 0, 1))
+    right = edge[1].at(np.clip(along - 1, 0, 1))
     return np.where(along[:, None] <= 1, left, right)
 
 
 def mouth_opening(identity: Identity, mouth: np.ndarray) -> np.ndarray:
-    """True height of the opening between the lips as a share of the picture's side; `mouth` (..., 6) -> (...)."""
+    """True height of the opening between the lips as a share of the picture's side; `mouth` (...,
+    6) -> (...).
+    """
     jaw = np.asarray(mouth, np.float64)[..., 0]
     return jaw * GAP * HEAD_SCALE * identity.face_height / CANVAS
 
@@ -162,8 +187,9 @@ def mouth_opening(identity: Identity, mouth: np.ndarray) -> np.ndarray:
 def mouth_opening_from_pixels(frame: np.ndarray, identity: Identity, points: np.ndarray) -> float:
     """Height of the opening between the lips as seen in a frame, a share of its side.
 
-    Counts, in the middle columns of the mouth's box, the pixels that look like teeth, tongue or cavity rather than
-    lip, skin or beard. Only the place of the mouth comes from `points`; what is open there comes from the pixels.
+    Counts, in the middle columns of the mouth's box, the pixels that look like teeth, tongue or
+    cavity rather than lip, skin or beard. Only the place of the mouth comes from `points`; what is
+    open there comes from the pixels.
 
     Args:
         frame: (S, S, 3) uint8.
@@ -172,15 +198,25 @@ def mouth_opening_from_pixels(frame: np.ndarray, identity: Identity, points: np.
     """
     size = frame.shape[0]
     (left, top), (right, bottom) = points.min(0) * size, points.max(0) * size
-    middle, reach = (left + right) / 2, 0.035 * size
+    middle = (left + right) / 2
+    reach = 0.035 * size
     columns = slice(max(int(middle - reach), 0), int(np.ceil(middle + reach)))
-    box = frame[max(int(top), 0):int(np.ceil(bottom)), columns].astype(np.float32)
-    lip, skin = np.array(identity.lip_rgb, np.float32), np.array(identity.skin_rgb, np.float32)
-    inside = np.array((CAVITY, TEETH, tuple(0.86 * c for c in TEETH), tongue_color(identity)), np.float32)
-    outside = np.stack((lip, 0.91 * lip, 0.73 * lip, 0.62 * lip, skin, 0.84 * skin, (lip + skin) / 2))
+    box = frame[max(int(top), 0) : int(np.ceil(bottom)), columns].astype(np.float32)
+    lip = np.array(identity.lip_rgb, np.float32)
+    skin = np.array(identity.skin_rgb, np.float32)
+    inside = np.array(
+        (CAVITY, TEETH, tuple(0.86 * c for c in TEETH), tongue_color(identity)), np.float32
+    )
+    outside = np.stack(
+        (lip, 0.91 * lip, 0.73 * lip, 0.62 * lip, skin, 0.84 * skin, (lip + skin) / 2)
+    )
     if identity.beard not in ("none", "stubble"):
         hair = np.array(identity.hair_rgb, np.float32)
         outside = np.concatenate((outside, np.stack((hair, 0.85 * hair, (hair + lip) / 2))))
-    near, far = (np.linalg.norm(box[:, :, None] - palette, axis=-1).min(-1) for palette in (inside, outside))
-    share = np.clip((far / (near + far + 1e-6) - 0.2) / 0.6, 0.0, 1.0)  # pixels on an edge count in part
+    near, far = (
+        np.linalg.norm(box[:, :, None] - palette, axis=-1).min(-1) for palette in (inside, outside)
+    )
+    share = np.clip(
+        (far / (near + far + 1e-6) - 0.2) / 0.6, 0.0, 1.0
+    )  # pixels on an edge count in part
     return float(share.sum(0).mean() / size)

@@ -7,5 +7,15 @@ from avdiff.corpus.face.identity import Identity, identity_key, identity_split, 
 from avdiff.corpus.face.motion import Pose, pose_track
 from avdiff.corpus.face.mouth import lip_points, mouth_opening, mouth_opening_from_pixels
 
-__all__ = ["Identity", "Pose", "identity_key", "identity_split", "lip_points", "mouth_opening",
-           "mouth_opening_from_pixels", "pose_track", "render_face", "sample_identity"]
+__all__ = [
+    "Identity",
+    "Pose",
+    "identity_key",
+    "identity_split",
+    "lip_points",
+    "mouth_opening",
+    "mouth_opening_from_pixels",
+    "pose_track",
+    "render_face",
+    "sample_identity",
+]

@@ -1,7 +1,8 @@
 """Build a speech bank from scratch: sentences, readings, voices, sound with times, shards.
 
-The bank has the form that `SpeechBank` reads. Each shard follows from (seed, language, number) alone, so those
-finished are kept and a broken run goes on; a sentence's split follows from its normalised text, so none is in two.
+The bank has the form that `SpeechBank` reads. Each shard follows from (seed, language, number)
+alone, so those finished are kept and a broken run goes on; a sentence's split follows from its
+normalised text, so none is in two.
 """
 
 from __future__ import annotations
@@ -29,12 +30,27 @@ from avdiff.g2p.pronounce import pronounce
 
 FORMAT = 1
 SHARD = 250  # utterances in a file
-SHORTEST, LONGEST = 0.5, 4.0  # seconds
+# seconds
+SHORTEST = 0.5
+LONGEST = 4.0
 SPEEDS = (0.9, 1.15)
-BUCKETS = {"val": 0.05, "test": 0.05, "test_voices": 0.05}  # share of all texts that belongs to each; the rest is train
+BUCKETS = {
+    "val": 0.05,
+    "test": 0.05,
+    "test_voices": 0.05,
+}  # share of all texts that belongs to each; the rest is train
 TEST_VOICES = 0.04  # share of utterances by voices that occur nowhere else
 BLENDED = 0.5  # share of the other utterances whose voice is a blend
-LETTERS = {"en": "ab", "es": "e", "fr": "f", "hi": "h", "it": "i", "ja": "j", "pt": "p", "zh": "z"}  # of voice names
+LETTERS = {
+    "en": "ab",
+    "es": "e",
+    "fr": "f",
+    "hi": "h",
+    "it": "i",
+    "ja": "j",
+    "pt": "p",
+    "zh": "z",
+}  # of voice names
 # Partners of test voices; they speak nowhere else, not even alone.
 HELD_OUT = {"f": ("af_kore", "bf_alice"), "m": ("am_liam", "bm_daniel")}
 ODD = ("am_santa", "pm_santa", "em_santa", "af_nicole")  # played or whispered
@@ -56,17 +72,29 @@ class Plan:
     @property
     def voice(self) -> str:
         """One name, or names with weights: "af_heart*0.6+bf_emma*0.4"."""
-        return self.blend[0][0] if len(self.blend) == 1 else "+".join(f"{n}*{w:g}" for n, w in self.blend)
+        return (
+            self.blend[0][0]
+            if len(self.blend) == 1
+            else "+".join(f"{n}*{w:g}" for n, w in self.blend)
+        )
 
 
 def build_bank(
-    folder: str | os.PathLike[str], synthesiser: Synthesiser, count: int, languages: Sequence[str] | None = None,
-    seed: int = 0, rank: int = 0, ranks: int = 1, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> int:  # fmt: skip
-    """Write `count` utterances a language -> number of utterances in the folder's shards of these languages.
+    folder: str | os.PathLike[str],
+    synthesiser: Synthesiser,
+    count: int,
+    languages: Sequence[str] | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> int:
+    """Write `count` utterances a language -> number of utterances in the folder's shards of these
+    languages.
 
     Args:
-        folder: made if missing; finished shards in it are kept. languages: codes, None for all eight.
+        folder: made if missing; finished shards in it are kept. languages: codes, None for all
+            eight.
         rank, ranks: this process makes every `ranks`-th shard. progress: wraps the list of shards.
 
     Raises:
@@ -84,17 +112,28 @@ def build_bank(
     todo = [(language, k) for k in range(-(-count // SHARD)) for language in languages]
     networks = default_networks()
     for language, number in progress(todo[rank::ranks]):
-        path, size = target / f"{language}-{number:03d}.tar", min(SHARD, count - number * SHARD)
+        path = target / f"{language}-{number:03d}.tar"
+        size = min(SHARD, count - number * SHARD)
         if _held(path) < size:
             names = synthesiser.voices.names()
-            _write_shard(path, speak_plans(language, number, size, seed, synthesiser.say, names, networks))
+            _write_shard(
+                path, speak_plans(language, number, size, seed, synthesiser.say, names, networks)
+            )
     return sum(_held(target / f"{language}-{k:03d}.tar") for language, k in todo)
 
 
 def speak_plans(
-    language: str, number: int, size: int, seed: int, say: Sayer, names: Sequence[str], networks: Networks
+    language: str,
+    number: int,
+    size: int,
+    seed: int,
+    say: Sayer,
+    names: Sequence[str],
+    networks: Networks,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Records with sounds of one shard; sentences that come out too short or too long are drawn again."""
+    """Records with sounds of one shard; sentences that come out too short or too long are drawn
+    again.
+    """
     rng = np.random.default_rng([seed, LANGUAGES.index(language), number])
     made = 0
     while made < size:
@@ -106,12 +145,17 @@ def speak_plans(
             continue
         seconds = len(speech.sound) / SAMPLE_RATE
         if SHORTEST <= seconds <= LONGEST:
-            yield _record(f"{language}-{seed}-{number * SHARD + made:05d}", language, plan, speech), speech.sound
+            yield (
+                _record(f"{language}-{seed}-{number * SHARD + made:05d}", language, plan, speech),
+                speech.sound,
+            )
             made += 1
 
 
 def to_phonemes(text: str, language: str, networks: Networks) -> str:
-    """A sentence as the voice wants it: words, spaces, pause marks. The reader's symbols are the voice's own."""
+    """A sentence as the voice wants it: words, spaces, pause marks. The reader's symbols are the
+    voice's own.
+    """
     groups = pronounce(split_text(text, language), language, networks)
     parts = [" ".join(word.phonemes for word in words) + mark for words, mark in groups]
     if not any(parts):
@@ -133,9 +177,11 @@ def draw_plan(rng: np.random.Generator, language: str, names: Sequence[str]) -> 
 def draw_voice(
     rng: np.random.Generator, language: str, names: Sequence[str], held_out: bool
 ) -> tuple[tuple[tuple[str, float], ...], str]:
-    """A voice of the language, alone or blended with another of the same gender -> ((name, weight), ...), gender.
+    """A voice of the language, alone or blended with another of the same gender -> ((name, weight),
+    ...), gender.
 
-    Where a language has no voice of a gender (French men), a foreign voice carries most of the blend.
+    Where a language has no voice of a gender (French men), a foreign voice carries most of the
+    blend.
     """
     letter = "fm"[int(rng.integers(2))]
     barred = {*HELD_OUT["f"], *HELD_OUT["m"], *ODD}
@@ -145,7 +191,11 @@ def draw_voice(
     first = str(rng.choice(own or natives))
     if own and not held_out and rng.random() >= BLENDED:
         return ((first, 1.0),), _gender(letter)
-    partners = [n for n in HELD_OUT[letter] if n in names] if held_out else [n for n in free if n[1] == letter]
+    partners = (
+        [n for n in HELD_OUT[letter] if n in names]
+        if held_out
+        else [n for n in free if n[1] == letter]
+    )
     partner = str(rng.choice([n for n in partners if n != first]))
     weight = float(rng.choice((0.5, 0.6, 0.7))) if own else 0.35
     return ((first, weight), (partner, round(1 - weight, 2))), _gender(letter)
@@ -157,7 +207,9 @@ def _gender(letter: str) -> str:
 
 def split_of(text: str) -> str:
     """Split of a sentence, by the hash of its normalised text."""
-    place = int.from_bytes(hashlib.sha256(normalised_text(text).encode()).digest()[:4], "big") / 2**32
+    place = (
+        int.from_bytes(hashlib.sha256(normalised_text(text).encode()).digest()[:4], "big") / 2**32
+    )
     for split, share in BUCKETS.items():
         if place < share:
             return split
@@ -167,15 +219,26 @@ def split_of(text: str) -> str:
 
 def _record(key: str, language: str, plan: Plan, speech: Speech) -> dict[str, Any]:
     return {
-        "id": key, "lang": language, "voice": plan.voice, "gender": plan.gender, "speed": plan.speed,
-        "text": plan.text, "phonemes": list(speech.tokens), "starts": list(speech.starts), "ends": list(speech.ends),
-        "duration": round(len(speech.sound) / SAMPLE_RATE, 6), "sample_rate": SAMPLE_RATE, "split": plan.split,
-    }  # fmt: skip
+        "id": key,
+        "lang": language,
+        "voice": plan.voice,
+        "gender": plan.gender,
+        "speed": plan.speed,
+        "text": plan.text,
+        "phonemes": list(speech.tokens),
+        "starts": list(speech.starts),
+        "ends": list(speech.ends),
+        "duration": round(len(speech.sound) / SAMPLE_RATE, 6),
+        "sample_rate": SAMPLE_RATE,
+        "split": plan.split,
+    }
 
 
 def _write_shard(path: Path, utterances: Iterable[tuple[dict[str, Any], np.ndarray]]) -> None:
     """Ogg Opus and json of each utterance; the file appears when it is complete."""
-    aside = path.with_name(f".{path.stem}.{os.getpid()}")  # not *.tar: a reader never takes it for a shard
+    aside = path.with_name(
+        f".{path.stem}.{os.getpid()}"
+    )  # not *.tar: a reader never takes it for a shard
     with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as archive:
         for record, sound in utterances:
             coded = io.BytesIO()
@@ -198,28 +261,47 @@ def _held(path: Path) -> int:
 
 def _claim(folder: Path, synthesiser: Synthesiser, seed: int) -> None:
     """Note what makes the bank; refuse a folder that something else made."""
-    made_by = {"format": FORMAT, "seed": seed, "model": synthesiser.fingerprint, "shard": SHARD,
-               "voices": synthesiser.voices.fingerprint, "calibration": synthesiser.calibration}  # fmt: skip
+    made_by = {
+        "format": FORMAT,
+        "seed": seed,
+        "model": synthesiser.fingerprint,
+        "shard": SHARD,
+        "voices": synthesiser.voices.fingerprint,
+        "calibration": synthesiser.calibration,
+    }
     manifest = folder / "bank.json"
     if not manifest.is_file():
         if any(folder.glob("*.tar")):
-            raise ValueError(f"folder={str(folder)!r}: holds shards of another bank; choose an empty folder")
+            raise ValueError(
+                f"folder={str(folder)!r}: holds shards of another bank; choose an empty folder"
+            )
         aside = folder / f".bank.{os.getpid()}"
         aside.write_text(json.dumps(made_by, indent=1) + "\n")
         os.replace(aside, manifest)
     held = json.loads(manifest.read_text())
     if held != made_by:
-        wrong = ", ".join(f"{k} is {held.get(k)!r}, now {v!r}" for k, v in made_by.items() if held.get(k) != v)
-        raise ValueError(f"folder={str(folder)!r}: holds another bank ({wrong}); choose an empty folder")
+        wrong = ", ".join(
+            f"{k} is {held.get(k)!r}, now {v!r}" for k, v in made_by.items() if held.get(k) != v
+        )
+        raise ValueError(
+            f"folder={str(folder)!r}: holds another bank ({wrong}); choose an empty folder"
+        )
 
 
-def certify(folder: str | os.PathLike[str], languages: Sequence[str] | None = None) -> dict[str, float]:
-    """Language -> seconds by which the labels of a bank should come later, by regression on its sound.
+def certify(
+    folder: str | os.PathLike[str], languages: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Language -> seconds by which the labels of a bank should come later, by regression on its
+    sound.
 
-    More than `SURE` says that the calibration does not fit; below some 20 sentences the number is only rough.
+    More than `SURE` says that the calibration does not fit; below some 20 sentences the number is
+    only rough.
     """
     bank = SpeechBank(folder, languages=list(languages) if languages else None)
     groups: dict[str, list[Any]] = {}
     for utterance in bank:
         groups.setdefault(utterance.lang, []).append(utterance)
-    return {lang: best_shift((bank.audio(u), u.phones) for u in members[:200])[0] for lang, members in groups.items()}
+    return {
+        lang: best_shift((bank.audio(u), u.phones) for u in members[:200])[0]
+        for lang, members in groups.items()
+    }

@@ -1,4 +1,6 @@
-"""Passages: sentences of one voice joined with pauses, with the phone times that go with the sound."""
+"""Passages: sentences of one voice joined with pauses, with the phone times that go with the
+sound.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from avdiff.corpus.speech.read import SAMPLE_RATE, Utterance
 from avdiff.phonetics.phone import SILENCE
 from avdiff.phonetics.visemes import Phone
 
-MARGIN_BEFORE, MARGIN_AFTER = 0.06, 0.10  # seconds of the recording kept around the speech
+# seconds of the recording kept around the speech
+MARGIN_BEFORE = 0.06
+MARGIN_AFTER = 0.10
 FADE = 0.008  # seconds
 LOUDNESS = 10 ** (-20 / 20)  # RMS of the speaking parts
 PEAK = 0.95
@@ -43,8 +47,11 @@ class Passage:
 
 
 def cut_piece(utterance: Utterance, pitch: Fraction = Fraction(1)) -> Piece:
-    """Cut a sentence to its speech with small faded margins; `pitch` raises and speeds it up by a factor."""
-    audio, phones = utterance.bank.audio(utterance), utterance.phones
+    """Cut a sentence to its speech with small faded margins; `pitch` raises and speeds it up by a
+    factor.
+    """
+    audio = utterance.bank.audio(utterance)
+    phones = utterance.phones
     spoken = [p for p in phones if p.symbol != SILENCE]
     first = max(0, round((spoken[0].start - MARGIN_BEFORE) * SAMPLE_RATE))
     last = min(len(audio), round((spoken[-1].end + MARGIN_AFTER) * SAMPLE_RATE))
@@ -54,10 +61,15 @@ def cut_piece(utterance: Utterance, pitch: Fraction = Fraction(1)) -> Piece:
     audio[-len(fade) :] *= fade[::-1]
     if pitch != 1:
         audio = shift_pitch(audio, pitch)
-    begin, scale, end = first / SAMPLE_RATE, 1 / float(pitch), len(audio) / SAMPLE_RATE
+    begin = first / SAMPLE_RATE
+    scale = 1 / float(pitch)
+    end = len(audio) / SAMPLE_RATE
     moved = [
         Phone(
-            p.symbol, min(max((p.start - begin) * scale, 0.0), end), min(max((p.end - begin) * scale, 0.0), end), p.mark
+            p.symbol,
+            min(max((p.start - begin) * scale, 0.0), end),
+            min(max((p.end - begin) * scale, 0.0), end),
+            p.mark,
         )
         for p in phones
     ]
@@ -73,8 +85,11 @@ def choose_pieces(
     pause: Callable[[], float],
     pitch: Fraction,
 ) -> tuple[list[Piece], list[float]]:
-    """Sentences of one voice that fit in `seconds` -> pieces and the pause before each (the first has none)."""
-    pieces, pauses = [cut_piece(first, pitch)], [0.0]
+    """Sentences of one voice that fit in `seconds` -> pieces and the pause before each (the first
+    has none).
+    """
+    pieces = [cut_piece(first, pitch)]
+    pauses = [0.0]
     used = pieces[0].seconds
     order = rng.permutation(len(others))[:6]  # a few tries: rare voices have few sentences that fit
     for i in order:
@@ -92,8 +107,12 @@ def choose_pieces(
     return pieces, pauses
 
 
-def join_pieces(pieces: Sequence[Piece], pauses: Sequence[float], lead: float, samples: int) -> Passage:
-    """Lay pieces on a silent track of `samples`, `lead` seconds in, each after its pause; loudness is evened out."""
+def join_pieces(
+    pieces: Sequence[Piece], pauses: Sequence[float], lead: float, samples: int
+) -> Passage:
+    """Lay pieces on a silent track of `samples`, `lead` seconds in, each after its pause; loudness
+    is evened out.
+    """
     audio = np.zeros(samples, dtype=np.float32)
     phones: list[Phone] = []
     position = round(lead * SAMPLE_RATE)
@@ -102,12 +121,18 @@ def join_pieces(pieces: Sequence[Piece], pauses: Sequence[float], lead: float, s
         part = piece.audio[: max(0, samples - position)]
         audio[position : position + len(part)] = part
         phones += [
-            Phone(p.symbol, p.start + position / SAMPLE_RATE, p.end + position / SAMPLE_RATE, p.mark)
+            Phone(
+                p.symbol, p.start + position / SAMPLE_RATE, p.end + position / SAMPLE_RATE, p.mark
+            )
             for p in piece.phones
             if p.symbol != SILENCE
         ]
         position += len(piece.audio)
-    return Passage(_even(audio), tile(phones, samples / SAMPLE_RATE), tuple(piece.utterance for piece in pieces))
+    return Passage(
+        _even(audio),
+        tile(phones, samples / SAMPLE_RATE),
+        tuple(piece.utterance for piece in pieces),
+    )
 
 
 def tile(phones: Sequence[Phone], seconds: float) -> tuple[Phone, ...]:
@@ -119,7 +144,11 @@ def tile(phones: Sequence[Phone], seconds: float) -> tuple[Phone, ...]:
             break
         if phone.start > now + 1e-6:
             row.append(Phone(SILENCE, now, phone.start, 0))
-        row.append(phone._replace(start=now if phone.start <= now + 1e-6 else phone.start, end=min(phone.end, seconds)))
+        row.append(
+            phone._replace(
+                start=now if phone.start <= now + 1e-6 else phone.start, end=min(phone.end, seconds)
+            )
+        )
         now = row[-1].end
     if now < seconds:
         row.append(Phone(SILENCE, now, seconds, 0))

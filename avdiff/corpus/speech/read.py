@@ -1,8 +1,10 @@
-"""The speech bank: short utterances with phoneme times in WebDataset-style tar shards, read at random.
+"""The speech bank: short utterances with phoneme times in WebDataset-style tar shards, read at
+random.
 
-A shard holds pairs `<id>.opus` (Ogg Opus, 24 kHz mono) and `<id>.json` (id, lang, voice, gender, speed, text, phonemes,
-starts, ends, duration, sample_rate, split). Shards are walked once; each clip is then read by its offset. Training that
-reads the bank often can decode it once into one memory-mapped int16 file (`decoded=True`).
+A shard holds pairs `<id>.opus` (Ogg Opus, 24 kHz mono) and `<id>.json` (id, lang, voice, gender,
+speed, text, phonemes, starts, ends, duration, sample_rate, split). Shards are walked once; each
+clip is then read by its offset. Training that reads the bank often can decode it once into one
+memory-mapped int16 file (`decoded=True`).
 """
 
 from __future__ import annotations
@@ -29,15 +31,27 @@ SAMPLE_RATE = 24000
 LANGUAGES = ("en", "es", "fr", "hi", "it", "ja", "pt", "zh")
 SPLITS = ("train", "val", "test", "test_voices")
 INT16 = 32767.0
-# Seconds to add to a language's phone times, to fit them to the sound (regression of log spectra on phone labels, mean
-# over its voices; `python -m avdiff.evaluation.corpus_report` measures what is left).
-ZERO = {"en": -0.007, "es": -0.006, "fr": -0.008, "hi": -0.009, "it": -0.007, "ja": -0.009, "pt": -0.006, "zh": 0.001}
+# Seconds to add to a language's phone times, to fit them to the sound (regression of log spectra on
+# phone labels, mean over its voices; `python -m avdiff.evaluation.corpus_report` measures what is
+# left).
+ZERO = {
+    "en": -0.007,
+    "es": -0.006,
+    "fr": -0.008,
+    "hi": -0.009,
+    "it": -0.007,
+    "ja": -0.009,
+    "pt": -0.006,
+    "zh": 0.001,
+}
 REPO_BANK = Path(__file__).parents[3] / "samples" / "bank"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Phoneme tokens as the synthesiser timed them: marks are still tokens of their own. Times in seconds."""
+    """Phoneme tokens as the synthesiser timed them: marks are still tokens of their own. Times in
+    seconds.
+    """
 
     symbols: tuple[str, ...]
     starts: tuple[float, ...]
@@ -48,9 +62,9 @@ class Tokens:
 class Utterance:
     """One sentence by one voice.
 
-    `voice` names a speaker or a weighted mean of speakers; `gender` is "female" or "male"; `speed` is relative to the
-    voice's own; `duration` is in seconds; `split` is one of `SPLITS`. `phones` tile [0, duration] without gaps, silence
-    included (see `avdiff.phonetics.phone.merge_tokens`).
+    `voice` names a speaker or a weighted mean of speakers; `gender` is "female" or "male"; `speed`
+    is relative to the voice's own; `duration` is in seconds; `split` is one of `SPLITS`. `phones`
+    tile [0, duration] without gaps, silence included (see `avdiff.phonetics.phone.merge_tokens`).
     """
 
     id: str
@@ -67,7 +81,9 @@ class Utterance:
     @cached_property
     def phones(self) -> tuple[Phone, ...]:
         """Phones with marks merged and pauses, found in the audio, as silence phones."""
-        return merge_tokens(self.tokens, self.bank.audio(self), SAMPLE_RATE, ZERO.get(self.lang, 0.0))
+        return merge_tokens(
+            self.tokens, self.bank.audio(self), SAMPLE_RATE, ZERO.get(self.lang, 0.0)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,10 +99,12 @@ class SpeechBank:
     """Random access to a speech bank.
 
     Args:
-        root: folder with the `*.tar` shards. None: the variable AVDIFF_BANK, else the repository's mini-bank.
+        root: folder with the `*.tar` shards. None: the variable AVDIFF_BANK, else the repository's
+            mini-bank.
         split: one of `SPLITS`, or None for every utterance.
         languages: codes to keep, such as ["en", "ja"]; None keeps all.
-        decoded: read from (and once make) a decoded copy in `cache_dir`: 2.9 MB a minute, no decoding later.
+        decoded: read from (and once make) a decoded copy in `cache_dir`: 2.9 MB a minute, no
+            decoding later.
         cache_dir: folder of decoded copies; default ~/.cache/avdiff/bank.
 
     Raises:
@@ -115,16 +133,21 @@ class SpeechBank:
         for language in languages or ():
             if language not in held:
                 raise ValueError(
-                    f"languages={list(languages or ())}: this bank has no {language!r}, only {', '.join(held)}"
+                    f"languages={list(languages or ())}: this bank has no {language!r}, only "
+                    f"{', '.join(held)}"
                 )
         keep = set(languages or held)
         self.utterances = [
-            self._utterance(r) for r in records if r["lang"] in keep and (split is None or r["split"] == split)
+            self._utterance(r)
+            for r in records
+            if r["lang"] in keep and (split is None or r["split"] == split)
         ]
         self._by_id = {utterance.id: utterance for utterance in self.utterances}
         self._starts: dict[str, tuple[int, int]] = {}
         if decoded:
-            self._open_decoded(records, Path(cache_dir or Path.home() / ".cache" / "avdiff" / "bank"))
+            self._open_decoded(
+                records, Path(cache_dir or Path.home() / ".cache" / "avdiff" / "bank")
+            )
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -137,7 +160,9 @@ class SpeechBank:
         return self._by_id[key] if isinstance(key, str) else self.utterances[key]
 
     def audio(self, utterance: Utterance | str) -> np.ndarray:
-        """Samples (S,) float32 in [-1, 1] at 24 kHz, on the int16 grid: the same with and without the decoded copy."""
+        """Samples (S,) float32 in [-1, 1] at 24 kHz, on the int16 grid: the same with and without
+        the decoded copy.
+        """
         key = utterance if isinstance(utterance, str) else utterance.id
         if self._data is not None:
             if self._memory is None:
@@ -154,19 +179,29 @@ class SpeechBank:
         handle = self._files.get(place.shard)
         if handle is None:
             handle = self._files[place.shard] = open(self.shards[place.shard], "rb")  # noqa: SIM115 - kept open
-        # pread leaves no file position behind, so threads and forked workers may share the descriptor
+        # pread leaves no file position behind, so threads and forked workers may share the
+        # descriptor
         return os.pread(handle.fileno(), place.size, place.offset)
 
     @staticmethod
     def record(utterance: Utterance) -> dict[str, Any]:
         """The json record of an utterance, as it lies in the shard."""
-        plain = {name: getattr(utterance, name) for name in ("id", "lang", "voice", "gender", "speed", "text")}
+        plain = {
+            name: getattr(utterance, name)
+            for name in ("id", "lang", "voice", "gender", "speed", "text")
+        }
         tokens = {
             "phonemes": list(utterance.tokens.symbols),
             "starts": list(utterance.tokens.starts),
             "ends": list(utterance.tokens.ends),
         }
-        return {**plain, **tokens, "duration": utterance.duration, "sample_rate": SAMPLE_RATE, "split": utterance.split}
+        return {
+            **plain,
+            **tokens,
+            "duration": utterance.duration,
+            "sample_rate": SAMPLE_RATE,
+            "split": utterance.split,
+        }
 
     def _decode(self, key: str) -> np.ndarray:
         """Decode one Ogg Opus file to (S,) int16 at 24 kHz."""
@@ -182,15 +217,24 @@ class SpeechBank:
         tokens = Tokens(tuple(record["phonemes"]), tuple(record["starts"]), tuple(record["ends"]))
         plain = {name: record[name] for name in ("id", "lang", "voice", "gender", "text", "split")}
         return Utterance(
-            **plain, speed=float(record["speed"]), duration=float(record["duration"]), tokens=tokens, bank=self
+            **plain,
+            speed=float(record["speed"]),
+            duration=float(record["duration"]),
+            tokens=tokens,
+            bank=self,
         )
 
     def _open_decoded(self, records: list[dict[str, Any]], folder: Path) -> None:
-        """Map the decoded copy, making it first when it is missing (atomic: written aside, then renamed)."""
+        """Map the decoded copy, making it first when it is missing (atomic: written aside, then
+        renamed).
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        data, table = folder / f"{self.fingerprint}.i16", folder / f"{self.fingerprint}.json"
+        data = folder / f"{self.fingerprint}.i16"
+        table = folder / f"{self.fingerprint}.json"
         if not table.is_file() or not data.is_file():
-            aside, first, starts = folder / f".{self.fingerprint}.{os.getpid()}", 0, {}
+            aside = folder / f".{self.fingerprint}.{os.getpid()}"
+            first = 0
+            starts = {}
             with open(aside, "wb") as out:
                 for record in records:
                     samples = self._decode(record["id"])
@@ -200,7 +244,9 @@ class SpeechBank:
             os.replace(aside, data)
             aside.write_text(json.dumps(starts))
             os.replace(aside, table)  # written last: the table vouches for the data
-        self._starts = {key: (first, count) for key, (first, count) in json.loads(table.read_text()).items()}
+        self._starts = {
+            key: (first, count) for key, (first, count) in json.loads(table.read_text()).items()
+        }
         self._data = data
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,7 +259,9 @@ class SpeechBank:
 def normalised_text(text: str) -> str:
     """Without punctuation, symbols and case: two texts that sound alike are alike."""
     plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(" " if unicodedata.category(c)[0] in "PSZC" else c for c in plain).split())
+    return " ".join(
+        "".join(" " if unicodedata.category(c)[0] in "PSZC" else c for c in plain).split()
+    )
 
 
 def find_bank(root: str | os.PathLike[str] | None = None) -> Path:
@@ -229,7 +277,9 @@ def find_bank(root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _index(shards: list[Path]) -> tuple[list[dict[str, Any]], dict[str, _Place], str]:
-    """Walk the shards once -> records sorted by id, place of each audio file, fingerprint of the whole."""
+    """Walk the shards once -> records sorted by id, place of each audio file, fingerprint of the
+    whole.
+    """
     records: list[dict[str, Any]] = []
     places: dict[str, _Place] = {}
     digest = hashlib.sha256()

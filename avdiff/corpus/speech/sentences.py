@@ -1,6 +1,8 @@
-"""What the voices of a speech bank say: sentences from templates, digit strings, and strings of frequent words.
+"""What the voices of a speech bank say: sentences from templates, digit strings, and strings of
+frequent words.
 
-Templates bring natural rhythm, digits a small vocabulary to measure with, frequent words all sounds of a language.
+Templates bring natural rhythm, digits a small vocabulary to measure with, frequent words all sounds
+of a language.
 """
 
 from __future__ import annotations
@@ -126,7 +128,9 @@ def draw_sentence(rng: np.random.Generator, language: str) -> str:
     """
     kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
     if kind == "digits":
-        return _join([cardinal(int(d), language) for d in rng.integers(0, 10, rng.integers(3, 7))], language)
+        return _join(
+            [cardinal(int(d), language) for d in rng.integers(0, 10, rng.integers(3, 7))], language
+        )
     if kind == "words":
         return _join(_frequent(rng, language), language)
     templates = TEMPLATES[language].split("|")
@@ -148,7 +152,12 @@ def _fill(template: str, rng: np.random.Generator, language: str) -> str:
 def _frequent(rng: np.random.Generator, language: str) -> list[str]:
     """Two to six frequent words of at least two letters (one in Chinese)."""
     words = _common_words(language)
-    return [words[int(i)] for i in rng.integers(0, len(words), rng.integers(2, 7 if language not in _SPACELESS else 5))]
+    return [
+        words[int(i)]
+        for i in rng.integers(
+            0, len(words), rng.integers(2, 7 if language not in _SPACELESS else 5)
+        )
+    ]
 
 
 def _common_words(language: str) -> list[str]:

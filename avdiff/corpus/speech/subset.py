@@ -1,6 +1,7 @@
 """Cut a small bank out of a large one: `python -m avdiff.corpus.speech.subset BANK samples/bank`.
 
-The choice depends only on the ids and texts of the large bank, so the same bank always gives the same bytes.
+The choice depends only on the ids and texts of the large bank, so the same bank always gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ QUOTAS = {"train": 38, "val": 4, "test": 5, "test_voices": 3}  # utterances a la
 DIGIT_QUOTAS = {"train": 10, "val": 2, "test": 4}  # extra English digit strings
 VOICES_A_LANGUAGE = 4  # few voices with many sentences each: clips join sentences of one voice
 MAX_SECONDS = 2.6
-DIGITS = frozenset(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"])
+DIGITS = frozenset(
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "oh"]
+)
 
 
 def build_minibank(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
-    """Copy a deterministic choice of utterances, one shard a language -> number of utterances copied.
+    """Copy a deterministic choice of utterances, one shard a language -> number of utterances
+    copied.
 
     Args:
         source: folder of the large bank. target: folder to write (made if missing).
@@ -33,7 +37,8 @@ def build_minibank(source: str | os.PathLike[str], target: str | os.PathLike[str
     Raises:
         ValueError: `source` is no bank.
     """
-    bank, folder = SpeechBank(source), Path(target)
+    bank = SpeechBank(source)
+    folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
     for language in LANGUAGES:
@@ -56,7 +61,9 @@ def _choose(utterances: list[Utterance]) -> list[Utterance]:
         members = [u for u in short if u.split == split]
         voices = _common_voices(short if split in ("val", "test") else members)
         per_voice: dict[str, int] = defaultdict(int)
-        members.sort(key=lambda u: u.voice not in voices)  # stable: the shuffle stays within each half
+        members.sort(
+            key=lambda u: u.voice not in voices
+        )  # stable: the shuffle stays within each half
         limit = -(-quota // len(voices))
         for utterance in members:
             if quota and per_voice[utterance.voice] < limit and utterance.id not in chosen:
@@ -64,7 +71,9 @@ def _choose(utterances: list[Utterance]) -> list[Utterance]:
                 per_voice[utterance.voice] += 1
                 quota -= 1
     for split, quota in DIGIT_QUOTAS.items():
-        digits = [u for u in short if u.split == split and u.id not in chosen and is_digit_string(u)]
+        digits = [
+            u for u in short if u.split == split and u.id not in chosen and is_digit_string(u)
+        ]
         chosen.update((u.id, u) for u in digits[:quota])
     return list(chosen.values())
 
@@ -80,17 +89,23 @@ def _common_voices(utterances: Iterable[Utterance]) -> list[str]:
     counts = counts or Counter((u.gender, u.voice) for u in utterances)
     voices: list[str] = []
     for gender in ("female", "male"):
-        ranked = sorted((key for key in counts if key[0] == gender), key=lambda key: (-counts[key], key[1]))
+        ranked = sorted(
+            (key for key in counts if key[0] == gender), key=lambda key: (-counts[key], key[1])
+        )
         voices += [voice for _, voice in ranked[: VOICES_A_LANGUAGE // 2]]
     return voices
 
 
 def _write_shard(bank: SpeechBank, utterances: list[Utterance], path: Path) -> None:
-    """Write audio and record of each utterance; no times or owners, so the bytes depend on the content only."""
+    """Write audio and record of each utterance; no times or owners, so the bytes depend on the
+    content only.
+    """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for utterance in utterances:
-            record = json.dumps(bank.record(utterance), ensure_ascii=False, separators=(",", ":")).encode()
+            record = json.dumps(
+                bank.record(utterance), ensure_ascii=False, separators=(",", ":")
+            ).encode()
             for kind, data in (("opus", bank.raw(utterance)), ("json", record)):
                 member = tarfile.TarInfo(f"{utterance.id}.{kind}")
                 member.size = len(data)
@@ -106,7 +121,9 @@ def main() -> None:
     parser.add_argument("source", help="folder of the large bank")
     parser.add_argument("target", help="folder to write")
     options = parser.parse_args()
-    print(f"{build_minibank(options.source, options.target)} utterances written to {options.target}")
+    print(
+        f"{build_minibank(options.source, options.target)} utterances written to {options.target}"
+    )
 
 
 if __name__ == "__main__":

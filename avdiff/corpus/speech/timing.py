@@ -1,6 +1,8 @@
-"""Do phone labels sit on their sound? Regress log spectra on the labels and find the shift that explains most.
+"""Do phone labels sit on their sound? Regress log spectra on the labels and find the shift that
+explains most.
 
-With one-hot labels the regression is a table of class means, so the explained share is the variance between classes.
+With one-hot labels the regression is a table of class means, so the explained share is the variance
+between classes.
 """
 
 from __future__ import annotations
@@ -13,26 +15,35 @@ import numpy as np
 from avdiff.phonetics.phone import SILENCE
 from avdiff.phonetics.visemes import Phone
 
-HOP, WINDOW, BANDS = 0.005, 0.02, 32  # seconds, seconds, bands from 80 Hz up
+# seconds, seconds, bands from 80 Hz up
+HOP = 0.005
+WINDOW = 0.02
+BANDS = 32
 REACH = 0.06  # seconds searched to either side; frames nearer than this to silence are left out
 FLOOR_DB = 70.0  # what lies this far under the loudest band is silence
 
 
-def best_shift(spoken: Iterable[tuple[np.ndarray, Sequence[Phone]]], rate: int = 24000) -> tuple[float, float]:
-    """Shift of all labels that explains the log spectra best, and the share of variance explained there.
+def best_shift(
+    spoken: Iterable[tuple[np.ndarray, Sequence[Phone]]], rate: int = 24000
+) -> tuple[float, float]:
+    """Shift of all labels that explains the log spectra best, and the share of variance explained
+    there.
 
     Args:
-        spoken: sounds (S,) with the phones that tile them. Some 20 sentences of one voice give a shift to 3 ms or so.
+        spoken: sounds (S,) with the phones that tile them. Some 20 sentences of one voice give a
+            shift to 3 ms or so.
 
     Returns:
-        (seconds, share): +0.01 says that the labels should come 10 ms later than they do; share in [0, 1].
+        (seconds, share): +0.01 says that the labels should come 10 ms later than they do; share in
+        [0, 1].
 
     Raises:
         ValueError: no speech that is long enough.
     """
     steps = np.arange(-round(REACH / HOP), round(REACH / HOP) + 1)
     names: dict[str, int] = {}
-    features, labels = [], []
+    features = []
+    labels = []
     for sound, phones in spoken:
         spectra = log_spectra(sound, rate)
         middles = np.arange(len(spectra)) * HOP
@@ -40,19 +51,25 @@ def best_shift(spoken: Iterable[tuple[np.ndarray, Sequence[Phone]]], rate: int =
         ends = np.array([p.end for p in phones])
         inside = _inside(phones, middles)
         if inside.any():
-            at = middles[inside][:, None] - steps * HOP  # labels that come later are those of an earlier time
-            labels.append(codes[np.minimum(np.searchsorted(ends, at, side="right"), len(codes) - 1)])
+            at = (
+                middles[inside][:, None] - steps * HOP
+            )  # labels that come later are those of an earlier time
+            labels.append(
+                codes[np.minimum(np.searchsorted(ends, at, side="right"), len(codes) - 1)]
+            )
             features.append(spectra[inside] - spectra[inside].mean(axis=0))
     if not features:
         raise ValueError("spoken: holds no stretch of speech that is long enough")
-    x, y = np.concatenate(features), np.concatenate(labels)
+    x = np.concatenate(features)
+    y = np.concatenate(labels)
     shares = np.array([_explained(x, y[:, i], len(names)) for i in range(len(steps))])
     return HOP * (float(steps[0]) + _peak(shares)), float(shares.max())
 
 
 def log_spectra(sound: np.ndarray, rate: int) -> np.ndarray:
     """(S,) -> level in dB of 32 bands, frame i centred at i * 5 ms: (frames, 32)."""
-    hop, size = round(HOP * rate), round(WINDOW * rate)
+    hop = round(HOP * rate)
+    size = round(WINDOW * rate)
     padded = np.pad(np.asarray(sound, np.float64), size // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop] * np.hanning(size)
     power = np.abs(np.fft.rfft(frames)) ** 2

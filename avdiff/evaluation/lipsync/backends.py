@@ -1,8 +1,9 @@
-"""Who judges whether lips fit sound: our lip network on landmarks, or with weights of the user's SyncNet on faces or
-Synchformer on whole pictures.
+"""Who judges whether lips fit sound: our lip network on landmarks, or with weights of the user's
+SyncNet on faces or Synchformer on whole pictures.
 
-A backend looks at each face once (`look`), then compares it with any sound (`curves`): the same lips are held against
-shifted and foreign sound at little cost. Scores are the higher the better and not comparable between backends.
+A backend looks at each face once (`look`), then compares it with any sound (`curves`): the same
+lips are held against shifted and foreign sound at little cost. Scores are the higher the better and
+not comparable between backends.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from avdiff.models.evaluators.lip_network import LipNetwork
 
 LONGEST_WHOLE = 20.0  # s; longer films are judged in windows
 WINDOW = 10.0  # s
-Film = Callable[[], Iterator[tuple[float, np.ndarray]]]  # gives all pictures again: (seconds, uint8 (H, W, 3))
+Film = Callable[
+    [], Iterator[tuple[float, np.ndarray]]
+]  # gives all pictures again: (seconds, uint8 (H, W, 3))
 
 
 class Windows(NamedTuple):
-    """Agreement of one face with a sound: of the whole, and of each window (the whole alone for a short film)."""
+    """Agreement of one face with a sound: of the whole, and of each window (the whole alone for a
+    short film).
+    """
 
     whole: SyncCurve
     parts: list[SyncCurve]
@@ -40,8 +45,8 @@ class Backend(Protocol):
     """A judge of lips and sound.
 
     Args:
-        whole_picture: it looks at pictures as they are, so that no face is looked for. any_sound: it judges any sound
-            but silence, not only speech.
+        whole_picture: it looks at pictures as they are, so that no face is looked for. any_sound:
+            it judges any sound but silence, not only speech.
     """
 
     name: str
@@ -76,7 +81,7 @@ def together(curves: list[SyncCurve]) -> SyncCurve:
     return SyncCurve(curves[0].lags, scores, float(weights.sum()))
 
 
-# ---------------------------------------------------------------------------------------------------------- lip network
+# -------------------------------------------------------------------------------------- lip network
 class LipNetworkBackend:
     """The bundled lip network on the 20 lip points of a track; `SyncCurve` says what a score is.
 
@@ -84,16 +89,23 @@ class LipNetworkBackend:
         folder: with other weights than those bundled. reach: largest lag, seconds.
     """
 
-    name, whole_picture, any_sound = "lip_network", False, False
+    name = "lip_network"
+    whole_picture = False
+    any_sound = False
 
     def __init__(self, folder: str | Path | None = None, reach: float = judges.REACH) -> None:
         self.network: LipNetwork = judges.load("lip_network", folder)
-        self.folder, self.reach = folder, reach
+        self.folder = folder
+        self.reach = reach
 
     def header(self) -> dict[str, Any]:
         weights = judges.weight_hash("lip_network", self.folder)
-        return {"backend": self.name, "version": avdiff.__version__, "weights": weights,
-                "largest_lag_ms": round(1000 * self.reach)}
+        return {
+            "backend": self.name,
+            "version": avdiff.__version__,
+            "weights": weights,
+            "largest_lag_ms": round(1000 * self.reach),
+        }
 
     def look(self, film: Film, track: Track) -> Track:
         return track
@@ -103,13 +115,23 @@ class LipNetworkBackend:
         whole = seconds <= LONGEST_WHOLE
         starts = [0.0] if whole else np.arange(0, seconds - WINDOW / 2, WINDOW).tolist()
         ends = [*starts[1:], seconds]  # the last window takes the rest, up to 15 s
-        found, places, trouble = [], [], ""
+        found = []
+        places = []
+        trouble = ""
         for start, end in zip(starts, ends, strict=True):
             part = (seen.times >= start) & (seen.times < end)
             sound = audio[round(start * sample_rate) : round(end * sample_rate)]
             try:
-                found.append(sync_curve(seen.points[part], seen.times[part] - start, sound, sample_rate, self.reach,
-                                        self.network))
+                found.append(
+                    sync_curve(
+                        seen.points[part],
+                        seen.times[part] - start,
+                        sound,
+                        sample_rate,
+                        self.reach,
+                        self.network,
+                    )
+                )
                 places.append(start)
             except ValueError as error:  # a window in which this face is not seen
                 trouble = str(error)
@@ -118,10 +140,14 @@ class LipNetworkBackend:
         return Windows(together(found), found, places)
 
     def numbers(self, curve: SyncCurve) -> dict[str, float]:
-        return {"score_at_zero": curve.score_at_zero, "score": curve.score, "confidence": curve.confidence}
+        return {
+            "score_at_zero": curve.score_at_zero,
+            "score": curve.score,
+            "confidence": curve.confidence,
+        }
 
 
-# -------------------------------------------------------------------------------------------------------------- SyncNet
+# ------------------------------------------------------------------------------------------ SyncNet
 @dataclass(frozen=True)
 class SeenBySyncNet:
     """Features of one face (N, E), and the second at which its first picture starts."""
@@ -133,24 +159,40 @@ class SeenBySyncNet:
 class SyncNetBackend:
     """SyncNet's protocol: 25 fps, 16 kHz, LSE-C and LSE-D at the best lag.
 
-    Faces come from our readers, not from the port's S3FD, so crops and numbers differ a little from published ones.
+    Faces come from our readers, not from the port's S3FD, so crops and numbers differ a little from
+    published ones.
 
     Args:
-        weights: of the network. quirks: do as the port does: zeros stand in for the sound beyond the ends. cropped: the
-            pictures are crops of one face already and are only resized.
+        weights: of the network. quirks: do as the port does: zeros stand in for the sound beyond
+            the ends. cropped: the pictures are crops of one face already and are only resized.
     """
 
-    name, any_sound = "syncnet", False
+    name = "syncnet"
+    any_sound = False
 
-    def __init__(self, weights: str | Path, quirks: bool = False, cropped: bool = False,
-                 reach: float = judges.REACH) -> None:
-        self.network, self.hash = syncnet.load_syncnet(weights), syncnet.file_hash(weights)
-        self.quirks, self.cropped, self.reach = quirks, cropped, round(reach * syncnet.FPS)
+    def __init__(
+        self,
+        weights: str | Path,
+        quirks: bool = False,
+        cropped: bool = False,
+        reach: float = judges.REACH,
+    ) -> None:
+        self.network = syncnet.load_syncnet(weights)
+        self.hash = syncnet.file_hash(weights)
+        self.quirks = quirks
+        self.cropped = cropped
+        self.reach = round(reach * syncnet.FPS)
         self.whole_picture = cropped
 
     def header(self) -> dict[str, Any]:
-        return {"backend": self.name, "version": avdiff.__version__, "weights": self.hash,
-                "largest_lag_ms": 1000 * self.reach // syncnet.FPS, "quirks": self.quirks, "cropped": self.cropped}
+        return {
+            "backend": self.name,
+            "version": avdiff.__version__,
+            "weights": self.hash,
+            "largest_lag_ms": 1000 * self.reach // syncnet.FPS,
+            "quirks": self.quirks,
+            "cropped": self.cropped,
+        }
 
     def look(self, film: Film, track: Track) -> SeenBySyncNet:
         first, last = np.floor(track.times[[0, -1]] * syncnet.FPS).astype(int)
@@ -159,9 +201,15 @@ class SyncNetBackend:
         boxes = np.stack([np.interp(clock, track.times, side) for side in track.boxes.T], axis=1)
         centres, halves = syncnet.crop_boxes(boxes)
         if self.cropped:
-            centres, halves = boxes[:, 2:] / 2, boxes[:, 2:].max(axis=1) / 2
-        crops = (square(picture, centres[i], halves[i], syncnet.SIDE) for i, picture in on_clock(film(), clock))
-        return SeenBySyncNet(syncnet.see_pictures(self.network, crops), float(frames[0]) / syncnet.FPS)
+            centres = boxes[:, 2:] / 2
+            halves = boxes[:, 2:].max(axis=1) / 2
+        crops = (
+            square(picture, centres[i], halves[i], syncnet.SIDE)
+            for i, picture in on_clock(film(), clock)
+        )
+        return SeenBySyncNet(
+            syncnet.see_pictures(self.network, crops), float(frames[0]) / syncnet.FPS
+        )
 
     def curves(self, seen: SeenBySyncNet, audio: np.ndarray, sample_rate: int) -> Windows:
         first = max(0, round(seen.start * sample_rate))
@@ -170,24 +218,35 @@ class SyncNetBackend:
         heard = syncnet.hear_sound(self.network, wave)
         least = self.reach + 10
         if min(len(seen.features), len(heard)) < least:
-            raise ValueError(f"the face and the sound are there together for {min(len(seen.features), len(heard))} "
-                             f"windows of SyncNet: needs at least {least}")
+            raise ValueError(
+                "the face and the sound are there together for "
+                f"{min(len(seen.features), len(heard))} "
+                f"windows of SyncNet: needs at least {least}"
+            )
         found = syncnet.distances(seen.features, heard, self.reach, self.quirks)
         lags = np.arange(-self.reach, self.reach + 1) / syncnet.FPS
         curve = SyncCurve(lags, -found, len(seen.features) / syncnet.FPS)
         return Windows(curve, [curve], [seen.start])
 
     def numbers(self, curve: SyncCurve) -> dict[str, float]:
-        numbers = {"lse_d": -curve.score, "lse_c": curve.confidence, "distance_at_zero": -curve.score_at_zero}
+        numbers = {
+            "lse_d": -curve.score,
+            "lse_c": curve.confidence,
+            "distance_at_zero": -curve.score_at_zero,
+        }
         if self.quirks:  # the port's sign: positive when the sound is early; whole frames
-            numbers["port_offset_frames"] = -float(np.rint(curve.lags[np.argmax(curve.scores)] * syncnet.FPS))
+            numbers["port_offset_frames"] = -float(
+                np.rint(curve.lags[np.argmax(curve.scores)] * syncnet.FPS)
+            )
         return numbers
 
 
-# ---------------------------------------------------------------------------------------------------------- Synchformer
+# -------------------------------------------------------------------------------------- Synchformer
 @dataclass
 class SeenBySynchformer:
-    """A film of so many pictures at 25 fps, and features (8, D) of those segments that were asked for so far."""
+    """A film of so many pictures at 25 fps, and features (8, D) of those segments that were asked
+    for so far.
+    """
 
     film: Film
     pictures: int
@@ -195,7 +254,8 @@ class SeenBySynchformer:
 
 
 class SynchformerBackend:
-    """DeSync on whole pictures and any sound: the likeliest offset of the first and of the last 4.8 s, to 200 ms.
+    """DeSync on whole pictures and any sound: the likeliest offset of the first and of the last 4.8
+    s, to 200 ms.
 
     A score is the probability of a lag, `score_at_zero` that of a clip in sync.
 
@@ -203,18 +263,29 @@ class SynchformerBackend:
         weights: of the network. size: of the network, that of the released weights by default.
     """
 
-    name, whole_picture, any_sound = "synchformer", True, True
+    name = "synchformer"
+    whole_picture = True
+    any_sound = True
 
     def __init__(self, weights: str | Path, size: Size = RELEASED) -> None:
-        self.network, self.hash = synchformer.load_synchformer(weights, size), syncnet.file_hash(weights)
+        self.network = synchformer.load_synchformer(weights, size)
+        self.hash = syncnet.file_hash(weights)
 
     def header(self) -> dict[str, Any]:
-        return {"backend": self.name, "version": avdiff.__version__, "weights": self.hash, "largest_lag_ms": 2000,
-                "lag_step_ms": 200, "desync": "seconds, mean of the first and the last 4.8 s"}
+        return {
+            "backend": self.name,
+            "version": avdiff.__version__,
+            "weights": self.hash,
+            "largest_lag_ms": 2000,
+            "lag_step_ms": 200,
+            "desync": "seconds, mean of the first and the last 4.8 s",
+        }
 
     def look(self, film: Film, track: Track) -> SeenBySynchformer:
         count = len(track.times)
-        seconds = track.times[-1] * count / max(1, count - 0.5)  # a picture shows the middle of its interval
+        seconds = (
+            track.times[-1] * count / max(1, count - 0.5)
+        )  # a picture shows the middle of its interval
         return SeenBySynchformer(film, int(seconds * synchformer.FPS + 1e-3))
 
     def curves(self, seen: SeenBySynchformer, audio: np.ndarray, sample_rate: int) -> Windows:
@@ -222,13 +293,18 @@ class SynchformerBackend:
         segments = synchformer.segment_count(seen.pictures, len(wave))
         if segments < SEGMENTS:
             shared = min(seen.pictures / synchformer.FPS, len(wave) / synchformer.RATE)
-            raise ValueError(f"picture and sound are there together for {shared:.2f} s: Synchformer needs at least "
-                             f"{synchformer.WINDOW} s")
+            raise ValueError(
+                f"picture and sound are there together for {shared:.2f} s: Synchformer needs at "
+                "least "
+                f"{synchformer.WINDOW} s"
+            )
         starts = synchformer.window_starts(segments)
         wanted = {start + i for start in starts for i in range(SEGMENTS)}
         if missing := wanted - seen.features.keys():
             clock = (np.arange(seen.pictures) + 0.5) / synchformer.FPS
-            seen.features |= synchformer.see_segments(self.network, on_clock(seen.film(), clock), missing)
+            seen.features |= synchformer.see_segments(
+                self.network, on_clock(seen.film(), clock), missing
+            )
         heard = synchformer.hear_segments(self.network, wave, wanted)
         logits = synchformer.compare_windows(self.network, seen.features, heard, starts)
         parts: list[SyncCurve] = [synchformer.offset_curve(row[None]) for row in logits]
@@ -240,10 +316,13 @@ class SynchformerBackend:
         return {"desync": curve.desync, "score_at_zero": curve.score_at_zero, "score": curve.score}
 
 
-# ------------------------------------------------------------------------------------------------------------------ all
-def on_clock(pictures: Iterator[tuple[float, np.ndarray]], clock: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+# ---------------------------------------------------------------------------------------------- all
+def on_clock(
+    pictures: Iterator[tuple[float, np.ndarray]], clock: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
     """For each time of an ascending clock the picture nearest to it: (place, picture)."""
-    place, last = 0, None
+    place = 0
+    last = None
     for time, picture in pictures:
         while last is not None and place < len(clock) and clock[place] <= (last[0] + time) / 2:
             yield place, last[1]
@@ -253,8 +332,14 @@ def on_clock(pictures: Iterator[tuple[float, np.ndarray]], clock: np.ndarray) ->
         yield from ((i, last[1]) for i in range(place, len(clock)))
 
 
-def find_backend(name: str = "lip_network", weights: str | Path | None = None, quirks: bool = False,
-                 cropped: bool = False, reach: float = judges.REACH, folder: str | Path | None = None) -> Backend:
+def find_backend(
+    name: str = "lip_network",
+    weights: str | Path | None = None,
+    quirks: bool = False,
+    cropped: bool = False,
+    reach: float = judges.REACH,
+    folder: str | Path | None = None,
+) -> Backend:
     """A backend by its name; `folder` holds other weights of the lip network than those bundled.
 
     `reach` is not for Synchformer, whose classes always span 2 s each way.
@@ -266,14 +351,21 @@ def find_backend(name: str = "lip_network", weights: str | Path | None = None, q
         raise ValueError(f"reach={reach}: needs 0.2 to 2 seconds")
     if name == "syncnet":
         if weights is None:
-            raise ValueError("backend=syncnet: needs --weights PATH; SyncNet's weights are its authors' to give")
+            raise ValueError(
+                "backend=syncnet: needs --weights PATH; SyncNet's weights are its authors' to give"
+            )
         return SyncNetBackend(weights, quirks, cropped, reach)
     if name == "synchformer":
         if weights is None or quirks or cropped:
-            raise ValueError("backend=synchformer: needs --weights PATH, a state dict; takes no quirks, no cropped")
+            raise ValueError(
+                "backend=synchformer: needs --weights PATH, a state dict; takes no quirks, no "
+                "cropped"
+            )
         return SynchformerBackend(weights)
     if name != "lip_network":
         raise ValueError(f"backend={name!r}: needs lip_network or syncnet or synchformer")
     if weights is not None or quirks or cropped:
-        raise ValueError("weights, quirks and cropped: are for backend=syncnet, weights for synchformer too")
+        raise ValueError(
+            "weights, quirks and cropped: are for backend=syncnet, weights for synchformer too"
+        )
     return LipNetworkBackend(folder, reach)

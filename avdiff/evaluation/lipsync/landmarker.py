@@ -1,10 +1,12 @@
-"""MediaPipe's FaceLandmarker (Apache-2.0): its weights found or fetched, and faces of a picture as 478 points.
+"""MediaPipe's FaceLandmarker (Apache-2.0): its weights found or fetched, and faces of a picture as
+478 points.
 
     faces = Landmarker(find_landmarker()).detect(picture)
 
-The package is in the `eval` extra; the weights are a file of 3.8 MB that comes from `--landmarker`, $AVDIFF_LANDMARKER,
-the cache, or is downloaded once on request and accepted by its hash. Pictures are read one by one (IMAGE mode): in
-VIDEO mode a filter smooths the points over time, and lips would lag behind the sound.
+The package is in the `eval` extra; the weights are a file of 3.8 MB that comes from `--landmarker`,
+$AVDIFF_LANDMARKER, the cache, or is downloaded once on request and accepted by its hash. Pictures
+are read one by one (IMAGE mode): in VIDEO mode a filter smooths the points over time, and lips
+would lag behind the sound.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def cached_file() -> Path:
 
 
 def find_landmarker(path: str | Path | None = None) -> Path | None:
-    """The weights: `path`, else $AVDIFF_LANDMARKER, else the cache, else None. `path="download"` fetches them once.
+    """The weights: `path`, else $AVDIFF_LANDMARKER, else the cache, else None. `path="download"`
+    fetches them once.
 
     Raises:
         ValueError: a path or variable that names no file, or a download that failed.
@@ -48,7 +51,9 @@ def find_landmarker(path: str | Path | None = None) -> Path | None:
             return cached_file() if cached_file().is_file() else fetch(URL, SHA256, cached_file())
         if named:
             if not Path(named).is_file():
-                raise ValueError(f"{origin}={named}: no such file; needs a face_landmarker.task, or 'download'")
+                raise ValueError(
+                    f"{origin}={named}: no such file; needs a face_landmarker.task, or 'download'"
+                )
             return Path(named)
     return cached_file() if cached_file().is_file() else None
 
@@ -63,11 +68,16 @@ def fetch(url: str, sha256: str, target: Path) -> Path:
         with urllib.request.urlopen(url, timeout=60) as answer:
             data = answer.read()
     except (OSError, ValueError) as error:
-        raise ValueError(f"landmarker=download: {url} cannot be fetched ({error}); give the file by --landmarker PATH "
-                         f"or ${VARIABLE}") from error
+        raise ValueError(
+            f"landmarker=download: {url} cannot be fetched ({error}); give the file by "
+            "--landmarker PATH "
+            f"or ${VARIABLE}"
+        ) from error
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise ValueError(f"landmarker=download: {url} has SHA-256 {found[:12]}..., expected {sha256[:12]}...")
+        raise ValueError(
+            f"landmarker=download: {url} has SHA-256 {found[:12]}..., expected {sha256[:12]}..."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     aside.write_bytes(data)
@@ -93,7 +103,8 @@ class Landmarker:
     def __init__(self, path: Path) -> None:
         if not is_installed():
             raise ValueError("landmarker: needs the package mediapipe: pip install 'avdiff[eval]'")
-        self.path, self._own = path, threading.local()
+        self.path = path
+        self._own = threading.local()
         self._open: list[Any] = []
         self._network()
         atexit.register(self._forget)
@@ -113,14 +124,18 @@ class Landmarker:
         from mediapipe import Image, ImageFormat
 
         with _quiet() if not getattr(self._own, "used", False) else contextlib.nullcontext():
-            found = self._network().detect(Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(picture)))
+            found = self._network().detect(
+                Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(picture))
+            )
         self._own.used = True
         size = np.array(picture.shape[1::-1], np.float32)
         rows = [[(p.x, p.y) for p in face[:POINTS]] for face in found.face_landmarks]
         return np.array(rows, np.float32).reshape(len(rows), POINTS, 2) * size
 
     def _forget(self) -> None:
-        """At exit the package closes its networks too late and prints a traceback for each: leave it to the system."""
+        """At exit the package closes its networks too late and prints a traceback for each: leave
+        it to the system.
+        """
         for network in self._open:
             network._handle = None
 
@@ -134,22 +149,30 @@ class Landmarker:
                     RunningMode,
                 )
 
-                options = FaceLandmarkerOptions(base_options=BaseOptions(model_asset_path=str(self.path)),
-                                                running_mode=RunningMode.IMAGE, num_faces=MOST_FACES)
+                options = FaceLandmarkerOptions(
+                    base_options=BaseOptions(model_asset_path=str(self.path)),
+                    running_mode=RunningMode.IMAGE,
+                    num_faces=MOST_FACES,
+                )
                 try:
                     self._own.network = FaceLandmarker.create_from_options(options)
                 except (RuntimeError, ValueError, OSError) as error:
                     reason = str(error).splitlines()[0]
-                    raise ValueError(f"landmarker={self.path}: is no face landmarker ({reason})") from error
+                    raise ValueError(
+                        f"landmarker={self.path}: is no face landmarker ({reason})"
+                    ) from error
             self._open.append(self._own.network)
         return self._own.network
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The package's C++ part logs to file descriptor 2 whatever it is told; send that nowhere for a while."""
+    """The package's C++ part logs to file descriptor 2 whatever it is told; send that nowhere for a
+    while.
+    """
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield

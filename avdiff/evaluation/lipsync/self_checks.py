@@ -1,7 +1,9 @@
-"""Is the lip-sync measurement itself right? Its own clips with the sound shifted, and with the sound of other clips.
+"""Is the lip-sync measurement itself right? Its own clips with the sound shifted, and with the
+sound of other clips.
 
-Shifts are certain, whatever a clip's true offset is: *relative* recovery compares with the clip's own offset at
-shift 0. *Absolute* recovery takes every clip to be in sync, which real footage is not always.
+Shifts are certain, whatever a clip's true offset is: *relative* recovery compares with the clip's
+own offset at shift 0. *Absolute* recovery takes every clip to be in sync, which real footage is not
+always.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ MOST_SWAPS = 60  # clips that are held against each other's sound
 
 
 def shifted(audio: np.ndarray, sample_rate: int, milliseconds: float) -> np.ndarray:
-    """Sound (S,) made late (positive) or early, same length: what is pushed out is lost, silence comes in."""
+    """Sound (S,) made late (positive) or early, same length: what is pushed out is lost, silence
+    comes in.
+    """
     samples = round(milliseconds * sample_rate / 1000)
     late = np.zeros_like(audio)
     if samples >= 0:
@@ -30,27 +34,37 @@ def shifted(audio: np.ndarray, sample_rate: int, milliseconds: float) -> np.ndar
     return late
 
 
-def shift_clip(measured: Measured, backend: Backend, shifts: Sequence[int] = SHIFTS) -> list[float | None]:
+def shift_clip(
+    measured: Measured, backend: Backend, shifts: Sequence[int] = SHIFTS
+) -> list[float | None]:
     """Offsets in frames found with the sound shifted; None where a shift left nothing to judge."""
     assert measured.audio is not None, "called for clips with a measurement"
     found: list[float | None] = []
     for shift in shifts:
         late = shifted(measured.audio, measured.sample_rate, shift * FRAME_MS)
         try:
-            found.append(backend.curves(measured.seen, late, measured.sample_rate).whole.offset * 1000 / FRAME_MS)
+            found.append(
+                backend.curves(measured.seen, late, measured.sample_rate).whole.offset
+                * 1000
+                / FRAME_MS
+            )
         except ValueError:
             found.append(None)
     return found
 
 
-def recovery(offsets: Sequence[Sequence[float | None]], shifts: Sequence[int] = SHIFTS) -> dict[str, Any]:
+def recovery(
+    offsets: Sequence[Sequence[float | None]], shifts: Sequence[int] = SHIFTS
+) -> dict[str, Any]:
     """Share of shifts that were found again, with intervals over clips.
 
     Args:
-        offsets: for each clip the offsets of `shift_clip`; 0 must be among the shifts. A None counts as not found.
+        offsets: for each clip the offsets of `shift_clip`; 0 must be among the shifts. A None
+            counts as not found.
 
     Returns:
-        absolute_1, absolute_2, relative_1, relative_2: within so many frames, over all shifts but 0 for `relative`;
+        absolute_1, absolute_2, relative_1, relative_2: within so many frames, over all shifts but 0
+            for `relative`;
         zero_1, zero_2: of the unshifted clips; by_shift: shift -> (absolute_1, relative_1).
     """
     if 0 not in shifts:
@@ -59,23 +73,28 @@ def recovery(offsets: Sequence[Sequence[float | None]], shifts: Sequence[int] = 
     table = np.array(rows, np.float64).reshape(-1, len(shifts))
     planted = np.array(shifts, np.float64)
     zero = table[:, list(shifts).index(0)]
-    absolute, relative = np.abs(table - planted), np.abs(table - zero[:, None] - planted)
+    absolute = np.abs(table - planted)
+    relative = np.abs(table - zero[:, None] - planted)
     moved = planted != 0
     marks: dict[str, Any] = {}
     for within in (1, 2):
         marks[f"absolute_{within}"] = interval((absolute <= within).mean(axis=1))
         marks[f"relative_{within}"] = interval((relative <= within)[:, moved].mean(axis=1))
         marks[f"zero_{within}"] = interval((np.abs(zero) <= within).astype(float))
-    marks["by_shift"] = {int(shift): (float((absolute[:, i] <= 1).mean()),
-                                      float((relative[:, i] <= 1).mean())) for i, shift in enumerate(shifts)}
+    marks["by_shift"] = {
+        int(shift): (float((absolute[:, i] <= 1).mean()), float((relative[:, i] <= 1).mean()))
+        for i, shift in enumerate(shifts)
+    }
     return marks
 
 
 def swap_auc(measured: Sequence[Measured], backend: Backend) -> dict[str, Estimate]:
-    """Chance that a true pair of lips and sound scores above a swapped one, over all pairs of the first `MOST_SWAPS`.
+    """Chance that a true pair of lips and sound scores above a swapped one, over all pairs of the
+    first `MOST_SWAPS`.
 
     Returns:
-        auc (score at the best lag) and auc_zero (at lag 0). The interval is over the clips of the true pairs.
+        auc (score at the best lag) and auc_zero (at lag 0). The interval is over the clips of the
+        true pairs.
     """
     clips = list(measured)[:MOST_SWAPS]
     if len(clips) < 2:
@@ -91,9 +110,12 @@ def swap_auc(measured: Sequence[Measured], backend: Backend) -> dict[str, Estima
             (own if other is one else foreign).append((curve.score, curve.score_at_zero))
     if not own or not foreign:
         raise ValueError("measured: no clip's sound fits another clip's length")
-    true, swapped = np.array(own), np.array(foreign)
-    return {name: interval([_beaten(value, swapped[:, i]) for value in true[:, i]])
-            for i, name in enumerate(("auc", "auc_zero"))}
+    true = np.array(own)
+    swapped = np.array(foreign)
+    return {
+        name: interval([_beaten(value, swapped[:, i]) for value in true[:, i]])
+        for i, name in enumerate(("auc", "auc_zero"))
+    }
 
 
 def _sound(measured: Measured) -> np.ndarray:

@@ -1,12 +1,15 @@
-"""SyncNet as the papers use it (Chung & Zisserman 2016), for LSE-C, LSE-D and offsets that compare with theirs.
+"""SyncNet as the papers use it (Chung & Zisserman 2016), for LSE-C, LSE-D and offsets that compare
+with theirs.
 
-Network, MFCCs and crops follow the authors' Python port; its weights are not ours to ship. Five pictures of 224 x 224
-at 25 fps against 0.2 s of sound; window i of the lips is compared with window i + l of the sound, and
+Network, MFCCs and crops follow the authors' Python port; its weights are not ours to ship. Five
+pictures of 224 x 224 at 25 fps against 0.2 s of sound; window i of the lips is compared with window
+i + l of the sound, and
 
-    D(l) = mean over i of ||F_v(i) - F_a(i + l)||,   LSE-D = min D,   LSE-C = median D - min D,   l in [-15, 15].
+    D(l) = mean over i of ||F_v(i) - F_a(i + l)||,   LSE-D = min D,   LSE-C = median D - min D,   l
+    in [-15, 15].
 
-Both LSE values are those of the *best* lag: a clip that is out of sync can have perfect ones, so D(0) is reported too.
-Shape legend: B windows, N windows of a clip, E = 1024.
+Both LSE values are those of the *best* lag: a clip that is out of sync can have perfect ones, so
+D(0) is reported too. Shape legend: B windows, N windows of a clip, E = 1024.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ from scipy.fft import dct
 from scipy.ndimage import median_filter
 from torch import Tensor, nn
 
-FPS, RATE, SIDE = 25, 16_000, 224
-PICTURES, MFCC_STEPS, COEFFICIENTS = 5, 20, 13  # of a window; MFCCs come 100 a second
+FPS = 25
+RATE = 16_000
+SIDE = 224
+# of a window; MFCCs come 100 a second
+PICTURES = 5
+MFCC_STEPS = 20
+COEFFICIENTS = 13
 MFCC_PER_PICTURE = 4
 CROP_SCALE = 0.40  # margin around a face, in halves of its larger side
 MEDIAN = 13  # pictures over which places and sizes of a face are smoothed
@@ -32,32 +40,48 @@ VSHIFT = 15  # lags each way in the port's command line
 
 
 class SyncNet(nn.Module):
-    """The two towers, with the parameter names of the port, so that its weight file loads as it is."""
+    """The two towers, with the parameter names of the port, so that its weight file loads as it
+    is.
+    """
 
     def __init__(self, embedding: int = 1024) -> None:
         super().__init__()
         self.embedding = embedding
         self.netcnnaud = nn.Sequential(
-            *_stage(nn.Conv2d(1, 64, 3, padding=1)), nn.MaxPool2d(1, 1),
-            *_stage(nn.Conv2d(64, 192, 3, padding=1)), nn.MaxPool2d(3, (1, 2)),
+            *_stage(nn.Conv2d(1, 64, 3, padding=1)),
+            nn.MaxPool2d(1, 1),
+            *_stage(nn.Conv2d(64, 192, 3, padding=1)),
+            nn.MaxPool2d(3, (1, 2)),
             *_stage(nn.Conv2d(192, 384, 3, padding=1)),
             *_stage(nn.Conv2d(384, 256, 3, padding=1)),
-            *_stage(nn.Conv2d(256, 256, 3, padding=1)), nn.MaxPool2d(3, 2),
-            *_stage(nn.Conv2d(256, 512, (5, 4))))
-        self.netfcaud, self.netfclip = (nn.Sequential(
-            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, embedding)) for _ in range(2))
+            *_stage(nn.Conv2d(256, 256, 3, padding=1)),
+            nn.MaxPool2d(3, 2),
+            *_stage(nn.Conv2d(256, 512, (5, 4))),
+        )
+        self.netfcaud, self.netfclip = (
+            nn.Sequential(
+                nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, embedding)
+            )
+            for _ in range(2)
+        )
         self.netcnnlip = nn.Sequential(
-            *_stage(nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2))), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_stage(nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1))), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+            *_stage(nn.Conv3d(3, 96, (5, 7, 7), (1, 2, 2))),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
+            *_stage(nn.Conv3d(96, 256, (1, 5, 5), (1, 2, 2), (0, 1, 1))),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
             *_stage(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1))),
             *_stage(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1))),
-            *_stage(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1))), nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_stage(nn.Conv3d(256, 512, (1, 6, 6))))
+            *_stage(nn.Conv3d(256, 256, (1, 3, 3), padding=(0, 1, 1))),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
+            *_stage(nn.Conv3d(256, 512, (1, 6, 6))),
+        )
 
     def see(self, pictures: Tensor) -> Tensor:
-        """A film (1, 3, F, 224, 224), blue green red, 0 to 255 -> its windows of five pictures (F - 4, E).
+        """A film (1, 3, F, 224, 224), blue green red, 0 to 255 -> its windows of five pictures (F -
+        4, E).
 
-        Only the first layer sees several pictures, and without padding: all windows come out of one pass.
+        Only the first layer sees several pictures, and without padding: all windows come out of one
+        pass.
         """
         windows = self.netcnnlip(pictures)  # (1, 512, F - 4, 1, 1)
         return self.netfclip(windows[0, :, :, 0, 0].T)
@@ -73,22 +97,28 @@ def _stage(layer: nn.Conv2d | nn.Conv3d) -> tuple[nn.Module, nn.Module, nn.Modul
 
 
 def load_syncnet(path: str | Path) -> SyncNet:
-    """The network with weights from a .safetensors file, or from the port's own file, of which only tensors are read.
+    """The network with weights from a .safetensors file, or from the port's own file, of which only
+    tensors are read.
 
     Raises:
         ValueError: no such file, or no weights of SyncNet in it.
     """
-    state = read_tensors(path, "SyncNet", "needs SyncNet's weights (.safetensors, or syncnet_v2.model)")
+    state = read_tensors(
+        path, "SyncNet", "needs SyncNet's weights (.safetensors, or syncnet_v2.model)"
+    )
     try:
         network = SyncNet()
         network.load_state_dict(state)
     except Exception as error:  # whatever a foreign file provokes
-        raise ValueError(f"weights={path}: no weights of SyncNet ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"weights={path}: no weights of SyncNet ({str(error).splitlines()[0]})"
+        ) from error
     return network.eval().requires_grad_(False)
 
 
 def read_tensors(path: str | Path, name: str, needs: str) -> Any:
-    """What a .safetensors file or one of torch holds; of the latter only tensors and plain containers are read.
+    """What a .safetensors file or one of torch holds; of the latter only tensors and plain
+    containers are read.
 
     Args:
         name: of the network, and what it `needs`, for the message.
@@ -106,7 +136,9 @@ def read_tensors(path: str | Path, name: str, needs: str) -> Any:
             return load_file(place)
         return torch.load(place, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a foreign file provokes
-        raise ValueError(f"weights={path}: no weights of {name} ({str(error).splitlines()[0]}); {needs}") from error
+        raise ValueError(
+            f"weights={path}: no weights of {name} ({str(error).splitlines()[0]}); {needs}"
+        ) from error
 
 
 def file_hash(path: str | Path) -> str:
@@ -115,28 +147,37 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sound
+# -------------------------------------------------------------------------------------------- sound
 @cache
 def _filters(count: int = 26, size: int = 512) -> np.ndarray:
     """Triangles evenly spaced in mel, corners on whole bins: (count, size / 2 + 1)."""
     top = 2595 * np.log10(1 + RATE / 2 / 700)
-    corners = np.floor((size + 1) * 700 * (10 ** (np.linspace(0, top, count + 2) / 2595) - 1) / RATE)
+    corners = np.floor(
+        (size + 1) * 700 * (10 ** (np.linspace(0, top, count + 2) / 2595) - 1) / RATE
+    )
     bins = np.arange(size // 2 + 1)
-    low, middle, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    low = corners[:-2, None]
+    middle = corners[1:-1, None]
+    high = corners[2:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
-        rise, fall = (bins - low) / (middle - low), (high - bins) / (high - middle)
-    return np.where((bins >= low) & (bins < middle), rise, np.where((bins >= middle) & (bins < high), fall, 0.0))
+        rise = (bins - low) / (middle - low)
+        fall = (high - bins) / (high - middle)
+    return np.where(
+        (bins >= low) & (bins < middle), rise, np.where((bins >= middle) & (bins < high), fall, 0.0)
+    )
 
 
 def mfcc(wave: np.ndarray) -> np.ndarray:
     """13 cepstra, 100 a second, of sound (S,) in [-1, 1] at 16 kHz: (T, 13).
 
-    As python_speech_features, with which the network was trained: 16-bit scale, pre-emphasis 0.97, square windows of
-    25 ms, 512-point spectra, 26 mel filters, lifter 22, log energy in place of the first.
+    As python_speech_features, with which the network was trained: 16-bit scale, pre-emphasis 0.97,
+    square windows of 25 ms, 512-point spectra, 26 mel filters, lifter 22, log energy in place of
+    the first.
     """
     samples = np.clip(np.rint(wave.astype(np.float64) * 32768), -32768, 32767)
     rough = np.append(samples[:1], samples[1:] - 0.97 * samples[:-1])
-    length, step = 400, 160
+    length = 400
+    step = 160
     count = 1 + max(0, -(-(len(rough) - length) // step))
     padded = np.pad(rough, (0, (count - 1) * step + length - len(rough)))
     frames = np.lib.stride_tricks.sliding_window_view(padded, length)[::step]
@@ -144,27 +185,32 @@ def mfcc(wave: np.ndarray) -> np.ndarray:
     tiny = np.finfo(float).eps
     energy = power.sum(axis=1)
     mel = power @ _filters().T
-    cepstra = dct(np.log(np.where(mel == 0, tiny, mel)), type=2, axis=1, norm="ortho")[:, :COEFFICIENTS]
+    cepstra = dct(np.log(np.where(mel == 0, tiny, mel)), type=2, axis=1, norm="ortho")[
+        :, :COEFFICIENTS
+    ]
     cepstra *= 1 + 11 * np.sin(np.pi * np.arange(COEFFICIENTS) / 22)
     cepstra[:, 0] = np.log(np.where(energy == 0, tiny, energy))
     return cepstra
 
 
-# ------------------------------------------------------------------------------------------------------------ distances
+# ---------------------------------------------------------------------------------------- distances
 def distances(seen: Tensor, heard: Tensor, reach: int = VSHIFT, padded: bool = False) -> np.ndarray:
     """D(l) for l = -reach..reach, positive: audio late; NaN where no window overlaps.
 
     Args:
-        seen, heard: F_v (N, E) and F_a (M, E). padded: as the port does: both are cut to the shorter one, zeros stand
-            in for the sound beyond either end, and every lag is a mean over all N windows.
+        seen, heard: F_v (N, E) and F_a (M, E). padded: as the port does: both are cut to the
+            shorter one, zeros stand in for the sound beyond either end, and every lag is a mean
+            over all N windows.
     """
     if padded:
         seen, heard = seen[: len(heard)], heard[: len(seen)]
-    seen, heard = seen.double(), heard.double()
+    seen = seen.double()
+    heard = heard.double()
     alone = (seen + 1e-6).norm(dim=1)  # against zeros; 1e-6 as in torch's pairwise_distance
     found = np.full(2 * reach + 1, np.nan)
     for place, lag in enumerate(range(-reach, reach + 1)):
-        first, last = max(0, -lag), min(len(seen), len(heard) - lag)
+        first = max(0, -lag)
+        last = min(len(seen), len(heard) - lag)
         if last <= first:
             continue
         near = (seen[first:last] - heard[first + lag : last + lag] + 1e-6).norm(dim=1)
@@ -175,24 +221,31 @@ def distances(seen: Tensor, heard: Tensor, reach: int = VSHIFT, padded: bool = F
 
 
 def crop_boxes(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Face boxes (F, 4) at 25 fps -> centres (F, 2) and half sides (F,) of the port's crops, smoothed over time.
+    """Face boxes (F, 4) at 25 fps -> centres (F, 2) and half sides (F,) of the port's crops,
+    smoothed over time.
 
-    The port cuts rows y - s to y + s (1 + 2 c) and columns x -+ s (1 + c): a square of side 2 s (1 + c) whose middle is
-    c s below the face's. Its median filter sees zeros beyond the ends, this one the first and the last value.
+    The port cuts rows y - s to y + s (1 + 2 c) and columns x -+ s (1 + c): a square of side 2 s (1
+    + c) whose middle is c s below the face's. Its median filter sees zeros beyond the ends, this
+    one the first and the last value.
     """
     size = np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]) / 2
-    rows = np.stack([(boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2, size], axis=1)
+    rows = np.stack(
+        [(boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2, size], axis=1
+    )
     x, y, half = median_filter(rows, (MEDIAN, 1), mode="nearest").T
     return np.stack([x, y + CROP_SCALE * half], axis=1), half * (1 + CROP_SCALE)
 
 
-# ------------------------------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- features
 @torch.no_grad()
 def see_pictures(network: SyncNet, crops: Iterable[np.ndarray], batch: int = 20) -> Tensor:
     """Crops uint8 (224, 224, 3) at 25 fps, red green blue -> F_v (N, E), N = pictures - 4."""
-    parts, kept = [], list[Tensor]()
+    parts = []
+    kept = list[Tensor]()
     for crop in crops:
-        kept.append(torch.from_numpy(np.ascontiguousarray(crop[..., ::-1])).permute(2, 0, 1).float())
+        kept.append(
+            torch.from_numpy(np.ascontiguousarray(crop[..., ::-1])).permute(2, 0, 1).float()
+        )
         if len(kept) == batch + PICTURES - 1:
             parts.append(network.see(torch.stack(kept, dim=1)[None]))
             kept = kept[batch:]
@@ -207,5 +260,7 @@ def hear_sound(network: SyncNet, wave: np.ndarray, batch: int = 100) -> Tensor:
     steps = torch.from_numpy(mfcc(wave).T.copy()).float()  # (13, T)
     if steps.shape[1] < MFCC_STEPS:
         return torch.zeros(0, network.embedding)
-    windows = steps.unfold(1, MFCC_STEPS, MFCC_PER_PICTURE).permute(1, 0, 2)[:, None]  # (M, 1, 13, 20)
+    windows = steps.unfold(1, MFCC_STEPS, MFCC_PER_PICTURE).permute(1, 0, 2)[
+        :, None
+    ]  # (M, 1, 13, 20)
     return torch.cat([network.hear(part) for part in windows.split(batch)])

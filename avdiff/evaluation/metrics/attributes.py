@@ -1,9 +1,11 @@
-"""Does the presenter look and sound as the prompt says? The face reader reads the picture, pitch tells the voice.
+"""Does the presenter look and sound as the prompt says? The face reader reads the picture, pitch
+tells the voice.
 
     adherence(reading, {"hair_color": "red", "glasses": "round glasses"},
               {"hair_color": "value", "glasses": "presence"})
 
-Only what a prompt tells can be asked: "value" where it names it, "presence" where it only says that there is one.
+Only what a prompt tells can be asked: "value" where it names it, "presence" where it only says that
+there is one.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ from avdiff.models.evaluators.face_reader import FaceReader
 NOTHING = ("none", "")
 
 
-def adherence(reading: FaceReading, attributes: Mapping[str, str], told: Mapping[str, str] | None = None,
-              ) -> dict[str, Any]:
+def adherence(
+    reading: FaceReading, attributes: Mapping[str, str], told: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What of a wish is seen.
 
     Args:
-        reading: of `read_faces`. attributes: name -> wanted value. told: name -> "value" or "presence"; None asks for
-            every value that the face reader knows and that is there to be seen.
+        reading: of `read_faces`. attributes: name -> wanted value. told: name -> "value" or
+            "presence"; None asks for every value that the face reader knows and that is there to be
+            seen.
 
     Returns:
-        attributes_told, attributes_right: counts; looks_NAME: for each told attribute, whether it is right; wrong:
+        attributes_told, attributes_right: counts; looks_NAME: for each told attribute, whether it
+            is right; wrong:
         what is seen instead, as text. A picture without a face has none right.
     """
     if told is None:
-        told = {name: "value" for name in reading.attributes if attributes.get(name, "none") not in NOTHING}
+        told = {
+            name: "value"
+            for name in reading.attributes
+            if attributes.get(name, "none") not in NOTHING
+        }
     right: dict[str, bool] = {}
     wrong: list[str] = []
     for name, how in told.items():
@@ -40,26 +49,38 @@ def adherence(reading: FaceReading, attributes: Mapping[str, str], told: Mapping
         if seen is None and reading.attributes:
             continue  # the reader has no such attribute
         wanted = attributes[name]
-        right[name] = seen is not None and (seen == wanted if how == "value" else seen not in NOTHING)
+        right[name] = seen is not None and (
+            seen == wanted if how == "value" else seen not in NOTHING
+        )
         if not right[name]:
             wrong.append(f"{name}: {seen or 'no face'} for {wanted if how == 'value' else 'any'}")
-    return {"attributes_told": len(right), "attributes_right": sum(right.values()), "wrong": ", ".join(wrong),
-            **{f"looks_{name}": value for name, value in right.items()}}
+    return {
+        "attributes_told": len(right),
+        "attributes_right": sum(right.values()),
+        "wrong": ", ".join(wrong),
+        **{f"looks_{name}": value for name, value in right.items()},
+    }
 
 
 def gender_of_voice(clip: Clip, wanted: str) -> dict[str, Any]:
     """voice_as_told: whether the pitch is that of the wanted gender, {} where nothing is voiced.
 
-    By median pitch alone 91 % of 400 utterances of the bank's test voices are told right: children's voices among the
-    men are the ceiling.
+    By median pitch alone 91 % of 400 utterances of the bank's test voices are told right:
+    children's voices among the men are the ceiling.
     """
     heard = voice(clip)["voice_gender"]
     return {"voice_as_told": heard == wanted} if heard and wanted else {}
 
 
-def score(clip: Clip, attributes: Mapping[str, str], told: Mapping[str, str] | None = None,
-          reader: FaceReader | None = None) -> float:
-    """Reward: share of the told attributes that are seen, 0 to 1; 1 where nothing is told, 0 without pictures."""
+def score(
+    clip: Clip,
+    attributes: Mapping[str, str],
+    told: Mapping[str, str] | None = None,
+    reader: FaceReader | None = None,
+) -> float:
+    """Reward: share of the told attributes that are seen, 0 to 1; 1 where nothing is told, 0
+    without pictures.
+    """
     if clip.frames is None or not len(clip.frames):
         return 0.0
     found = adherence(read_faces(clip.frames, reader), attributes, told)

@@ -3,8 +3,9 @@
     found = events(clip, asked=3)
     found["event_hits"] / found["event_onsets"]     # onsets with an impact within a frame
 
-Impacts are read by a small frozen network that was taught on drawn scenes (`avdiff.models.evaluators.contact_detector`); onsets are
-rises of the spectrum. Neither knows the prompt.
+Impacts are read by a small frozen network that was taught on drawn scenes
+(`avdiff.models.evaluators.contact_detector`); onsets are rises of the spectrum. Neither knows the
+prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RATE = 24000  # Hz
 APART = 0.096  # s: no two onsets are closer
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 @cache
 def load_reader(folder: str | Path | None = None) -> ImpactReader:
     """The frozen impact reader, or another one.
@@ -38,14 +39,23 @@ def load_reader(folder: str | Path | None = None) -> ImpactReader:
     """
     place = Path(folder) if folder else BUNDLED / "impact_reader"
     if not (place / "config.json").is_file():
-        raise ValueError(f"impact_reader: no weights in {place}; train them with python -m avdiff.train.evaluators.contacts")
-    return ImpactReader.from_pretrained(place, torch_dtype=torch.float32).eval().requires_grad_(False)
+        raise ValueError(
+            f"impact_reader: no weights in {place}; train them with python -m "
+            "avdiff.train.evaluators.contacts"
+        )
+    return (
+        ImpactReader.from_pretrained(place, torch_dtype=torch.float32).eval().requires_grad_(False)
+    )
 
 
 @torch.no_grad()
-def visual_impacts(frames: np.ndarray, fps: float, reader: ImpactReader | None = None) -> np.ndarray:
-    """Times of impacts in seconds, read from uint8 (F, H, W, 3): (N,). Frame i is shown from i / fps on; another rate
-    than 25 is read at the picture on screen in the middle of each 25th of a second."""
+def visual_impacts(
+    frames: np.ndarray, fps: float, reader: ImpactReader | None = None
+) -> np.ndarray:
+    """Times of impacts in seconds, read from uint8 (F, H, W, 3): (N,). Frame i is shown from i /
+    fps on; another rate than 25 is read at the picture on screen in the middle of each 25th of a
+    second.
+    """
     judge = reader or load_reader()
     count = max(2, round(len(frames) / fps * FPS))
     chosen = np.minimum(((np.arange(count) + 0.5) / FPS * fps).astype(int), len(frames) - 1)
@@ -55,22 +65,25 @@ def visual_impacts(frames: np.ndarray, fps: float, reader: ImpactReader | None =
     return np.array(peaks(judge(pictures[None])[0].sigmoid()))
 
 
-# ---------------------------------------------------------------------------------------------------------------- sound
+# -------------------------------------------------------------------------------------------- sound
 def audio_onsets(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     """Times of strokes in a sound (S,) or (C, S), seconds: (N,).
 
-    Peaks of the spectral flux (10 ms steps) that stand out by half of the strongest and begin a loud part; each is then
-    placed to the millisecond by `onset_seconds`.
+    Peaks of the spectral flux (10 ms steps) that stand out by half of the strongest and begin a
+    loud part; each is then placed to the millisecond by `onset_seconds`.
     """
     wave = as_waveform(audio, sample_rate, RATE).numpy()
-    hop, size = RATE // 100, RATE // 50
+    hop = RATE // 100
+    size = RATE // 50
     if len(wave) < 4 * size or np.abs(wave).max() < 1e-3:
         return np.zeros(0)
     padded = np.pad(wave, (size, size))
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop] * np.hanning(size)
     level = np.abs(np.fft.rfft(windows))
     floor = 10 ** (-45 / 20) * level.max()
-    rise = np.maximum(np.diff(np.log(level + floor), axis=0), 0).mean(axis=1)  # rise i: from window i to i + 1
+    rise = np.maximum(np.diff(np.log(level + floor), axis=0), 0).mean(
+        axis=1
+    )  # rise i: from window i to i + 1
     rise = rise[:-1] + rise[1:]
     loud = level.max(axis=1)
     found: list[float] = []
@@ -78,7 +91,9 @@ def audio_onsets(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     for i in order:
         if rise[i] < 0.3 * rise[order[0]] or rise[i] < 0.15:
             break
-        if loud[i : i + 6].max() < 0.05 * loud.max() or any(abs(i - j) < APART * 100 for j in found):
+        if loud[i : i + 6].max() < 0.05 * loud.max() or any(
+            abs(i - j) < APART * 100 for j in found
+        ):
             continue
         found.append(float(i))
     times = []
@@ -89,7 +104,7 @@ def audio_onsets(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     return np.array(times)
 
 
-# ----------------------------------------------------------------------------------------------------------------- both
+# --------------------------------------------------------------------------------------------- both
 def match(one: np.ndarray, two: np.ndarray, within: float) -> list[tuple[int, int]]:
     """Pairs (i, j) with |one[i] - two[j]| <= within, nearest first, each used once."""
     if not len(one) or not len(two):
@@ -105,16 +120,21 @@ def match(one: np.ndarray, two: np.ndarray, within: float) -> list[tuple[int, in
     return pairs
 
 
-def events(clip: Clip, asked: int | None = None, reader: ImpactReader | None = None) -> dict[str, Any]:
+def events(
+    clip: Clip, asked: int | None = None, reader: ImpactReader | None = None
+) -> dict[str, Any]:
     """Sound against picture in a clip of an event.
 
     Args:
         asked: impacts that the prompt names. reader: another than the bundled one.
 
     Returns:
-        event_onsets, event_impacts: strokes heard and seen; event_hits: onsets with an impact within a frame;
-        impact_lag_ms: median of heard minus seen over pairs within 0.2 s, positive: audio late, NaN without pairs;
-        count_heard_right, count_seen_right: whether as many as asked are heard and seen (with `asked`).
+        event_onsets, event_impacts: strokes heard and seen; event_hits: onsets with an impact
+            within a frame;
+        impact_lag_ms: median of heard minus seen over pairs within 0.2 s, positive: audio late, NaN
+            without pairs;
+        count_heard_right, count_seen_right: whether as many as asked are heard and seen (with
+            `asked`).
 
     Raises:
         ValueError: a clip without pictures or without sound.
@@ -122,11 +142,16 @@ def events(clip: Clip, asked: int | None = None, reader: ImpactReader | None = N
     if clip.frames is None or clip.fps is None or clip.audio is None or clip.sample_rate is None:
         raise ValueError("clip has no pictures or no sound: this measure needs both")
     fps = float(clip.fps)
-    heard, seen = audio_onsets(clip.audio, clip.sample_rate), visual_impacts(clip.frames, fps, reader)
+    heard = audio_onsets(clip.audio, clip.sample_rate)
+    seen = visual_impacts(clip.frames, fps, reader)
     near = match(heard, seen, 0.2)
     found: dict[str, Any] = {
-        "event_onsets": len(heard), "event_impacts": len(seen), "event_hits": len(match(heard, seen, 1 / fps)),
-        "impact_lag_ms": 1000 * float(np.median([heard[i] - seen[j] for i, j in near])) if near else math.nan,
+        "event_onsets": len(heard),
+        "event_impacts": len(seen),
+        "event_hits": len(match(heard, seen, 1 / fps)),
+        "impact_lag_ms": 1000 * float(np.median([heard[i] - seen[j] for i, j in near]))
+        if near
+        else math.nan,
     }
     if asked is not None:
         found |= {"count_heard_right": len(heard) == asked, "count_seen_right": len(seen) == asked}
@@ -134,7 +159,9 @@ def events(clip: Clip, asked: int | None = None, reader: ImpactReader | None = N
 
 
 def score(clip: Clip, asked: int | None = None, reader: ImpactReader | None = None) -> float:
-    """Reward: F1 of onsets and impacts within a frame, 0 to 1, times 1 / (1 + strokes too many or too few heard)."""
+    """Reward: F1 of onsets and impacts within a frame, 0 to 1, times 1 / (1 + strokes too many or
+    too few heard).
+    """
     try:
         found = events(clip, asked, reader)
     except ValueError:

@@ -1,7 +1,8 @@
-"""How much of a sound is speech: silero-vad where it is installed (`eval` extra, MIT), else loudness alone.
+"""How much of a sound is speech: silero-vad where it is installed (`eval` extra, MIT), else
+loudness alone.
 
-    speech_mask(audio, 24000)       # bool, one for each 32 ms
-    detector()                      # which of both, for the header of a report
+speech_mask(audio, 24000)       # bool, one for each 32 ms
+detector()                      # which of both, for the header of a report
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from avdiff.evaluators.load import as_waveform
 RATE = 16_000
 STEP = 512  # samples of a decision: what silero-vad reads at once
 THRESHOLD = 0.5  # silero-vad's own
-FLOOR_DB, RANGE_DB = -50.0, 30.0  # loudness: above the floor (dBFS), and so near to the loudest tenth
+FLOOR_DB, RANGE_DB = (
+    -50.0,
+    30.0,
+)  # loudness: above the floor (dBFS), and so near to the loudest tenth
 _LOCK = threading.Lock()  # the network keeps a state from one call to the next
 
 
 def detector() -> str:
     """Name and version of the detector in use."""
-    return f"silero-vad {version('silero-vad')}" if _installed() else "loudness alone (silero-vad is not installed)"
+    return (
+        f"silero-vad {version('silero-vad')}"
+        if _installed()
+        else "loudness alone (silero-vad is not installed)"
+    )
 
 
 def speech_mask(audio: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -66,5 +74,7 @@ def _silero() -> Any:
 
     torch.set_num_threads(threads)  # the package sets one thread for everybody when it is imported
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces the end of its script format, in which the network ships
+        warnings.simplefilter(
+            "ignore"
+        )  # torch announces the end of its script format, in which the network ships
         return load_silero_vad()

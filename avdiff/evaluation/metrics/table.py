@@ -1,4 +1,6 @@
-"""The table that sums up a model: one line a mark, one column a set of clips (the model, the codecs, the corpus)."""
+"""The table that sums up a model: one line a mark, one column a set of clips (the model, the
+codecs, the corpus).
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,23 @@ def ratio(name: str) -> Measure:
     top, bottom = RATIOS[name]
 
     def measure(rows: Sequence[Row]) -> Estimate | None:
-        usable = [row for row in rows if is_number(row.get(top)) and is_number(row.get(bottom)) and row[bottom] > 0]
+        usable = [
+            row
+            for row in rows
+            if is_number(row.get(top)) and is_number(row.get(bottom)) and row[bottom] > 0
+        ]
         return interval(column(usable, top), column(usable, bottom)) if usable else None
+
     return measure
 
 
 def mean(key: str, of: Callable[[np.ndarray], np.ndarray] = lambda values: values) -> Measure:
     """Mean of a number, or of a function of it."""
+
     def measure(rows: Sequence[Row]) -> Estimate | None:
         values = column(rows, key)
         return interval(of(values)) if len(values) else None
+
     return measure
 
 
@@ -47,16 +56,21 @@ def usable_share(rows: Sequence[Row]) -> Estimate | None:
 
 
 def within(key: str, most: float) -> Measure:
-    """Share of clips whose number is at most `most` in size; a speaking clip without the number is outside."""
+    """Share of clips whose number is at most `most` in size; a speaking clip without the number is
+    outside.
+    """
+
     def measure(rows: Sequence[Row]) -> Estimate | None:
         asked = [row for row in rows if row.get("kind") != "event"]
         if not any(is_number(row.get(key)) for row in asked):
             return None
         return interval([is_number(row.get(key)) and abs(row[key]) <= most for row in asked])
+
     return measure
 
 
-#: (name, what is better, measure), in the order of the table; PER of each language and attributes follow.
+#: (name, what is better, measure), in the order of the table; PER of each language and attributes
+#: follow.
 MARKS: list[tuple[str, str, Measure]] = [
     ("clips that could be measured", "1", usable_share),
     ("digit word errors (pocketsphinx)", "0", ratio("digit_wer")),
@@ -94,32 +108,51 @@ class MarkTable:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows as text."""
-        def told(found: Estimate) -> str:
-            return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}] (n {found.n})".replace("nan", "-")
 
-        rows = [[name, *(told(one[s]) if s in one else "-" for s in self.sets), self.better[name]]
-                for name, one in self.marks.items()]
+        def told(found: Estimate) -> str:
+            return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}] (n {found.n})".replace(
+                "nan", "-"
+            )
+
+        rows = [
+            [name, *(told(one[s]) if s in one else "-" for s in self.sets), self.better[name]]
+            for name, one in self.marks.items()
+        ]
         return ["mark", *self.sets, "best"], rows
 
     def record(self) -> dict[str, Any]:
         """The same for JSON; NaN becomes null."""
+
         def plain(value: Any) -> Any:
             return None if isinstance(value, float) and not math.isfinite(value) else value
-        return {name: {s: {k: plain(v) for k, v in asdict(found).items()} for s, found in one.items()}
-                for name, one in self.marks.items()}
+
+        return {
+            name: {s: {k: plain(v) for k, v in asdict(found).items()} for s, found in one.items()}
+            for name, one in self.marks.items()
+        }
 
 
 def mark_table(rows: Mapping[str, Sequence[Row]]) -> MarkTable:
     """Marks of each set of clips; a mark that no set has is left out.
 
-    One line is relative: the correlation of lips and sound over that of the set "corpus", on the prompts of both.
+    One line is relative: the correlation of lips and sound over that of the set "corpus", on the
+    prompts of both.
     """
     lines = list(MARKS)
     if "corpus" in rows:
         place = 1 + [name for name, _, _ in lines].index("lips against heard phones, r")
-        lines.insert(place, ("  as a share of the corpus's", "1", lambda members: _relative(members, rows["corpus"])))
+        lines.insert(
+            place,
+            (
+                "  as a share of the corpus's",
+                "1",
+                lambda members: _relative(members, rows["corpus"]),
+            ),
+        )
     everything = [row for members in rows.values() for row in members]
-    languages = dict.fromkeys(str(row["language"]) for row in everything if row.get("phones") is not None)
+    languages = dict.fromkeys(
+        str(row["language"]) for row in everything if row.get("phones") is not None
+    )
     for language in languages:
         lines.append((f"phone errors, {language}", "0", _only(ratio("per"), "language", language)))
     for key in number_columns(everything):
@@ -140,7 +173,9 @@ def _only(measure: Measure, key: str, value: str) -> Measure:
 
 def _relative(rows: Sequence[Row], corpus: Sequence[Row]) -> Estimate | None:
     """Sum of mouth_r over the sum of the corpus's, on prompts that both have."""
-    truth = {_prompt_of(row): float(row["mouth_r"]) for row in corpus if is_number(row.get("mouth_r"))}
+    truth = {
+        _prompt_of(row): float(row["mouth_r"]) for row in corpus if is_number(row.get("mouth_r"))
+    }
     usable = [row for row in rows if is_number(row.get("mouth_r")) and _prompt_of(row) in truth]
     if not usable:
         return None

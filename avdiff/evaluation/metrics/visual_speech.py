@@ -1,8 +1,9 @@
-"""Measures that only a drawn world allows: what mouth should this sound have, and is it the one in the picture?
+"""Measures that only a drawn world allows: what mouth should this sound have, and is it the one in
+the picture?
 
-The sound is heard by the phone recogniser, `viseme_track` turns the phones into the mouth that the corpus would draw,
-and the face reader tells the mouth that the pixels show. Neither knows the prompt, so a generator that says other words
-than asked can still fit its lips to them.
+The sound is heard by the phone recogniser, `viseme_track` turns the phones into the mouth that the
+corpus would draw, and the face reader tells the mouth that the pixels show. Neither knows the
+prompt, so a generator that says other words than asked can still fit its lips to them.
 
     found = known_truth(read_clip("a.mp4"))
     found["mouth_r"], found["mouth_lag_ms"]        # a positive lag: the audio is late
@@ -24,11 +25,17 @@ from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
 from avdiff.phonetics.phone import SILENCE
 from avdiff.phonetics.visemes import TARGETS, VISEMES, Phone, viseme_of, viseme_track
 
-REACH, STEP = 0.4, 0.01  # seconds of lag that are searched, and between two of them
-CLOSED, OPEN = 0.15, 0.30  # jaw of the face reader, 0 to 1: lips count as closed below, as open above
+# seconds of lag that are searched, and between two of them
+REACH = 0.4
+STEP = 0.01
+CLOSED, OPEN = (
+    0.15,
+    0.30,
+)  # jaw of the face reader, 0 to 1: lips count as closed below, as open above
 OPEN_VISEMES = frozenset(("aa", "E", "oh"))  # vowels whose mouth is wide open in the corpus
 SHORTEST_VOWEL = 0.06  # s; shorter ones need not open the mouth
-#: How much each mouth parameter counts when a shape is named after the nearest viseme: as the face reader was taught.
+#: How much each mouth parameter counts when a shape is named after the nearest viseme: as the face
+#: reader was taught.
 NEARNESS = np.array((1.0, 0.7, 0.7, 0.4, 0.3, 0.7))
 EDGE_FRAMES = 6  # pictures at either end whose faces are compared
 MARGIN = (0.45, 0.35)  # of the face's width and height, for hair and hat, that is no background
@@ -64,11 +71,13 @@ def nearest_visemes(mouths: np.ndarray) -> list[str]:
     return [VISEMES[i] for i in away.argmin(1)]
 
 
-def lagged_correlation(seen: np.ndarray, times: np.ndarray, phones: Sequence[Phone], reach: float = REACH,
-                       ) -> tuple[np.ndarray, np.ndarray]:
+def lagged_correlation(
+    seen: np.ndarray, times: np.ndarray, phones: Sequence[Phone], reach: float = REACH
+) -> tuple[np.ndarray, np.ndarray]:
     """Correlation of the seen opening with the one expected `lag` later, over lags.
 
-    The expected mouth is a function of time, so lags are finer than a frame. A positive lag means that the audio is
+    The expected mouth is a function of time, so lags are finer than a frame. A positive lag means
+    that the audio is
     late: what the lips show at t is heard at t + lag.
 
     Args:
@@ -87,8 +96,13 @@ def lagged_correlation(seen: np.ndarray, times: np.ndarray, phones: Sequence[Pho
     return lags, np.array(found)
 
 
-def known_truth(clip: Clip, reading: FaceReading | None = None, phones: Sequence[Phone] | None = None,
-                reader: FaceReader | None = None, recogniser: PhoneRecogniser | None = None) -> dict[str, Any]:
+def known_truth(
+    clip: Clip,
+    reading: FaceReading | None = None,
+    phones: Sequence[Phone] | None = None,
+    reader: FaceReader | None = None,
+    recogniser: PhoneRecogniser | None = None,
+) -> dict[str, Any]:
     """All lip measures of one clip.
 
     Args:
@@ -96,12 +110,18 @@ def known_truth(clip: Clip, reading: FaceReading | None = None, phones: Sequence
         reader, recogniser: other judges than the bundled ones.
 
     Returns:
-        mouth_r: correlation of the opening seen and the one that the sound asks for; NaN if either does not move.
-        mouth_lag_ms: lag of the best correlation, positive: audio late; mouth_r_best: that correlation.
-        bilabials, bilabials_closed: p b m heard, and seen with closed lips within a frame of the sound.
-        open_vowels, open_vowels_open: long open vowels heard, and seen open: a mouth that stays shut fails here.
-        viseme_frames, visemes_right: pictures with speech, and those whose shape is the expected class.
-        face_share: share of pictures with a face. mouth_curve, expected_curve: openings (F,) for a plot.
+        mouth_r: correlation of the opening seen and the one that the sound asks for; NaN if either
+            does not move.
+        mouth_lag_ms: lag of the best correlation, positive: audio late; mouth_r_best: that
+            correlation.
+        bilabials, bilabials_closed: p b m heard, and seen with closed lips within a frame of the
+            sound.
+        open_vowels, open_vowels_open: long open vowels heard, and seen open: a mouth that stays
+            shut fails here.
+        viseme_frames, visemes_right: pictures with speech, and those whose shape is the expected
+            class.
+        face_share: share of pictures with a face. mouth_curve, expected_curve: openings (F,) for a
+            plot.
 
     Raises:
         ValueError: a clip without pictures or without sound.
@@ -127,7 +147,9 @@ def known_truth(clip: Clip, reading: FaceReading | None = None, phones: Sequence
     }
 
 
-def _contacts(seen: np.ndarray, times: np.ndarray, phones: Sequence[Phone], frame: float) -> dict[str, int]:
+def _contacts(
+    seen: np.ndarray, times: np.ndarray, phones: Sequence[Phone], frame: float
+) -> dict[str, int]:
     """Closed lips on p b m, open ones on open vowels."""
     counts = dict(bilabials=0, bilabials_closed=0, open_vowels=0, open_vowels_open=0)
     for phone in phones:
@@ -145,23 +167,36 @@ def _contacts(seen: np.ndarray, times: np.ndarray, phones: Sequence[Phone], fram
     return counts
 
 
-def _visemes(reading: FaceReading, expected: np.ndarray, times: np.ndarray, phones: Sequence[Phone]) -> dict[str, int]:
+def _visemes(
+    reading: FaceReading, expected: np.ndarray, times: np.ndarray, phones: Sequence[Phone]
+) -> dict[str, int]:
     """Pictures with speech whose mouth has the expected class."""
     at = np.searchsorted([phone.start for phone in phones], times, side="right") - 1
     wanted = nearest_visemes(expected)
-    counted = [i for i, place in enumerate(at) if place >= 0 and phones[place].symbol != SILENCE and reading.viseme[i]]
-    return {"viseme_frames": len(counted), "visemes_right": sum(reading.viseme[i] == wanted[i] for i in counted)}
+    counted = [
+        i
+        for i, place in enumerate(at)
+        if place >= 0 and phones[place].symbol != SILENCE and reading.viseme[i]
+    ]
+    return {
+        "viseme_frames": len(counted),
+        "visemes_right": sum(reading.viseme[i] == wanted[i] for i in counted),
+    }
 
 
-# ------------------------------------------------------------------------------------------------- what should not move
-def steadiness(clip: Clip, reading: FaceReading | None = None, reader: FaceReader | None = None) -> dict[str, Any]:
-    """Is it the same presenter from the first picture to the last, before a background that stands still?
+# ----------------------------------------------------------------------------- what should not move
+def steadiness(
+    clip: Clip, reading: FaceReading | None = None, reader: FaceReader | None = None
+) -> dict[str, Any]:
+    """Is it the same presenter from the first picture to the last, before a background that stands
+    still?
 
     Returns:
-        identity_kept: share of the attributes that read the same in the first and the last pictures; NaN without faces.
+        identity_kept: share of the attributes that read the same in the first and the last
+            pictures; NaN without faces.
         identity_changed: their names, "" if none.
-        background_difference: mean step of a background pixel to the next picture, of 255; NaN where the face leaves
-            no background.
+        background_difference: mean step of a background pixel to the next picture, of 255; NaN
+            where the face leaves no background.
     """
     times = frame_times(clip)
     frames = clip.frames
@@ -179,24 +214,32 @@ def steadiness(clip: Clip, reading: FaceReading | None = None, reader: FaceReade
 
 
 def background_mask(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixels (H, W) beside and above the head in every picture, from face boxes (F, 4) in shares of the longer side."""
+    """Pixels (H, W) beside and above the head in every picture, from face boxes (F, 4) in shares of
+    the longer side.
+    """
     known = boxes[np.isfinite(boxes).all(axis=1)]
     mask = np.zeros((height, width), bool)
     if not len(known):
         return mask
     left, top = known[:, :2].min(0)
     right, bottom = known[:, 2:].max(0)
-    wide, high = (right - left) * MARGIN[0], (bottom - top) * MARGIN[1]
+    wide = (right - left) * MARGIN[0]
+    high = (bottom - top) * MARGIN[1]
     side = max(height, width)
-    x, y = (np.arange(width) + 0.5) / side, (np.arange(height) + 0.5) / side
+    x = (np.arange(width) + 0.5) / side
+    y = (np.arange(height) + 0.5) / side
     beside = (x < left - wide) | (x > right + wide)
     mask[:] = beside[None, :] | (y < top - high)[:, None]
-    mask[y > bottom - 0.15 * (bottom - top)] = False  # shoulders begin near the chin, and long hair falls on them
+    mask[y > bottom - 0.15 * (bottom - top)] = (
+        False  # shoulders begin near the chin, and long hair falls on them
+    )
     return mask
 
 
 def background_difference(frames: np.ndarray, boxes: np.ndarray) -> float:
-    """Mean absolute step to the next picture over background pixels, of 255: frames (F, H, W, 3) uint8 -> number."""
+    """Mean absolute step to the next picture over background pixels, of 255: frames (F, H, W, 3)
+    uint8 -> number.
+    """
     mask = background_mask(boxes, *frames.shape[1:3])
     if mask.mean() < LEAST_BACKGROUND or len(frames) < 2:
         return math.nan
@@ -204,8 +247,12 @@ def background_difference(frames: np.ndarray, boxes: np.ndarray) -> float:
     return float(np.abs(np.diff(shown, axis=0)).mean())
 
 
-def score(clip: Clip, reader: FaceReader | None = None, recogniser: PhoneRecogniser | None = None) -> float:
-    """Reward: correlation of lips and sound, -1 to 1; 0 for a clip without a face, without speech or movement."""
+def score(
+    clip: Clip, reader: FaceReader | None = None, recogniser: PhoneRecogniser | None = None
+) -> float:
+    """Reward: correlation of lips and sound, -1 to 1; 0 for a clip without a face, without speech
+    or movement.
+    """
     try:
         value = known_truth(clip, reader=reader, recogniser=recogniser)["mouth_r"]
     except ValueError:

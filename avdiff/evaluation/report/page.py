@@ -1,7 +1,8 @@
-"""The HTML page of a report: one file, no script, no network; light or dark as the reader's system is.
+"""The HTML page of a report: one file, no script, no network; light or dark as the reader's system
+is.
 
-Each clip has its player (small clips inside the page, large ones by a relative link), its spectrogram with the mouth's
-opening drawn over it, and its numbers, worst clip first.
+Each clip has its player (small clips inside the page, large ones by a relative link), its
+spectrogram with the mouth's opening drawn over it, and its numbers, worst clip first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ SHOWN = 60  # clips with a player; the others stand in the table
 EMBEDDED = 3_000_000  # bytes of a clip that goes into the page, in 40 MB for all
 EMBEDDED_ALL = 40_000_000
 SAID = ("file", "status", "error", "prompt", "id")  # stand above the numbers of a clip
-WIDTH, HEIGHT = 640, 160  # pixels of a spectrogram
+# pixels of a spectrogram
+WIDTH = 640
+HEIGHT = 160
 STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--text:#1c1c22;--soft:#666;--line:#ddd;--panel:#f5f5f8;--mark:#2563c9;
 --bad:#b3261e}
@@ -47,28 +50,50 @@ dt{color:var(--soft)}dd{margin:0;font-variant-numeric:tabular-nums}
 """
 
 
-def page(rows: Sequence[Row], header: Mapping[str, Any], summary: Mapping[str, Any], folder: Path, title: str,
-         tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()) -> str:
+def page(
+    rows: Sequence[Row],
+    header: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    folder: Path,
+    title: str,
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = (),
+) -> str:
     """The whole page.
 
     Args:
-        rows: in the order to show. summary: of `summarise`. folder: where the page will lie; links are relative to it.
+        rows: in the order to show. summary: of `summarise`. folder: where the page will lie; links
+            are relative to it.
         tables: (title, head, rows) to show before the summary.
     """
-    facts = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in header.items())
+    facts = "".join(
+        f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in header.items()
+    )
     left = EMBEDDED_ALL
     clips: list[str] = []
     for row in rows[:SHOWN]:
         clip, used = _clip(row, folder, left)
         left -= used
         clips.append(clip)
-    more = f'<p class=soft>{len(rows) - SHOWN} better clips stand in the table only.</p>' if len(rows) > SHOWN else ""
+    more = (
+        f"<p class=soft>{len(rows) - SHOWN} better clips stand in the table only.</p>"
+        if len(rows) > SHOWN
+        else ""
+    )
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
+        "content='width=device-width'>"
         f"<title>{_text(title)}</title><style>{STYLE}</style>",
         f"<h1>{_text(title)}</h1><table>{facts}</table>",
-        *(_text_table(*table) for table in tables), "<h2>Summary</h2>", _summary(summary), _histogram(rows),
-        "<h2>Clips, worst first</h2>", *clips, more, "<h2>All clips</h2>", _table(rows), "</html>",
+        *(_text_table(*table) for table in tables),
+        "<h2>Summary</h2>",
+        _summary(summary),
+        _histogram(rows),
+        "<h2>Clips, worst first</h2>",
+        *clips,
+        more,
+        "<h2>All clips</h2>",
+        _table(rows),
+        "</html>",
     ]
     return "\n".join(parts) + "\n"
 
@@ -80,16 +105,25 @@ def _text(value: Any) -> str:
 def _summary(summary: Mapping[str, Any]) -> str:
     told = ", ".join(f"{count} {_text(status)}" for status, count in summary["status"].items())
     lines = "".join(
-        f"<tr><td>{_text(key)}</td><td class=n>{short(one.mean)}</td><td class=n>{short(one.low)}</td>"
-        f"<td class=n>{short(one.high)}</td><td class=n>{one.n}</td></tr>" for key, one in summary["numbers"].items())
-    return (f"<p>{summary['clips']} clips: {told}.</p><table><tr><th>number<th class=n>mean<th class=n>95 % from"
-            f"<th class=n>to<th class=n>clips</tr>{lines}</table>")
+        f"<tr><td>{_text(key)}</td><td class=n>{short(one.mean)}</td><td "
+        f"class=n>{short(one.low)}</td>"
+        f"<td class=n>{short(one.high)}</td><td class=n>{one.n}</td></tr>"
+        for key, one in summary["numbers"].items()
+    )
+    return (
+        f"<p>{summary['clips']} clips: {told}.</p><table><tr><th>number<th class=n>mean<th "
+        "class=n>95 % from"
+        f"<th class=n>to<th class=n>clips</tr>{lines}</table>"
+    )
 
 
 def _text_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}" for cell in row) for row in rows)
-    return (f"<h2>{_text(title)}</h2><div class=wide><table><tr>{''.join(f'<th>{_text(cell)}' for cell in head)}{body}"
-            "</table></div>")
+    return (
+        f"<h2>{_text(title)}</h2><div "
+        f"class=wide><table><tr>{''.join(f'<th>{_text(cell)}' for cell in head)}{body}"
+        "</table></div>"
+    )
 
 
 def _histogram(rows: Sequence[Row]) -> str:
@@ -108,13 +142,21 @@ def _histogram(rows: Sequence[Row]) -> str:
     for index, count in enumerate(counts):
         high = 90.0 * count / counts.max()
         place = (index - reach) * step
-        bars.append(f'<rect x="{index * wide + 1:.1f}" y="{96 - high:.1f}" width="{max(1.0, wide - 2):.1f}" '
-                    f'height="{high:.1f}" fill="var(--mark)"><title>{place:g}: {count}</title></rect>')
+        bars.append(
+            f'<rect x="{index * wide + 1:.1f}" y="{96 - high:.1f}" '
+            f'width="{max(1.0, wide - 2):.1f}" '
+            f'height="{high:.1f}" fill="var(--mark)"><title>{place:g}: {count}</title></rect>'
+        )
         if index % max(1, len(counts) // 12) == reach % max(1, len(counts) // 12):
-            bars.append(f'<text x="{(index + 0.5) * wide:.1f}" y="112" font-size="11" text-anchor="middle">'
-                        f"{place:g}</text>")
-    return (f"<h2>{_text(key.replace('_', ', '))}: positive is audio late</h2>"
-            f'<svg viewBox="0 0 {WIDTH} 118" width="{WIDTH}" height="118" style="max-width:100%">{"".join(bars)}</svg>')
+            bars.append(
+                f'<text x="{(index + 0.5) * wide:.1f}" y="112" font-size="11" text-anchor="middle">'
+                f"{place:g}</text>"
+            )
+    return (
+        f"<h2>{_text(key.replace('_', ', '))}: positive is audio late</h2>"
+        f'<svg viewBox="0 0 {WIDTH} 118" width="{WIDTH}" height="118" '
+        f'style="max-width:100%">{"".join(bars)}</svg>'
+    )
 
 
 def _clip(row: Row, folder: Path, left: int) -> tuple[str, int]:
@@ -122,7 +164,7 @@ def _clip(row: Row, folder: Path, left: int) -> tuple[str, int]:
     file = Path(str(row.get("file", "")))
     status = str(row.get("status", OK))
     name = str(row.get("id") or file.name)
-    marked = "" if status == OK else f' <span class=bad>{_text(status)}</span>'
+    marked = "" if status == OK else f" <span class=bad>{_text(status)}</span>"
     parts = [f"<section><h2 style='margin-top:0'>{_text(name)}{marked}</h2>"]
     if row.get("prompt"):
         parts.append(f"<p>{_text(row['prompt'])}</p>")
@@ -133,13 +175,20 @@ def _clip(row: Row, folder: Path, left: int) -> tuple[str, int]:
         source, used = _source(file, folder, left)
         player = f'<video controls loop preload=metadata src="{source}"></video>'
         parts.append(f"<div class=clip>{player}{_heard(row, file)}</div>")
-    told = "".join(f"<div><dt>{_text(key)}</dt><dd>{_value(value)}</dd></div>" for key, value in row.items()
-                   if key not in SAID and (is_number(value) or (isinstance(value, str) and value)))
+    told = "".join(
+        f"<div><dt>{_text(key)}</dt><dd>{_value(value)}</dd></div>"
+        for key, value in row.items()
+        if key not in SAID and (is_number(value) or (isinstance(value, str) and value))
+    )
     return "".join([*parts, f"<dl>{told}</dl></section>"]), used
 
 
 def _value(value: Any) -> str:
-    return short(float(value)) if is_number(value) and not isinstance(value, bool | np.bool_) else _text(value)
+    return (
+        short(float(value))
+        if is_number(value) and not isinstance(value, bool | np.bool_)
+        else _text(value)
+    )
 
 
 def _source(file: Path, folder: Path, left: int) -> tuple[str, int]:
@@ -164,20 +213,32 @@ def _heard(row: Row, file: Path) -> str:
     if clip.audio is None or clip.sample_rate is None or not clip.audio.size:
         return ""
     seconds = clip.audio.shape[-1] / clip.sample_rate
-    picture = spectrogram_picture(clip.audio, clip.sample_rate, height=HEIGHT).convert("RGB").resize((WIDTH, HEIGHT))
+    picture = (
+        spectrogram_picture(clip.audio, clip.sample_rate, height=HEIGHT)
+        .convert("RGB")
+        .resize((WIDTH, HEIGHT))
+    )
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(picture)).save(buffer, "WEBP", quality=70)
     drawn = base64.b64encode(buffer.getvalue()).decode()
     fps = row.get("fps") or clip.fps  # the curves' own rate, where a clip was resampled to be read
     curves = _polyline(row.get("mouth_curve"), fps, seconds, "#ffffff")
     curves += _polyline(row.get("expected_curve"), fps, seconds, "#ffb020")
-    note = "<small>mouth opening from the pixels: white; as the sound would have it: orange</small>" if curves else ""
-    return (f'<div class=heard><img alt="spectrogram" src="data:image/webp;base64,{drawn}">'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none">{curves}</svg>{note}</div>')
+    note = (
+        "<small>mouth opening from the pixels: white; as the sound would have it: orange</small>"
+        if curves
+        else ""
+    )
+    return (
+        f'<div class=heard><img alt="spectrogram" src="data:image/webp;base64,{drawn}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none">{curves}</svg>{note}</div>'
+    )
 
 
 def _polyline(curve: Any, fps: Any, seconds: float, colour: str) -> str:
-    """An opening of 0 to 1 for each frame, at the middle of its time; gaps where it is not known."""
+    """An opening of 0 to 1 for each frame, at the middle of its time; gaps where it is not
+    known.
+    """
     if curve is None or not len(curve) or not fps or seconds <= 0:
         return ""
     runs: list[list[str]] = [[]]
@@ -186,10 +247,16 @@ def _polyline(curve: Any, fps: Any, seconds: float, colour: str) -> str:
             runs.append([])
             continue
         x = (index + 0.5) / float(fps) / seconds * WIDTH
-        runs[-1].append(f"{x:.1f},{HEIGHT - 6 - min(max(float(value), 0.0), 1.2) * (HEIGHT - 24) / 1.2:.1f}")
-    return "".join(f'<polyline points="{" ".join(run)}" fill="none" stroke="#000" stroke-width="4" opacity=".4"/>'
-                   f'<polyline points="{" ".join(run)}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                   for run in runs if len(run) > 1)
+        runs[-1].append(
+            f"{x:.1f},{HEIGHT - 6 - min(max(float(value), 0.0), 1.2) * (HEIGHT - 24) / 1.2:.1f}"
+        )
+    return "".join(
+        f'<polyline points="{" ".join(run)}" fill="none" stroke="#000" stroke-width="4" '
+        'opacity=".4"/>'
+        f'<polyline points="{" ".join(run)}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        for run in runs
+        if len(run) > 1
+    )
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -197,6 +264,10 @@ def _table(rows: Sequence[Row]) -> str:
     head = "".join(f"<th class=n>{_text(key)}" for key in keys)
     body = "".join(
         f"<tr><td>{_text(row.get('id') or Path(str(row.get('file', ''))).name)}<td>{_text(row.get('status', OK))}"
-        + "".join(f"<td class=n>{short(float(row[key])) if is_number(row.get(key)) else '-'}" for key in keys)
-        for row in rows)
+        + "".join(
+            f"<td class=n>{short(float(row[key])) if is_number(row.get(key)) else '-'}"
+            for key in keys
+        )
+        for row in rows
+    )
     return f"<div class=wide><table><tr><th>clip<th>status{head}{body}</table></div>"

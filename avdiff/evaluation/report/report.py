@@ -1,11 +1,13 @@
-"""Reports of a measurement: table, JSON, CSV and one HTML page; summaries with intervals; two runs compared.
+"""Reports of a measurement: table, JSON, CSV and one HTML page; summaries with intervals; two runs
+compared.
 
-A *row* is a flat dict for one clip: `file`, `status`, `error` (text, "" when all went well) and numbers with the unit
-in the key (`offset_ms`). A curve (a list of numbers) may stand in a row: JSON and page keep it, the CSV leaves it out.
-Rates over many words or phones are ratios of sums, never means of ratios: see `RATIOS`.
+A *row* is a flat dict for one clip: `file`, `status`, `error` (text, "" when all went well) and
+numbers with the unit in the key (`offset_ms`). A curve (a list of numbers) may stand in a row: JSON
+and page keep it, the CSV leaves it out. Rates over many words or phones are ratios of sums, never
+means of ratios: see `RATIOS`.
 
-    write_reports(rows, {"backend": "lip_network", "weights": "3fa0..."}, json="a.json", csv="a.csv", html="a.html")
-    print_comparison(compare("a.json", "b.json"))
+    write_reports(rows, {"backend": "lip_network", "weights": "3fa0..."}, json="a.json",
+    csv="a.csv", html="a.html") print_comparison(compare("a.json", "b.json"))
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import numpy as np
 
 Row = Mapping[str, Any]
 OK = "ok"
-RESAMPLES, LEVEL = 1000, 0.95
+RESAMPLES = 1000
+LEVEL = 0.95
 #: name -> (count of errors or hits, count of chances): summed over clips before they are divided.
 RATIOS: dict[str, tuple[str, str]] = {
     "wer": ("word_errors", "words"),
@@ -39,14 +42,17 @@ RATIOS: dict[str, tuple[str, str]] = {
     "attribute_accuracy": ("attributes_right", "attributes_told"),
 }
 _COUNTED = frozenset(name for pair in RATIOS.values() for name in pair)
-#: a larger value is worse where a key holds one of these words; size alone counts for offsets and lags
+#: a larger value is worse where a key holds one of these words; size alone counts for offsets and
+#: lags
 _WORSE = ("error", "wer", "per", "distance", "clipped", "difference", "silence", "desync")
 _SIGNED = ("offset", "lag")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number over `n` clips with its 95 % bootstrap interval (percentile method, Efron 1979; clips are resampled)."""
+    """A number over `n` clips with its 95 % bootstrap interval (percentile method, Efron 1979;
+    clips are resampled).
+    """
 
     mean: float
     low: float
@@ -57,10 +63,12 @@ class Estimate:
         return f"{short(self.mean)} [{short(self.low)}, {short(self.high)}]"
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 def is_number(value: Any) -> bool:
     """A finite number or a truth value."""
-    return isinstance(value, int | float | np.integer | np.floating | np.bool_) and math.isfinite(float(value))
+    return isinstance(value, int | float | np.integer | np.floating | np.bool_) and math.isfinite(
+        float(value)
+    )
 
 
 def short(value: float) -> str:
@@ -72,9 +80,14 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def interval(top: Sequence[float] | np.ndarray, bottom: Sequence[float] | np.ndarray | None = None,
-             resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Mean of `top`, or sum(top) / sum(bottom), with its interval over clips; a single clip has no interval (NaN).
+def interval(
+    top: Sequence[float] | np.ndarray,
+    bottom: Sequence[float] | np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `top`, or sum(top) / sum(bottom), with its interval over clips; a single clip has no
+    interval (NaN).
 
     Raises:
         ValueError: no values, or rows of different length.
@@ -82,22 +95,30 @@ def interval(top: Sequence[float] | np.ndarray, bottom: Sequence[float] | np.nda
     above = np.asarray(top, np.float64)
     below = np.ones_like(above) if bottom is None else np.asarray(bottom, np.float64)
     if above.ndim != 1 or not len(above) or above.shape != below.shape:
-        raise ValueError(f"top has shape {above.shape}, bottom {below.shape}: needs two rows of one length above 0")
+        raise ValueError(
+            f"top has shape {above.shape}, bottom {below.shape}: needs two rows of one length "
+            "above 0"
+        )
     if not below.sum():
         return Estimate(math.nan, math.nan, math.nan, len(above))
     mean = float(above.sum() / below.sum())
     if len(above) == 1:
         return Estimate(mean, math.nan, math.nan, 1)
     drawn = np.random.default_rng(seed).integers(len(above), size=(resamples, len(above)))
-    sums, chances = above[drawn].sum(axis=1), below[drawn].sum(axis=1)
+    sums = above[drawn].sum(axis=1)
+    chances = below[drawn].sum(axis=1)
     ratios = sums[chances != 0] / chances[chances != 0]
     edge = (1 - LEVEL) / 2
-    return Estimate(mean, float(np.quantile(ratios, edge)), float(np.quantile(ratios, 1 - edge)), len(above))
+    return Estimate(
+        mean, float(np.quantile(ratios, edge)), float(np.quantile(ratios, 1 - edge)), len(above)
+    )
 
 
 def number_columns(rows: Iterable[Row]) -> list[str]:
     """Keys that hold a number in any row, in the order of their first sight."""
-    return list(dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value)))
+    return list(
+        dict.fromkeys(key for row in rows for key, value in row.items() if is_number(value))
+    )
 
 
 def column(rows: Iterable[Row], key: str) -> np.ndarray:
@@ -108,15 +129,20 @@ def column(rows: Iterable[Row], key: str) -> np.ndarray:
 def _pairs(rows: Iterable[Row], pair: tuple[str, str]) -> list[Row]:
     """Rows that hold both counts, and a chance."""
     top, bottom = pair
-    return [row for row in rows if is_number(row.get(top)) and is_number(row.get(bottom)) and row[bottom] > 0]
+    return [
+        row
+        for row in rows
+        if is_number(row.get(top)) and is_number(row.get(bottom)) and row[bottom] > 0
+    ]
 
 
 def summarise(rows: Sequence[Row], resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Counts of all rows by status, and for each number its mean, interval and n over the clips that have it.
+    """Counts of all rows by status, and for each number its mean, interval and n over the clips
+    that have it.
 
     Returns:
-        {"clips": int, "status": {status: count}, "numbers": {key: Estimate}}; ratios of `RATIOS` stand in place of the
-        counts they are made of.
+        {"clips": int, "status": {status: count}, "numbers": {key: Estimate}}; ratios of `RATIOS`
+        stand in place of the counts they are made of.
     """
     numbers: dict[str, Estimate] = {}
     for name, pair in RATIOS.items():
@@ -126,11 +152,17 @@ def summarise(rows: Sequence[Row], resamples: int = RESAMPLES) -> dict[str, Any]
     for key in number_columns(rows):
         if key not in _COUNTED and key not in RATIOS:
             numbers[key] = interval(column(rows, key), resamples=resamples)
-    return {"clips": len(rows), "status": dict(Counter(str(row.get("status", OK)) for row in rows)), "numbers": numbers}
+    return {
+        "clips": len(rows),
+        "status": dict(Counter(str(row.get("status", OK)) for row in rows)),
+        "numbers": numbers,
+    }
 
 
 def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """Rows by the text under a key, in the order of their first sight; rows without it are left out."""
+    """Rows by the text under a key, in the order of their first sight; rows without it are left
+    out.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.get(key) not in (None, ""):
@@ -139,21 +171,29 @@ def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def worst_first(rows: Sequence[Row], rank: str | None = None) -> list[Row]:
-    """Failures, then the worst by one number, then clips that do not have it; without `rank` by the first offset, lag,
-    or else first number found."""
+    """Failures, then the worst by one number, then clips that do not have it; without `rank` by the
+    first offset, lag, or else first number found.
+    """
     keys = number_columns(rows)
     found = rank or next((k for k in keys if k.startswith(_SIGNED)), keys[0] if keys else "")
 
     def badness(row: Row) -> tuple[bool, bool, float]:
-        fine, known = row.get("status", OK) == OK, is_number(row.get(found))
+        fine = row.get("status", OK) == OK
+        known = is_number(row.get(found))
         size = float(row[found]) if known else 0.0
-        worse = abs(size) if found.startswith(_SIGNED) else size if any(w in found for w in _WORSE) else -size
+        worse = (
+            abs(size)
+            if found.startswith(_SIGNED)
+            else size
+            if any(w in found for w in _WORSE)
+            else -size
+        )
         return fine, not known, -worse
 
     return sorted(rows, key=badness)
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def _plain(value: Any) -> Any:
     """What JSON can hold: NaN and infinity become null, arrays lists."""
     if isinstance(value, Mapping):
@@ -182,8 +222,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def _csv(rows: Sequence[Row]) -> str:
     """One line a clip; lists and other nested values stay out."""
-    keys = list(dict.fromkeys(key for row in rows for key, value in row.items()
-                              if value is None or isinstance(value, str) or np.isscalar(value)))
+    keys = list(
+        dict.fromkeys(
+            key
+            for row in rows
+            for key, value in row.items()
+            if value is None or isinstance(value, str) or np.isscalar(value)
+        )
+    )
     buffer = io.StringIO()
     writer = csv_format.DictWriter(buffer, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -193,15 +239,23 @@ def _csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def write_reports(rows: Sequence[Row], header: Mapping[str, Any], json: str | os.PathLike[str] | None = None,
-                  csv: str | os.PathLike[str] | None = None, html: str | os.PathLike[str] | None = None,
-                  rank: str | None = None, title: str = "avdiff evaluation",
-                  tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()) -> dict[str, Any]:
+def write_reports(
+    rows: Sequence[Row],
+    header: Mapping[str, Any],
+    json: str | os.PathLike[str] | None = None,
+    csv: str | os.PathLike[str] | None = None,
+    html: str | os.PathLike[str] | None = None,
+    rank: str | None = None,
+    title: str = "avdiff evaluation",
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = (),
+) -> dict[str, Any]:
     """Write what is asked for; each file appears when complete.
 
     Args:
-        rows: one a clip, failures too. header: facts about the run: backend, version, hash of the weights, options.
-        json, csv, html: files to write. rank: key that sorts the page, worst first (see `worst_first`).
+        rows: one a clip, failures too. header: facts about the run: backend, version, hash of the
+            weights, options.
+        json, csv, html: files to write. rank: key that sorts the page, worst first (see
+            `worst_first`).
         tables: more tables for the page: (title, head, rows of text).
 
     Returns:
@@ -210,7 +264,9 @@ def write_reports(rows: Sequence[Row], header: Mapping[str, Any], json: str | os
     summary = summarise(rows)
     if json is not None:
         text = {"header": _plain(header), "summary": _plain(summary), "rows": _plain(list(rows))}
-        write_text(json, json_format.dumps(text, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(
+            json, json_format.dumps(text, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
     if csv is not None:
         write_text(csv, _csv(rows))
     if html is not None:
@@ -230,16 +286,20 @@ def read_report(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         rows = json_format.loads(Path(path).read_text(encoding="utf8"))["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no JSON report of avdiff eval: {type(error).__name__}") from error
+        raise ValueError(
+            f"{path}: no JSON report of avdiff eval: {type(error).__name__}"
+        ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: no JSON report of avdiff eval: rows must be a list of objects")
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ comparing
+# ---------------------------------------------------------------------------------------- comparing
 @dataclass(frozen=True)
 class Difference:
-    """One number in two runs over the clips that both have; `difference` is b - a with its paired interval."""
+    """One number in two runs over the clips that both have; `difference` is b - a with its paired
+    interval.
+    """
 
     key: str
     a: float
@@ -257,12 +317,16 @@ def _identity(row: Row) -> str:
     return str(row.get("id") or Path(str(row.get("file", ""))).name)
 
 
-def compare(run_a: Sequence[Row] | str | os.PathLike[str], run_b: Sequence[Row] | str | os.PathLike[str],
-            resamples: int = RESAMPLES) -> list[Difference]:
+def compare(
+    run_a: Sequence[Row] | str | os.PathLike[str],
+    run_b: Sequence[Row] | str | os.PathLike[str],
+    resamples: int = RESAMPLES,
+) -> list[Difference]:
     """Paired differences b - a of each number, or ratio of sums, over the clips of both runs.
 
     Args:
-        run_a, run_b: rows, or JSON reports. Clips are matched by `id`, else by the name of the file.
+        run_a, run_b: rows, or JSON reports. Clips are matched by `id`, else by the name of the
+            file.
 
     Raises:
         ValueError: no clip is in both, or one run has two clips of the same name.
@@ -272,12 +336,18 @@ def compare(run_a: Sequence[Row] | str | os.PathLike[str], run_b: Sequence[Row] 
         rows: Sequence[Row] = read_report(run) if isinstance(run, str | os.PathLike) else run
         table = {_identity(row): row for row in rows}
         if len(table) != len(rows):
-            raise ValueError(f"{name} has {len(rows)} clips with {len(table)} names: needs a name of its own for each")
+            raise ValueError(
+                f"{name} has {len(rows)} clips with {len(table)} names: needs a name of its own "
+                "for each"
+            )
         tables.append(table)
     first, second = tables
     shared = [key for key in first if key in second]
     if not shared:
-        raise ValueError("run_a and run_b have no clip in common: clips are matched by id or by the name of the file")
+        raise ValueError(
+            "run_a and run_b have no clip in common: clips are matched by id or by the name of "
+            "the file"
+        )
     pairs = [(first[key], second[key]) for key in shared]
     found: list[Difference] = []
     for name, counts in RATIOS.items():
@@ -292,11 +362,18 @@ def compare(run_a: Sequence[Row] | str | os.PathLike[str], run_b: Sequence[Row] 
     return found
 
 
-def _difference(key: str, pairs: Sequence[tuple[Row, Row]], counts: tuple[str, str] | None,
-                resamples: int) -> Difference:
+def _difference(
+    key: str, pairs: Sequence[tuple[Row, Row]], counts: tuple[str, str] | None, resamples: int
+) -> Difference:
     """Resample pairs, not clips of each run apart: what both runs find hard cancels out."""
-    top = np.array([[float(row[counts[0] if counts else key]) for row in pair] for pair in pairs])  # (n, 2)
-    bottom = np.array([[float(row[counts[1]]) for row in pair] for pair in pairs]) if counts else np.ones_like(top)
+    top = np.array(
+        [[float(row[counts[0] if counts else key]) for row in pair] for pair in pairs]
+    )  # (n, 2)
+    bottom = (
+        np.array([[float(row[counts[1]]) for row in pair] for pair in pairs])
+        if counts
+        else np.ones_like(top)
+    )
     a, b = top.sum(axis=0) / bottom.sum(axis=0)
     low = high = math.nan
     if len(pairs) > 1:
@@ -307,7 +384,7 @@ def _difference(key: str, pairs: Sequence[tuple[Row, Row]], counts: tuple[str, s
     return Difference(key, float(a), float(b), Estimate(float(b - a), low, high, len(pairs)))
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 def print_rows(rows: Sequence[Row], columns: Sequence[str] | None = None) -> None:
     """One line a clip on stdout; by default file, status and the first eight numbers."""
     from rich.console import Console
@@ -316,8 +393,13 @@ def print_rows(rows: Sequence[Row], columns: Sequence[str] | None = None) -> Non
     keys = list(columns or number_columns(rows)[:8])
     table = Table("file", "status", *keys)
     for row in rows:
-        cells = [short(float(row[key])) if is_number(row.get(key)) else str(row.get(key) or "-") for key in keys]
-        table.add_row(Path(str(row.get("file", row.get("id", "")))).name, str(row.get("status", OK)), *cells)
+        cells = [
+            short(float(row[key])) if is_number(row.get(key)) else str(row.get(key) or "-")
+            for key in keys
+        ]
+        table.add_row(
+            Path(str(row.get("file", row.get("id", "")))).name, str(row.get("status", OK)), *cells
+        )
         if row.get("error"):
             table.add_row("", f"[dim]{str(row['error']).replace('[', '(')}[/dim]")
     Console().print(table)
@@ -335,7 +417,9 @@ def print_summary(summary: Mapping[str, Any], header: Mapping[str, Any] | None =
     console.print(f"{summary['clips']} clips: {told}", markup=False)
     table = Table("number", "mean", "95 % interval", "clips")
     for key, found in summary["numbers"].items():
-        table.add_row(key, short(found.mean), f"{short(found.low)} to {short(found.high)}", str(found.n))
+        table.add_row(
+            key, short(found.mean), f"{short(found.low)} to {short(found.high)}", str(found.n)
+        )
     console.print(table)
 
 
@@ -347,6 +431,13 @@ def print_comparison(differences: Sequence[Difference]) -> None:
     table = Table("number", "a", "b", "b - a", "95 % interval", "", "pairs")
     for one in differences:
         d = one.difference
-        table.add_row(one.key, short(one.a), short(one.b), short(d.mean), f"{short(d.low)} to {short(d.high)}",
-                      "*" if one.clear else "", str(d.n))
+        table.add_row(
+            one.key,
+            short(one.a),
+            short(one.b),
+            short(d.mean),
+            f"{short(d.low)} to {short(d.high)}",
+            "*" if one.clear else "",
+            str(d.n),
+        )
     Console(highlight=False).print(table)

@@ -1,9 +1,10 @@
 """AVAudioVAE: waveform -> log-mel -> 25 tokens a second of 48 values, and back to log-mel.
 
-Four mel frames (40 ms) become one token, exactly: L tokens decode to 4 L frames. Nearly all work is done at 25 Hz by
-ConvNeXt blocks over time (Liu et al. 2022, arXiv:2201.03545; in 1-D as in Vocos, arXiv:2306.00814); two light blocks at
-100 Hz smooth the seams between tokens. There is no normalisation over time, so silence elsewhere in a clip changes
-nothing, and a token sees at most `receptive_tokens` neighbours to either side.
+Four mel frames (40 ms) become one token, exactly: L tokens decode to 4 L frames. Nearly all work is
+done at 25 Hz by ConvNeXt blocks over time (Liu et al. 2022, arXiv:2201.03545; in 1-D as in Vocos,
+arXiv:2306.00814); two light blocks at 100 Hz smooth the seams between tokens. There is no
+normalisation over time, so silence elsewhere in a clip changes nothing, and a token sees at most
+`receptive_tokens` neighbours to either side.
 """
 
 from __future__ import annotations
@@ -52,29 +53,50 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
     """Audio autoencoder with its mel front end.
 
     Args:
-        sample_rate: Hz. mel_hop_length: samples per mel frame. mel_fft: window of the mel front end. mel_bins: bands.
+        sample_rate: Hz. mel_hop_length: samples per mel frame. mel_fft: window of the mel front
+            end. mel_bins: bands.
         audio_channels: 1 mono, 2 stereo (the channels of a frame are coded together).
         temporal_compression_ratio: mel frames per token. latent_channels: values per token.
-        width: channels at token rate. expansion: hidden width of a block over its width. kernel: taps over tokens.
-        encoder_layers, decoder_layers: blocks at token rate. fine_width, fine_layers: the decoder's blocks at mel rate.
+        width: channels at token rate. expansion: hidden width of a block over its width. kernel:
+            taps over tokens.
+        encoder_layers, decoder_layers: blocks at token rate. fine_width, fine_layers: the decoder's
+            blocks at mel rate.
 
-    `latents_mean` and `latents_std` (latent_channels,) describe the encoder's output on the training data; callers that
-    want unit variance use (z - mean) / std.
+    `latents_mean` and `latents_std` (latent_channels,) describe the encoder's output on the
+    training data; callers that want unit variance use (z - mean) / std.
     """
 
     @register_to_config
-    def __init__(self, sample_rate: int = 24000, mel_hop_length: int = 240, mel_fft: int = 960, mel_bins: int = 100,
-                 audio_channels: int = 1, temporal_compression_ratio: int = 4, latent_channels: int = 48,
-                 width: int = 256, expansion: int = 3, kernel: int = 5, encoder_layers: int = 2,
-                 decoder_layers: int = 3, fine_width: int = 128, fine_layers: int = 2) -> None:
+    def __init__(
+        self,
+        sample_rate: int = 24000,
+        mel_hop_length: int = 240,
+        mel_fft: int = 960,
+        mel_bins: int = 100,
+        audio_channels: int = 1,
+        temporal_compression_ratio: int = 4,
+        latent_channels: int = 48,
+        width: int = 256,
+        expansion: int = 3,
+        kernel: int = 5,
+        encoder_layers: int = 2,
+        decoder_layers: int = 3,
+        fine_width: int = 128,
+        fine_layers: int = 2,
+    ) -> None:
         super().__init__()
-        ratio, folded = temporal_compression_ratio, audio_channels * mel_bins
+        ratio = temporal_compression_ratio
+        folded = audio_channels * mel_bins
         self.mel_frontend = LogMel(sample_rate, mel_fft, mel_hop_length, mel_bins)
         self.encoder_in = nn.Linear(ratio * folded, width)
-        self.encoder_blocks = nn.ModuleList(TimeBlock(width, expansion, kernel) for _ in range(encoder_layers))
+        self.encoder_blocks = nn.ModuleList(
+            TimeBlock(width, expansion, kernel) for _ in range(encoder_layers)
+        )
         self.encoder_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * latent_channels))
         self.decoder_in = nn.Linear(latent_channels, width)
-        self.decoder_blocks = nn.ModuleList(TimeBlock(width, expansion, kernel) for _ in range(decoder_layers))
+        self.decoder_blocks = nn.ModuleList(
+            TimeBlock(width, expansion, kernel) for _ in range(decoder_layers)
+        )
         self.unfold = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, ratio * fine_width))
         self.fine_blocks = nn.ModuleList(TimeBlock(fine_width, 2, 7) for _ in range(fine_layers))
         self.decoder_out = nn.Sequential(nn.LayerNorm(fine_width), nn.Linear(fine_width, folded))
@@ -88,42 +110,65 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
 
     @property
     def receptive_tokens(self) -> int:
-        """Neighbours to either side of a token that can change what decodes in its place (encoder plus decoder)."""
+        """Neighbours to either side of a token that can change what decodes in its place (encoder
+        plus decoder).
+        """
         layers = self.config.encoder_layers + self.config.decoder_layers
         fine = -(-3 * self.config.fine_layers // self.config.temporal_compression_ratio)
         return layers * (self.config.kernel // 2) + fine
 
     @apply_forward_hook
     def mel(self, waveform: Tensor) -> Tensor:
-        """Waveform (B, C, S) in [-1, 1] -> normalised log-mel (B, C, T, mel_bins), T = 4 * ceil(S / 960).
+        """Waveform (B, C, S) in [-1, 1] -> normalised log-mel (B, C, T, mel_bins), T = 4 * ceil(S /
+        960).
 
-        The end is filled with silence up to a whole token (at least two, which the window of the front end needs).
+        The end is filled with silence up to a whole token (at least two, which the window of the
+        front end needs).
 
         Raises:
-            ValueError: not three dimensions, no samples, or another number of channels than the config's.
+            ValueError: not three dimensions, no samples, or another number of channels than the
+                config's.
         """
-        if waveform.ndim != 3 or waveform.shape[1] != self.config.audio_channels or not waveform.shape[2]:
-            raise ValueError(f"waveform has shape {tuple(waveform.shape)}: needs (batch, "
-                             f"{self.config.audio_channels}, samples)")
+        if (
+            waveform.ndim != 3
+            or waveform.shape[1] != self.config.audio_channels
+            or not waveform.shape[2]
+        ):
+            raise ValueError(
+                f"waveform has shape {tuple(waveform.shape)}: needs (batch, "
+                f"{self.config.audio_channels}, samples)"
+            )
         step = self.samples_per_token
         tokens = max(2, -(-waveform.shape[2] // step))
         return self.mel_frontend(F.pad(waveform, (0, tokens * step - waveform.shape[2])))
 
     @apply_forward_hook
-    def encode(self, mel: Tensor,
-               return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Log-mel (B, C, T, mel_bins), T a multiple of 4 -> distribution over latents (B, latent_channels, T / 4, 1).
+    def encode(
+        self, mel: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Log-mel (B, C, T, mel_bins), T a multiple of 4 -> distribution over latents (B,
+        latent_channels, T / 4, 1).
 
         Raises:
-            ValueError: T is not a multiple of the compression ratio, or other channels or bins than the config's.
+            ValueError: T is not a multiple of the compression ratio, or other channels or bins than
+                the config's.
         """
         ratio = self.config.temporal_compression_ratio
-        if mel.ndim != 4 or mel.shape[1] != self.config.audio_channels or mel.shape[3] != self.config.mel_bins:
-            raise ValueError(f"mel has shape {tuple(mel.shape)}: needs (batch, {self.config.audio_channels}, frames, "
-                             f"{self.config.mel_bins})")
+        if (
+            mel.ndim != 4
+            or mel.shape[1] != self.config.audio_channels
+            or mel.shape[3] != self.config.mel_bins
+        ):
+            raise ValueError(
+                f"mel has shape {tuple(mel.shape)}: needs (batch, {self.config.audio_channels}, "
+                "frames, "
+                f"{self.config.mel_bins})"
+            )
         if not mel.shape[2] or mel.shape[2] % ratio:
             raise ValueError(f"mel has {mel.shape[2]} frames: needs a multiple of {ratio}")
-        x = self.encoder_in(rearrange(mel, "b c (l r) m -> b l (r c m)", r=ratio).to(self.dtype))  # (B, L, D)
+        x = self.encoder_in(
+            rearrange(mel, "b c (l r) m -> b l (r c m)", r=ratio).to(self.dtype)
+        )  # (B, L, D)
         for block in self.encoder_blocks:
             x = block(x)
         moments = self.encoder_out(x).float()  # (B, L, 2 * latent)
@@ -136,14 +181,21 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
         x = self.decoder_in(rearrange(z, "b c l 1 -> b l c").to(self.dtype))  # (B, L, D)
         for block in self.decoder_blocks:
             x = block(x)
-        x = rearrange(self.unfold(x), "b l (r d) -> b (l r) d", r=self.config.temporal_compression_ratio)
+        x = rearrange(
+            self.unfold(x), "b l (r d) -> b (l r) d", r=self.config.temporal_compression_ratio
+        )
         for block in self.fine_blocks:
             x = block(x)
         mel = rearrange(self.decoder_out(x).float(), "b t (c m) -> b c t m", m=self.config.mel_bins)
         return DecoderOutput(sample=mel) if return_dict else (mel,)
 
-    def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
-                generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
         """Round trip of a log-mel: encode, take the mode (or a sample) of the posterior, decode."""
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()

@@ -1,4 +1,6 @@
-"""A pitch axis in octaves and the smooth path through scores on it: shared by pitch tracking and the vocoder."""
+"""A pitch axis in octaves and the smooth path through scores on it: shared by pitch tracking and
+the vocoder.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOWEST, BINS, BINS_PER_OCTAVE = 55.0, 192, 59.0  # 55 Hz to 518 Hz in steps of 1.2 %
+# 55 Hz to 518 Hz in steps of 1.2 %
+LOWEST = 55.0
+BINS = 192
+BINS_PER_OCTAVE = 59.0
 
 
 def bin_hertz(position: Tensor) -> Tensor:
@@ -20,15 +25,21 @@ def hertz_bin(hertz: Tensor) -> Tensor:
 
 
 def smooth_path(score: Tensor, reach: int, glide: float) -> Tensor:
-    """Viterbi path through scores (N, T, BINS), maximising their sum less `glide` per octave moved -> bin (N, T).
+    """Viterbi path through scores (N, T, BINS), maximising their sum less `glide` per octave moved
+    -> bin (N, T).
 
     A path moves at most `reach` bins a frame.
     """
     steps, bins = score.shape[1:]
-    cost = glide / BINS_PER_OCTAVE * (torch.arange(2 * reach + 1, device=score.device) - reach).abs()
-    best, back = score[:, 0], []
+    cost = (
+        glide / BINS_PER_OCTAVE * (torch.arange(2 * reach + 1, device=score.device) - reach).abs()
+    )
+    best = score[:, 0]
+    back = []
     for t in range(1, steps):
-        near = F.pad(best, (reach, reach), value=-1e9).unfold(1, 2 * reach + 1, 1) - cost  # (N, BINS, 2 reach + 1)
+        near = (
+            F.pad(best, (reach, reach), value=-1e9).unfold(1, 2 * reach + 1, 1) - cost
+        )  # (N, BINS, 2 reach + 1)
         value, move = near.max(dim=2)
         back.append(move - reach)
         best = value + score[:, t]

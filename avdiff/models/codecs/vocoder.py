@@ -1,16 +1,18 @@
 """AVVocoder: log-mel -> 24 kHz waveform, one small network a frame and one inverse FFT.
 
-A network that must invent phases needs long adversarial training. Here the phases come from a source: a pulse train
-that follows the pitch read off the mel, and white noise. The network shapes both with complex filters, frame by frame
+A network that must invent phases needs long adversarial training. Here the phases come from a
+source: a pulse train that follows the pitch read off the mel, and white noise. The network shapes
+    both with complex filters, frame by frame
 in the STFT domain, and adds a free complex spectrum for what is neither (clicks, strokes):
 
     S = H_pulse * STFT(pulses) + H_noise * STFT(noise) + S_free
     A^2 = |H_pulse * STFT(pulses)|^2 + A_rest^2
 
-S is a good start but its noise is not the noise that was heard. The mel tells magnitudes rather well, so a few
-iterations of fast Griffin-Lim (Perraudin et al. 2013) pull S towards the magnitudes A, trained through two of them.
-Harmonic-plus-noise filtering as in the neural homomorphic vocoder (Liu et al., Interspeech 2020) and DDSP (Engel et al.
-2020, arXiv:2001.04643); ConvNeXt trunk and iSTFT head of Vocos (Siuzdak 2023, arXiv:2306.00814).
+S is a good start but its noise is not the noise that was heard. The mel tells magnitudes rather
+well, so a few iterations of fast Griffin-Lim (Perraudin et al. 2013) pull S towards the magnitudes
+A, trained through two of them. Harmonic-plus-noise filtering as in the neural homomorphic vocoder
+(Liu et al., Interspeech 2020) and DDSP (Engel et al. 2020, arXiv:2001.04643); ConvNeXt trunk and
+iSTFT head of Vocos (Siuzdak 2023, arXiv:2306.00814).
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ FITS = 6  # updates that fit the envelope to the mel
 
 
 class Pitch(NamedTuple):
-    """Pitch per frame, (N, T) each: `phase` of the fundamental at frame centres in radians (float64, unwrapped),
-    `hertz`, and `voiced` (0 to 1)."""
+    """Pitch per frame, (N, T) each: `phase` of the fundamental at frame centres in radians
+    (float64, unwrapped), `hertz`, and `voiced` (0 to 1).
+    """
 
     phase: Tensor
     hertz: Tensor
@@ -45,7 +48,9 @@ class Pitch(NamedTuple):
 
 
 class PitchReader(nn.Module):
-    """Reads pitch off the mel: (N, T, M) -> logits over `BINS` log-spaced pitches (N, T, BINS) and voicing (N, T)."""
+    """Reads pitch off the mel: (N, T, M) -> logits over `BINS` log-spaced pitches (N, T, BINS) and
+    voicing (N, T).
+    """
 
     def __init__(self, mel_bins: int, width: int, layers: int) -> None:
         super().__init__()
@@ -65,20 +70,42 @@ class AVVocoder(ModelMixin, ConfigMixin):
     """Waveform from a normalised log-mel of `avdiff.models.codecs.mel.LogMel`.
 
     Args:
-        sampling_rate: Hz. hop_length: samples per mel frame. n_fft: window of mel and synthesis, four hops.
+        sampling_rate: Hz. hop_length: samples per mel frame. n_fft: window of mel and synthesis,
+            four hops.
         mel_bins: bands.
-        width, layers, expansion, kernel: the trunk's ConvNeXt blocks. pitch_width, pitch_layers: the pitch reader's.
-        refine_steps: Griffin-Lim iterations, about 2 ms per second of sound each; 0 takes S as it is.
+        width, layers, expansion, kernel: the trunk's ConvNeXt blocks. pitch_width, pitch_layers:
+            the pitch reader's.
+        refine_steps: Griffin-Lim iterations, about 2 ms per second of sound each; 0 takes S as it
+            is.
     """
 
-    # Half precision is audible in phases. Of the weights only the norm of the heads takes the model's dtype, and it
-    # computes in fp32 all the same: so a vocoder loaded in half precision says that it has this dtype.
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["frames", "pitch", "enter", "blocks", "1"]  # "1": linear, in heads
+    # Half precision is audible in phases. Of the weights only the norm of the heads takes the
+    # model's dtype, and it computes in fp32 all the same: so a vocoder loaded in half precision
+    # says that it has this
+    # dtype.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "frames",
+        "pitch",
+        "enter",
+        "blocks",
+        "1",
+    ]  # "1": linear, in heads
 
     @register_to_config
-    def __init__(self, sampling_rate: int = 24000, hop_length: int = 240, n_fft: int = 960, mel_bins: int = 100,
-                 width: int = 256, layers: int = 5, expansion: int = 3, kernel: int = 7, pitch_width: int = 128,
-                 pitch_layers: int = 3, refine_steps: int = 8) -> None:
+    def __init__(
+        self,
+        sampling_rate: int = 24000,
+        hop_length: int = 240,
+        n_fft: int = 960,
+        mel_bins: int = 100,
+        width: int = 256,
+        layers: int = 5,
+        expansion: int = 3,
+        kernel: int = 7,
+        pitch_width: int = 128,
+        pitch_layers: int = 3,
+        refine_steps: int = 8,
+    ) -> None:
         super().__init__()
         if n_fft != 4 * hop_length:
             raise ValueError(f"n_fft={n_fft}: needs four times hop_length={hop_length}")
@@ -90,17 +117,29 @@ class AVVocoder(ModelMixin, ConfigMixin):
         self.heads = nn.Sequential(FP32LayerNorm(width), shapes)
         bias = shapes.bias.detach().view(6, -1)
         bias.zero_()
-        bias[0], bias[2], bias[3] = -0.5, -1.0, -4.0  # pulses and noise share the envelope, the free part starts faint
+        bias[0], bias[2], bias[3] = (
+            -0.5,
+            -1.0,
+            -4.0,
+        )  # pulses and noise share the envelope, the free part starts faint
         bias[5] = -0.2
         shapes.weight.detach().mul_(0.3)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AVVocoder:
         """A `pipe.to(dtype)` leaves in fp32 what `from_pretrained(dtype=...)` does."""
-        kept = {id(p) for name, p in self.named_parameters() if {*name.split(".")} & {*self._keep_in_fp32_modules}}
+        kept = {
+            id(p)
+            for name, p in self.named_parameters()
+            if {*name.split(".")} & {*self._keep_in_fp32_modules}
+        }
 
         def keep(x: Tensor) -> Tensor:
             moved = fn(x)
-            return x.to(moved.device) if id(x) in kept and moved.element_size() < x.element_size() else moved
+            return (
+                x.to(moved.device)
+                if id(x) in kept and moved.element_size() < x.element_size()
+                else moved
+            )
 
         return super()._apply(keep, recurse)
 
@@ -110,11 +149,14 @@ class AVVocoder(ModelMixin, ConfigMixin):
         The noise in it comes from `generator`; None takes the same noise each time.
 
         Raises:
-            ValueError: not four dimensions, other bins than the config's, or fewer than four frames.
+            ValueError: not four dimensions, other bins than the config's, or fewer than four
+                frames.
         """
         if mel.ndim != 4 or mel.shape[3] != self.config.mel_bins or mel.shape[2] < 4:
-            raise ValueError(f"mel has shape {tuple(mel.shape)}: needs (batch, channels, at least 4 frames, "
-                             f"{self.config.mel_bins})")
+            raise ValueError(
+                f"mel has shape {tuple(mel.shape)}: needs (batch, channels, at least 4 frames, "
+                f"{self.config.mel_bins})"
+            )
         flat = rearrange(mel, "b c t m -> (b c) t m").float()
         start, magnitude = self.predict(flat, self.read_pitch(flat), generator)
         wave = self.overlap_add(self.refine(start, magnitude, self.config.refine_steps))
@@ -130,14 +172,20 @@ class AVVocoder(ModelMixin, ConfigMixin):
         weight = chance.gather(-1, near).softmax(dim=-1)
         hertz = bin_hertz((weight * near).sum(dim=-1))
         step = (hertz + F.pad(hertz, (1, 0), mode="replicate")[:, :-1]).double() / 2
-        phase = torch.cumsum(step, dim=1) * (2 * math.pi * self.config.hop_length / self.config.sampling_rate)
+        phase = torch.cumsum(step, dim=1) * (
+            2 * math.pi * self.config.hop_length / self.config.sampling_rate
+        )
         return Pitch(phase, hertz, voiced)
 
-    def predict(self, mel: Tensor, pitch: Pitch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def predict(
+        self, mel: Tensor, pitch: Pitch, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-mel (N, T, M) and its pitch -> S, complex, and A, both (N, T, n_fft / 2 + 1)."""
         pulses = self.spectrum(self.pulse_train(pitch))  # (N, T, bins) complex
         noise = self.spectrum(self.white(mel, generator))  # (N or 1, T, bins)
-        features = torch.cat([mel, (pitch.hertz / 150).log2()[..., None], pitch.voiced[..., None]], dim=-1)
+        features = torch.cat(
+            [mel, (pitch.hertz / 150).log2()[..., None], pitch.voiced[..., None]], dim=-1
+        )
         x = self.enter(features.float())
         for block in self.blocks:
             x = block(x)
@@ -151,50 +199,72 @@ class AVVocoder(ModelMixin, ConfigMixin):
         magnitude = (voice.real.square() + voice.imag.square() + rest).sqrt()
         return voice + h_noise * noise + free, magnitude
 
-    def refine(self, start: Tensor, magnitude: Tensor, steps: int, momentum: float = 0.99) -> Tensor:
-        """`steps` of fast Griffin-Lim from the phases of `start`: (N, T, bins) complex -> same, with `magnitude`."""
+    def refine(
+        self, start: Tensor, magnitude: Tensor, steps: int, momentum: float = 0.99
+    ) -> Tensor:
+        """`steps` of fast Griffin-Lim from the phases of `start`: (N, T, bins) complex -> same,
+        with `magnitude`.
+        """
         if not steps:
             return start
-        current, before = magnitude * _unit(start), None
+        current = magnitude * _unit(start)
+        before = None
         for _ in range(steps):
             consistent = self.spectrum(self.overlap_add(current))
             moved = consistent if before is None else consistent + momentum * (consistent - before)
-            current, before = magnitude * _unit(moved), consistent
+            current = magnitude * _unit(moved)
+            before = consistent
         return current
 
     def pulse_train(self, pitch: Pitch) -> Tensor:
-        """Band-limited pulses (N, T * hop): every harmonic with amplitude sqrt(hertz / 150), phase k * fundamental.
+        """Band-limited pulses (N, T * hop): every harmonic with amplitude sqrt(hertz / 150), phase
+        k * fundamental.
 
         sum_{k=1..K} cos(k p) = (sin((K + 1/2) p) / sin(p / 2) - 1) / 2
         """
-        hop, rate = self.config.hop_length, self.config.sampling_rate
-        phase = F.interpolate(_extend(pitch.phase), scale_factor=float(hop), mode="linear")[:, 0, hop:-hop]
+        hop = self.config.hop_length
+        rate = self.config.sampling_rate
+        phase = F.interpolate(_extend(pitch.phase), scale_factor=float(hop), mode="linear")[
+            :, 0, hop:-hop
+        ]
         hertz = F.interpolate(pitch.hertz[:, None], scale_factor=float(hop), mode="linear")[:, 0]
-        wrapped = torch.remainder(phase + math.pi, 2 * math.pi) - math.pi  # float64 until here: sums grow long
+        wrapped = (
+            torch.remainder(phase + math.pi, 2 * math.pi) - math.pi
+        )  # float64 until here: sums grow long
         count = torch.floor(0.48 * rate / hertz).double()
         half = torch.sin(wrapped / 2)
         safe = torch.where(half.abs() < 1e-6, 1e-6, half)
-        ratio = torch.where(half.abs() < 1e-6, 2 * count + 1, torch.sin((count + 0.5) * wrapped) / safe)
+        ratio = torch.where(
+            half.abs() < 1e-6, 2 * count + 1, torch.sin((count + 0.5) * wrapped) / safe
+        )
         return ((ratio - 1) / 2).float() * (hertz / 150).sqrt()
 
     def white(self, mel: Tensor, generator: torch.Generator | None) -> Tensor:
         """White noise (N, T * hop) whose STFT has mean square 1."""
-        rows = mel.shape[0] if generator is not None else 1  # the same noise for every row: a batch equals its singles
+        rows = (
+            mel.shape[0] if generator is not None else 1
+        )  # the same noise for every row: a batch equals its singles
         generator = generator or torch.Generator().manual_seed(0)
         shape = (rows, mel.shape[1] * self.config.hop_length)
         noise = torch.randn(shape, generator=generator, device=generator.device).to(mel.device)
-        return noise * (self.config.n_fft / 4 / math.sqrt(0.375 * self.config.n_fft))  # 3/8 = mean square of Hann
+        return noise * (
+            self.config.n_fft / 4 / math.sqrt(0.375 * self.config.n_fft)
+        )  # 3/8 = mean square of Hann
 
     def spectrum(self, wave: Tensor) -> Tensor:
-        """Waveform (N, T * hop) -> complex STFT (N, T, n_fft / 2 + 1), frames and scale as in the mel front end."""
-        size, hop = self.config.n_fft, self.config.hop_length
+        """Waveform (N, T * hop) -> complex STFT (N, T, n_fft / 2 + 1), frames and scale as in the
+        mel front end.
+        """
+        size = self.config.n_fft
+        hop = self.config.hop_length
         side = (size - hop) // 2
         frames = F.pad(wave[:, None], (side, side), mode="reflect")[:, 0].unfold(1, size, hop)
         return torch.fft.rfft(frames * self.frames.window.to(wave.device)) * (4.0 / size)
 
     def overlap_add(self, spectrum: Tensor) -> Tensor:
         """Least-squares inverse of `spectrum`: (N, T, n_fft / 2 + 1) complex -> (N, T * hop)."""
-        size, hop = self.config.n_fft, self.config.hop_length
+        size = self.config.n_fft
+        hop = self.config.hop_length
         window = self.frames.window.to(spectrum.device)
         frames = torch.fft.irfft(spectrum * (size / 4.0), size) * window  # (N, T, n_fft)
         weight = window.square().expand(1, spectrum.shape[1], -1)

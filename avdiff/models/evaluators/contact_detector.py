@@ -1,8 +1,8 @@
 """ImpactReader: when does something hit something in a drawn scene, read from pixels alone.
 
-Pictures and their steps from one to the next go through a small convolutional network, each for itself; a few
-convolutions over time then say how near an impact is to the middle of each picture. It knows the drawn events of the
-corpus; real footage is not what it was taught.
+Pictures and their steps from one to the next go through a small convolutional network, each for
+itself; a few convolutions over time then say how near an impact is to the middle of each picture.
+It knows the drawn events of the corpus; real footage is not what it was taught.
 
 Shape legend: B clips, F pictures at 25 a second, C channels.
 """
@@ -16,7 +16,9 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-SIDE, FPS = 64, 25  # pixels and pictures a second that it sees
+# pixels and pictures a second that it sees
+SIDE = 64
+FPS = 25
 SPREAD = 0.8  # pictures: standard deviation of the bump around an impact
 
 
@@ -24,35 +26,57 @@ class ImpactReader(ModelMixin, ConfigMixin):
     """Bumps around impacts.
 
     Args:
-        widths: channels at 32, 16 and 8 pixels. dim: values of a picture. layers, kernel: convolutions over time.
+        widths: channels at 32, 16 and 8 pixels. dim: values of a picture. layers, kernel:
+            convolutions over time.
     """
 
     @register_to_config
-    def __init__(self, widths: tuple[int, int, int] = (16, 24, 32), dim: int = 64, layers: int = 3,
-                 kernel: int = 5) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, int, int] = (16, 24, 32),
+        dim: int = 64,
+        layers: int = 3,
+        kernel: int = 5,
+    ) -> None:
         super().__init__()
         a, b, c = widths
         self.look = nn.Sequential(
-            nn.Conv2d(6, a, 4, stride=2, padding=1), nn.GELU(),  # 32 x 32
-            nn.Conv2d(a, b, 4, stride=2, padding=1), nn.GroupNorm(4, b), nn.GELU(),  # 16 x 16
-            nn.Conv2d(b, c, 4, stride=2, padding=1), nn.GroupNorm(4, c), nn.GELU(),  # 8 x 8
-            nn.Flatten(), nn.Linear(c * 64, dim))
-        self.times = nn.ModuleList(nn.Conv1d(dim, dim, kernel, padding=kernel // 2) for _ in range(layers))
+            nn.Conv2d(6, a, 4, stride=2, padding=1),
+            nn.GELU(),  # 32 x 32
+            nn.Conv2d(a, b, 4, stride=2, padding=1),
+            nn.GroupNorm(4, b),
+            nn.GELU(),  # 16 x 16
+            nn.Conv2d(b, c, 4, stride=2, padding=1),
+            nn.GroupNorm(4, c),
+            nn.GELU(),  # 8 x 8
+            nn.Flatten(),
+            nn.Linear(c * 64, dim),
+        )
+        self.times = nn.ModuleList(
+            nn.Conv1d(dim, dim, kernel, padding=kernel // 2) for _ in range(layers)
+        )
         self.head = nn.Linear(dim, 1)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, F, 3, 64, 64) in [-1, 1] -> logits (B, F) of exp(-d^2 / 2) for the distance d, in units of 0.8
-        pictures, of the middle of each picture's time from the nearest impact.
+        """Pictures (B, F, 3, 64, 64) in [-1, 1] -> logits (B, F) of exp(-d^2 / 2) for the distance
+        d, in units of 0.8 pictures, of the middle of each picture's time from the nearest impact.
 
         Raises:
             ValueError: another shape.
         """
         if pictures.ndim != 5 or pictures.shape[2:] != (3, SIDE, SIDE):
-            raise ValueError(f"pictures has shape {tuple(pictures.shape)}: needs (batch, frames, 3, {SIDE}, {SIDE})")
+            raise ValueError(
+                f"pictures has shape {tuple(pictures.shape)}: needs (batch, frames, 3, {SIDE}, "
+                f"{SIDE})"
+            )
         batch = pictures.shape[0]
-        steps = F.pad(pictures[:, 1:] - pictures[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))  # step i leads to picture i
+        steps = F.pad(
+            pictures[:, 1:] - pictures[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)
+        )  # step i leads to picture i
         both = torch.cat([pictures, 4 * steps], dim=2)
-        x = rearrange(self.look(rearrange(both, "b f c h w -> (b f) c h w")), "(b f) d -> b d f", b=batch)
+        x = rearrange(
+            self.look(rearrange(both, "b f c h w -> (b f) c h w")), "(b f) d -> b d f", b=batch
+        )
         for convolution in self.times:
             x = x + convolution(F.gelu(x))
         return self.head(F.gelu(rearrange(x, "b d f -> b f d")))[..., 0].float()
@@ -68,7 +92,9 @@ def bumps(impacts: list[float], frames: int) -> Tensor:
 
 
 def peaks(heat: Tensor, least: float = 0.4) -> list[float]:
-    """Bumps (F,) in [0, 1] -> impacts in seconds: local maxima, placed by the parabola through three logarithms."""
+    """Bumps (F,) in [0, 1] -> impacts in seconds: local maxima, placed by the parabola through
+    three logarithms.
+    """
     found: list[float] = []
     padded = F.pad(heat, (1, 1))
     for i in range(len(heat)):

@@ -1,9 +1,11 @@
-"""PhoneRecogniser: waveform -> log-mel -> which phone is heard, 50 times a second, in eight languages at once.
+"""PhoneRecogniser: waveform -> log-mel -> which phone is heard, 50 times a second, in eight
+languages at once.
 
-One head serves two losses. It is trained on the phone of every frame, with silence as CTC's blank, so its phones last
-as long as they sound and their times can be read off; and by CTC (Graves et al. 2006) on the whole row of phones, so
-that it does not flicker. Most work is done at 25 Hz by ConvNeXt blocks over time; one block at 50 Hz on either side
-keeps short phones apart (a U-Net of two levels, as in Squeezeformer, arXiv:2206.00888).
+One head serves two losses. It is trained on the phone of every frame, with silence as CTC's blank,
+so its phones last as long as they sound and their times can be read off; and by CTC (Graves et al.
+2006) on the whole row of phones, so that it does not flicker. Most work is done at 25 Hz by
+ConvNeXt blocks over time; one block at 50 Hz on either side keeps short phones apart (a U-Net of
+two levels, as in Squeezeformer, arXiv:2206.00888).
 
 Shape legend: B clips, S samples, T frames at 50 Hz, M mel bands, D width, P phones.
 """
@@ -27,16 +29,20 @@ class SpeechBlock(nn.Module):
 
     x + gain * W2 gelu(W1 norm(depthwise(x)))
 
-    The depthwise convolution runs as a 2-D one of height 1, which the CPU does in two thirds of the time.
+    The depthwise convolution runs as a 2-D one of height 1, which the CPU does in two thirds of the
+    time.
 
     Args:
         width: D. expansion: hidden width over D. kernel: taps, odd. dropout: share of the branch's
-            inputs dropped (there, because random numbers are dear on a CPU and the hidden layer is wide).
+            inputs dropped (there, because random numbers are dear on a CPU and the hidden layer is
+            wide).
     """
 
     def __init__(self, width: int, expansion: int, kernel: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(width, width, (1, kernel), padding=(0, kernel // 2), groups=width)
+        self.depthwise = nn.Conv2d(
+            width, width, (1, kernel), padding=(0, kernel // 2), groups=width
+        )
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width * expansion)
         self.down = nn.Linear(width * expansion, width)
@@ -59,15 +65,26 @@ class PhoneRecogniser(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, phones: Sequence[str] = ("sil", "a"), sample_rate: int = 24000, mel_hop_length: int = 240,
-                 mel_bins: int = 100, width: int = 256, expansion: int = 3, kernel: int = 9, layers: int = 5,
-                 dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        phones: Sequence[str] = ("sil", "a"),
+        sample_rate: int = 24000,
+        mel_hop_length: int = 240,
+        mel_bins: int = 100,
+        width: int = 256,
+        expansion: int = 3,
+        kernel: int = 9,
+        layers: int = 5,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.mel_frontend = LogMel(sample_rate, 4 * mel_hop_length, mel_hop_length, mel_bins)
         self.stem = nn.Linear(2 * mel_bins, width)
         self.fine_in = SpeechBlock(width, expansion, kernel, dropout)
         self.fold = nn.Linear(2 * width, width)
-        self.blocks = nn.ModuleList(SpeechBlock(width, expansion, kernel, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            SpeechBlock(width, expansion, kernel, dropout) for _ in range(layers)
+        )
         self.unfold = nn.Linear(width, 2 * width)
         self.fine_out = SpeechBlock(width, expansion, kernel, dropout)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(phones)))
@@ -83,7 +100,8 @@ class PhoneRecogniser(ModelMixin, ConfigMixin):
         return self.config.sample_rate / self.samples_per_frame
 
     def mel(self, waveform: Tensor) -> Tensor:
-        """Waveform (B, S) in [-1, 1] -> normalised log-mel (B, 4 n, M): filled with silence up to whole 40 ms.
+        """Waveform (B, S) in [-1, 1] -> normalised log-mel (B, 4 n, M): filled with silence up to
+        whole 40 ms.
 
         Raises:
             ValueError: not two dimensions, or no samples.
@@ -95,14 +113,18 @@ class PhoneRecogniser(ModelMixin, ConfigMixin):
         return self.mel_frontend(F.pad(waveform, (0, whole - waveform.shape[1])))
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, 2 T, M), T even -> log probabilities of the phones (B, T, P), fp32; frame i covers i/50 s on.
+        """Log-mel (B, 2 T, M), T even -> log probabilities of the phones (B, T, P), fp32; frame i
+        covers i/50 s on.
 
         Raises:
-            ValueError: a number of mel frames that is no multiple of 4, or other bands than the config's.
+            ValueError: a number of mel frames that is no multiple of 4, or other bands than the
+                config's.
         """
         if mel.ndim != 3 or mel.shape[1] % 4 or mel.shape[2] != self.config.mel_bins:
-            raise ValueError(f"mel has shape {tuple(mel.shape)}: needs (batch, a multiple of 4 frames, "
-                             f"{self.config.mel_bins})")
+            raise ValueError(
+                f"mel has shape {tuple(mel.shape)}: needs (batch, a multiple of 4 frames, "
+                f"{self.config.mel_bins})"
+            )
         fine = self.fine_in(self.stem(rearrange(mel, "b (t r) m -> b t (r m)", r=2)))  # (B, T, D)
         x = self.fold(rearrange(fine, "b (t r) d -> b t (r d)", r=2))  # (B, T/2, D)
         for block in self.blocks:
@@ -112,6 +134,8 @@ class PhoneRecogniser(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def listen(self, waveform: Tensor) -> Tensor:
-        """Waveform (S,) in [-1, 1] -> log probabilities (T, P), T = ceil(S / 480): frames that begin within it."""
+        """Waveform (S,) in [-1, 1] -> log probabilities (T, P), T = ceil(S / 480): frames that
+        begin within it.
+        """
         frames = -(-waveform.shape[-1] // self.samples_per_frame)
         return self(self.mel(waveform[None]))[0, :frames]

@@ -1,9 +1,9 @@
 """Two small networks that pronounce: letters -> phonemes, and phones -> seconds.
 
-Letters and phonemes of a word are aligned beforehand (`avdiff.train.g2p.letter_alignment`): each letter yields a chunk of zero to a
-few phoneme symbols. The network reads all letters at once, then names the chunks from left to right, each in the light
-of the last, so that a word gets one main stress. An Engram memory over letter n-grams of each language keeps spellings
-that no rule explains.
+Letters and phonemes of a word are aligned beforehand (`avdiff.train.g2p.letter_alignment`): each
+letter yields a chunk of zero to a few phoneme symbols. The network reads all letters at once, then
+names the chunks from left to right, each in the light of the last, so that a word gets one main
+stress. An Engram memory over letter n-grams of each language keeps spellings that no rule explains.
 
 Shape legend: B words, T letters, P phones, D width, K chunks of the inventory.
 """
@@ -24,11 +24,15 @@ from avdiff.core.engram import Engram, MemoryRead, NgramHash
 from avdiff.core.modulation import rms_norm
 from avdiff.models.phoneme_encoder import ConvBlock
 
-PAD, UNKNOWN = 0, 1  # letter ids; chunk 0 is the empty chunk and also the one before the first
+# letter ids; chunk 0 is the empty chunk and also the one before the first
+PAD = 0
+UNKNOWN = 1
 
 
 class LetterBlock(ConvBlock):
-    """The same block with its short depthwise convolution as shifted products: on CPU three times as fast to train."""
+    """The same block with its short depthwise convolution as shifted products: on CPU three times
+    as fast to train.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -52,17 +56,31 @@ class PronunciationReader(ModelMixin, ConfigMixin):
     """Spelt words -> phonemes.
 
     Args:
-        languages: codes; the place is the id. letters: every letter known. chunks: every chunk, the first one "".
-        dim, num_blocks: width D and convolution blocks. chunk_dim: width of a chunk's vector, for input and output.
-        table_size, memory_heads, memory_dim, max_order: the memory; orders 2..max_order, ending one letter ahead.
+        languages: codes; the place is the id. letters: every letter known. chunks: every chunk, the
+            first one "".
+        dim, num_blocks: width D and convolution blocks. chunk_dim: width of a chunk's vector, for
+            input and output.
+        table_size, memory_heads, memory_dim, max_order: the memory; orders 2..max_order, ending one
+            letter ahead.
         constant_gate: gate of the memory, None for the learned one (a control for experiments).
     """
 
     @register_to_config
-    def __init__(self, languages: Sequence[str] = ("en",), letters: str = "ab", chunks: Sequence[str] = ("", "a", "b"),
-                 dim: int = 128, num_blocks: int = 4, chunk_dim: int = 64, table_size: int = 12000,
-                 memory_heads: int = 2, memory_dim: int = 12, max_order: int = 4, constant_gate: float | None = None,
-                 dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        languages: Sequence[str] = ("en",),
+        letters: str = "ab",
+        chunks: Sequence[str] = ("", "a", "b"),
+        dim: int = 128,
+        num_blocks: int = 4,
+        chunk_dim: int = 64,
+        table_size: int = 12000,
+        memory_heads: int = 2,
+        memory_dim: int = 12,
+        max_order: int = 4,
+        constant_gate: float | None = None,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         self.letter_ids = {letter: i + 2 for i, letter in enumerate(letters)}
         self.stride = len(letters) + 2  # keys of the memory: one set of letters for each language
@@ -80,7 +98,9 @@ class PronunciationReader(ModelMixin, ConfigMixin):
         nn.init.normal_(self.chunk.weight, std=chunk_dim**-0.5)
         nn.init.normal_(self.letter.weight, std=0.5)
 
-    def encode_words(self, words: Sequence[str], languages: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_words(
+        self, words: Sequence[str], languages: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Spelt words and their languages -> letters (B, T) and language ids (B,)."""
         known = self.letter_ids
         rows = [torch.tensor([known.get(c, UNKNOWN) for c in word] or [UNKNOWN]) for word in words]
@@ -89,37 +109,55 @@ class PronunciationReader(ModelMixin, ConfigMixin):
         return letters, torch.tensor([codes.index(x) for x in languages])
 
     def read_memory(self, letters: torch.Tensor, languages: torch.Tensor) -> MemoryRead:
-        """Look the letter n-grams up: read (B, T, D), where place t knows the letters up to t + 1."""
+        """Look the letter n-grams up: read (B, T, D), where place t knows the letters up to t +
+        1.
+        """
         keys = torch.where(letters == PAD, PAD, letters + self.stride * languages[:, None])
-        ahead = (torch.arange(letters.shape[1], device=letters.device) + 1).clamp(max=letters.shape[1] - 1)
+        ahead = (torch.arange(letters.shape[1], device=letters.device) + 1).clamp(
+            max=letters.shape[1] - 1
+        )
         ends = (letters != PAD).sum(1, keepdim=True) - 1
         return self.memory.lookup(keys).at(torch.minimum(ahead[None], ends))
 
-    def encode(self, letters: torch.Tensor, languages: torch.Tensor, read: MemoryRead | None) -> torch.Tensor:
+    def encode(
+        self, letters: torch.Tensor, languages: torch.Tensor, read: MemoryRead | None
+    ) -> torch.Tensor:
         """Letters (B, T), languages (B,), memory or None for no memory -> features (B, T, D)."""
         mask = (letters != PAD)[..., None]
         x = (self.letter(letters) + self.language(languages)[:, None]) * mask
         x = self.blocks[0](x) * mask
         if read is not None:
-            x = (x + self.memory(x, read)) * mask  # beyond a word's end there is nothing to remember
+            x = (
+                x + self.memory(x, read)
+            ) * mask  # beyond a word's end there is nothing to remember
         for block in self.blocks[1:-1]:
             x = block(drop(x, self.dropout, self.training)) * mask
         x = x + self.attention(rms_norm(x), attention_mask=mask[:, None, None, :, 0])
         return self.blocks[-1](x * mask) * mask
 
-    def forward(self, letters: torch.Tensor, languages: torch.Tensor, chunks: torch.Tensor,
-                read: MemoryRead | None) -> torch.Tensor:
+    def forward(
+        self,
+        letters: torch.Tensor,
+        languages: torch.Tensor,
+        chunks: torch.Tensor,
+        read: MemoryRead | None,
+    ) -> torch.Tensor:
         """Teacher-forced logits (B, T, K) for the right chunks (B, T)."""
         x = drop(self.encode(letters, languages, read), self.dropout, self.training)
         before = F.pad(self.chunk(chunks[:, :-1]), (0, 0, 1, 0))
-        state, _ = self.decoder(torch.cat([x, drop(before, 2 * self.dropout, self.training).to(x.dtype)], dim=-1))
+        state, _ = self.decoder(
+            torch.cat([x, drop(before, 2 * self.dropout, self.training).to(x.dtype)], dim=-1)
+        )
         return self._logits(state, x)
 
     @torch.no_grad()
-    def spell(self, letters: torch.Tensor, languages: torch.Tensor, read: MemoryRead | None) -> torch.Tensor:
+    def spell(
+        self, letters: torch.Tensor, languages: torch.Tensor, read: MemoryRead | None
+    ) -> torch.Tensor:
         """The likeliest chunk of each letter, one after the other: (B, T)."""
         x = self.encode(letters, languages, read)
-        state, last = None, torch.zeros(len(x), 1, self.chunk.embedding_dim, dtype=x.dtype)
+        state = None
+        last = torch.zeros(len(x), 1, self.chunk.embedding_dim, dtype=x.dtype)
         out = []
         for t in range(x.shape[1]):
             h, state = self.decoder(torch.cat([x[:, t : t + 1], last.to(x.dtype)], dim=-1), state)
@@ -127,13 +165,17 @@ class PronunciationReader(ModelMixin, ConfigMixin):
             last = self.chunk(out[-1])
         return torch.cat(out, dim=1)
 
-    def pronounce(self, words: Sequence[str], languages: Sequence[str], use_memory: bool = True) -> list[str]:
+    def pronounce(
+        self, words: Sequence[str], languages: Sequence[str], use_memory: bool = True
+    ) -> list[str]:
         """Spelt words -> phonemes with marks; words of like length are best read together."""
         letters, codes = self.encode_words(words, languages)
         read = self.read_memory(letters, codes) if use_memory else None
         inventory = self.config.chunks
-        return ["".join(inventory[c] for c in row[: len(word)])
-                for row, word in zip(self.spell(letters, codes, read).tolist(), words, strict=True)]
+        return [
+            "".join(inventory[c] for c in row[: len(word)])
+            for row, word in zip(self.spell(letters, codes, read).tolist(), words, strict=True)
+        ]
 
     def _logits(self, state: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.to_chunk(torch.cat([state, x], dim=-1)), self.chunk.weight, self.bias)
@@ -143,12 +185,19 @@ class PhoneTimer(ModelMixin, ConfigMixin):
     """How long each phone of a sentence lasts at natural speed.
 
     Args:
-        num_phones, num_marks, num_languages: inventory sizes. dim, num_blocks: width and convolution blocks.
+        num_phones, num_marks, num_languages: inventory sizes. dim, num_blocks: width and
+            convolution blocks.
     """
 
     @register_to_config
-    def __init__(self, num_phones: int = 128, num_marks: int = 7, num_languages: int = 8, dim: int = 64,
-                 num_blocks: int = 3) -> None:
+    def __init__(
+        self,
+        num_phones: int = 128,
+        num_marks: int = 7,
+        num_languages: int = 8,
+        dim: int = 64,
+        num_blocks: int = 3,
+    ) -> None:
         super().__init__()
         self.phone = nn.Embedding(num_phones + 1, dim)  # the last is padding
         self.mark = nn.Embedding(num_marks, dim)
@@ -157,8 +206,12 @@ class PhoneTimer(ModelMixin, ConfigMixin):
         self.to_log = nn.Linear(dim, 1)
         nn.init.constant_(self.to_log.bias, -2.5)  # 80 ms
 
-    def forward(self, phones: torch.Tensor, marks: torch.Tensor, languages: torch.Tensor) -> torch.Tensor:
-        """Phone ids (B, P) with padding `num_phones`, marks (B, P), languages (B,) -> log seconds (B, P)."""
+    def forward(
+        self, phones: torch.Tensor, marks: torch.Tensor, languages: torch.Tensor
+    ) -> torch.Tensor:
+        """Phone ids (B, P) with padding `num_phones`, marks (B, P), languages (B,) -> log seconds
+        (B, P).
+        """
         mask = (phones != self.config.num_phones)[..., None]
         x = self.phone(phones) + self.mark(marks) + self.language(languages)[:, None]
         for block in self.blocks:
