@@ -27,15 +27,15 @@ _HOME = {
     "ClipSpec": "avdiff.clip",
     "FaceReader": "avdiff.models.evaluators.face_reader",
     "Guidance": "avdiff.guidance",
-    "ImpactReader": "avdiff.models.evaluators.contact_detector",
+    "ContactDetector": "avdiff.models.evaluators.contact_detector",
     "Joint": "avdiff.latents",
     "JointFlowMatchScheduler": "avdiff.schedulers.joint_flow_match",
     "JointLatents": "avdiff.latents",
     "LipNetwork": "avdiff.models.evaluators.lip_network",
-    "PhoneRecogniser": "avdiff.models.evaluators.phone_recogniser",
-    "PhoneTimer": "avdiff.models.g2p.networks",
-    "PromptWorld": "avdiff.models.prompt_domain",
-    "PronunciationReader": "avdiff.models.g2p.networks",
+    "PhoneRecognizer": "avdiff.models.evaluators.phone_recognizer",
+    "DurationPredictor": "avdiff.models.g2p.networks",
+    "PromptDomain": "avdiff.models.prompt_domain",
+    "Pronouncer": "avdiff.models.g2p.networks",
     "Retake": "avdiff.pipelines.conditioning",
     "read_clip": "avdiff.media.write",
     "streams": "avdiff.pipelines.streaming",
@@ -75,13 +75,13 @@ if TYPE_CHECKING:
     from avdiff.models.codecs.audio_vae import AVAudioVAE as AVAudioVAE
     from avdiff.models.codecs.video_vae import AVVideoVAE as AVVideoVAE
     from avdiff.models.codecs.vocoder import AVVocoder as AVVocoder
-    from avdiff.models.evaluators.contact_detector import ImpactReader as ImpactReader
+    from avdiff.models.evaluators.contact_detector import ContactDetector as ContactDetector
     from avdiff.models.evaluators.face_reader import FaceReader as FaceReader
     from avdiff.models.evaluators.lip_network import LipNetwork as LipNetwork
-    from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser as PhoneRecogniser
-    from avdiff.models.g2p.networks import PhoneTimer as PhoneTimer
-    from avdiff.models.g2p.networks import PronunciationReader as PronunciationReader
-    from avdiff.models.prompt_domain import PromptWorld as PromptWorld
+    from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer as PhoneRecognizer
+    from avdiff.models.g2p.networks import DurationPredictor as DurationPredictor
+    from avdiff.models.g2p.networks import Pronouncer as Pronouncer
+    from avdiff.models.prompt_domain import PromptDomain as PromptDomain
     from avdiff.models.text_encoder import CaptionEncoder as CaptionEncoder
     from avdiff.models.transformer import AVTransformer as AVTransformer
     from avdiff.pipelines.conditioning import Retake as Retake

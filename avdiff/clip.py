@@ -57,7 +57,7 @@ class Clock:
     Args:
         video_stride: frames per latent frame after the first.
         spatial_stride: pixels per latent row or column; `patch`: latent rows and columns per token.
-        audio_stride: samples per audio latent step. tick_rate: shared-stream tokens per second.
+        audio_stride: samples per audio latent step. shared_rate: shared-stream tokens per second.
     """
 
     video_stride: int = 2
@@ -65,7 +65,7 @@ class Clock:
     patch: int = 2
     audio_stride: int = 960
     mel_hop: int = 240
-    tick_rate: Fraction = Fraction(25, 2)
+    shared_rate: Fraction = Fraction(25, 2)
 
     def __post_init__(self) -> None:
         for name in ("video_stride", "spatial_stride", "patch", "audio_stride", "mel_hop"):
@@ -73,8 +73,8 @@ class Clock:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: needs a whole number of at least 1"
                 )
-        if not self.tick_rate > 0:
-            raise ValueError(f"tick_rate={self.tick_rate}: needs a rate above 0")
+        if not self.shared_rate > 0:
+            raise ValueError(f"shared_rate={self.shared_rate}: needs a rate above 0")
         if self.audio_stride % self.mel_hop:
             raise ValueError(
                 f"audio_stride={self.audio_stride}: needs a multiple of mel_hop={self.mel_hop}"
@@ -196,9 +196,9 @@ class ClipSpec:
         return self.audio_tokens * self.clock.mels_per_token
 
     @property
-    def ticks(self) -> int:
+    def num_shared(self) -> int:
         """Tokens of the shared stream, rounded up to cover the clip."""
-        return int(-(-self.seconds * self.clock.tick_rate // 1))
+        return int(-(-self.seconds * self.clock.shared_rate // 1))
 
     def frame_times(self) -> list[Fraction]:
         """Exact start time of each frame in seconds."""
@@ -219,9 +219,9 @@ class ClipSpec:
         step = Fraction(self.clock.audio_stride, self.sample_rate)
         return [(i + Fraction(1, 2)) * step for i in range(self.audio_tokens)]
 
-    def tick_seconds(self) -> list[Fraction]:
+    def shared_seconds(self) -> list[Fraction]:
         """Exact midpoint of each shared tick."""
-        return [(i + Fraction(1, 2)) / self.clock.tick_rate for i in range(self.ticks)]
+        return [(i + Fraction(1, 2)) / self.clock.shared_rate for i in range(self.num_shared)]
 
     def video_positions(self) -> torch.Tensor:
         """(N_v, 3) fp32: seconds, row and column midpoints in pixels."""
@@ -240,8 +240,8 @@ class ClipSpec:
 
         return torch.tensor([[float(t)] for t in self.audio_seconds()], dtype=torch.float32)
 
-    def tick_positions(self) -> torch.Tensor:
+    def shared_positions(self) -> torch.Tensor:
         """(N_s, 1) fp32 seconds."""
         import torch
 
-        return torch.tensor([[float(t)] for t in self.tick_seconds()], dtype=torch.float32)
+        return torch.tensor([[float(t)] for t in self.shared_seconds()], dtype=torch.float32)

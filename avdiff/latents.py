@@ -47,7 +47,7 @@ class Joint(Generic[T]):
 
 @dataclass(frozen=True)
 class JointLatents:
-    """State of a joint run: packed, normalised latents with their noise levels and times.
+    """State of a joint run: packed, normalized latents with their noise levels and times.
 
     Args:
         video: (B, N_v, C_v) tokens or None. audio: (B, N_a, C_a) tokens or None.
@@ -80,7 +80,7 @@ def per_token(sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return sigma[:, None, None] if sigma.ndim == 1 else sigma.unsqueeze(-1)
 
 
-def normalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
+def normalize_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
     """Latents (B, C, ...) to unit variance by the codec's `latents_mean` and `latents_std` (C,)."""
     mean, std = (
         x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std)
@@ -88,8 +88,8 @@ def normalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
     return (z - mean) / std
 
 
-def denormalise_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
-    """Inverse of `normalise_latents`."""
+def denormalize_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
+    """Inverse of `normalize_latents`."""
     mean, std = (
         x.to(z).view(1, -1, *(1,) * (z.ndim - 2)) for x in (codec.latents_mean, codec.latents_std)
     )

@@ -1,1 +1,1 @@
-"""pipelines of avdiff."""
+"""The diffusers-style pipeline: prompt and conditions in, a clip out. Start with `pipeline_av`."""

@@ -54,7 +54,7 @@ class Part:
     """What is known of one modality.
 
     Args:
-        tokens: (B, N, C) packed and normalised, zero where unknown. known: bool (N,).
+        tokens: (B, N, C) packed and normalized, zero where unknown. known: bool (N,).
         source: the frames (B, 3, F, H, W) or samples (B, C, S) that were given; None for images,
             whose place in the clip is as the codec renders it.
     """
@@ -64,7 +64,7 @@ class Part:
     source: torch.Tensor | None = None
 
 
-class GivenMixin:
+class ConditioningMixin:
     """The half of `AVDiffPipeline` that deals with given parts."""
 
     transformer: Any
@@ -206,7 +206,7 @@ class GivenMixin:
         """A seed for the strokes of each clip's event; None where the model knows no script of
         events.
         """
-        if not self.transformer.config.event_script:
+        if not self.transformer.config.onset_track:
             return None
         if isinstance(generator, list):
             return [g.initial_seed() for g in generator]
@@ -289,7 +289,7 @@ class GivenMixin:
         clip: ClipSpec,
         given: Joint[Part],
         output_type: str,
-        steadiness: float,
+        deflicker_strength: float,
     ) -> tuple[Any, Any]:
         """Tokens to frames, without flicker, and waveform. Frames and samples that were given come
         back as they were given, but for frames of which only a region was, and for images: these
@@ -307,9 +307,9 @@ class GivenMixin:
                 own = source.index_select(2, index)
                 frames = source if kept.all() else frames.index_copy(2, index, own)
                 if not kept.all():  # given frames help to steady the others and stay as they are
-                    frames = smooth_flicker(frames, steadiness).index_copy(2, index, own)
+                    frames = smooth_flicker(frames, deflicker_strength).index_copy(2, index, own)
             else:
-                frames = smooth_flicker(frames, steadiness)
+                frames = smooth_flicker(frames, deflicker_strength)
             frames = self.video_processor.postprocess_video(frames, output_type=output_type)
         if state.audio is not None:
             weight = _kept_samples(given.audio, clip)

@@ -12,21 +12,22 @@ SPREAD = 4.0  # of the weight over time, in frames
 CELL = 4  # pixels a side whose mean tells flicker from motion
 
 
-def smooth_flicker(video: torch.Tensor, steadiness: float) -> torch.Tensor:
+def smooth_flicker(video: torch.Tensor, deflicker_strength: float) -> torch.Tensor:
     """Bilateral filter over time (Tomasi and Manduchi, ICCV 1998): frames t and s share by
-    exp(-(t-s)^2 / 2 SPREAD^2) exp(-d^2 / 2 steadiness^2), d their difference around the pixel (RMS
-    over colours, of 255). A change of three times `steadiness` is motion and stays as it is.
+    exp(-(t-s)^2 / 2 SPREAD^2) exp(-d^2 / 2 deflicker_strength^2), d their difference around the
+    pixel (RMS over colours, of 255). A change of three times `deflicker_strength` is motion and
+    stays as it is.
 
     Args:
-        video: (B, 3, F, H, W) in [-1, 1]. steadiness: changes, of 255, that count as flicker; 0
-            returns the video.
+        video: (B, 3, F, H, W) in [-1, 1]. deflicker_strength: changes, of 255, that count as
+            flicker; 0 returns the video.
     """
     batch, _, frames, height, width = video.shape
-    if steadiness <= 0 or frames == 1:
+    if deflicker_strength <= 0 or frames == 1:
         return video
     own = video.transpose(1, 2).contiguous()  # (B, F, 3, H, W)
     coarse = avg_pool2d(own.flatten(0, 1), CELL, ceil_mode=True, count_include_pad=False)
-    coarse = coarse.mul_(127.5 / steadiness).unflatten(0, (batch, frames))
+    coarse = coarse.mul_(127.5 / deflicker_strength).unflatten(0, (batch, frames))
     total = own.clone()
     weights = torch.ones_like(own[:, :, :1])
     for k in range(1, min(REACH, frames - 1) + 1):

@@ -11,7 +11,8 @@ from diffusers.hooks import FirstBlockCacheConfig
 
 from avdiff.guidance import Guidance, TextGuidance
 from avdiff.latents import Joint, JointLatents
-from avdiff.models.conditions import Conditions, Positions, Script
+from avdiff.models.conditions import Conditions, Positions
+from avdiff.phonetics.track import PhonemeTrack
 
 
 class Told:
@@ -29,12 +30,12 @@ class Told:
         prepare: Callable[..., Conditions],
         embeds: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]],
         positions: Positions,
-        script: Script | None,
+        track: PhonemeTrack | None,
         batch: int,
     ) -> None:
         self._prepare = prepare
         self.embeds = embeds
-        self._script = script
+        self._script = track
         self._positions = positions
         self._batch = batch
         self._made: dict[tuple[str, ...], Conditions] = {}
@@ -46,10 +47,10 @@ class Told:
                 self._made[names] = Conditions.cat([self.to((name,)) for name in names])
             else:
                 text, mask = self.embeds["no_text" if names[0] == "no_text" else "cond"]
-                script = self._script
-                if script is not None and names[0] == "no_text":
-                    script = script.without()
-                self._made[names] = self._prepare(text, mask, self._positions, script, self._batch)
+                track = self._script
+                if track is not None and names[0] == "no_text":
+                    track = track.without()
+                self._made[names] = self._prepare(text, mask, self._positions, track, self._batch)
         return self._made[names]
 
     def change(self, name: str, text: torch.Tensor) -> None:

@@ -25,12 +25,13 @@ from avdiff.latents import Joint
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
-from avdiff.models.conditions import Positions, Script
-from avdiff.models.prompt_domain import PromptWorld
+from avdiff.models.conditions import Positions
+from avdiff.models.prompt_domain import PromptDomain
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.track import PhonemeTrack
 from avdiff.pipelines.codecs import CodecMixin
-from avdiff.pipelines.conditioning import GivenMixin, Retake, per_clip
+from avdiff.pipelines.conditioning import ConditioningMixin, Retake, per_clip
 from avdiff.pipelines.denoise import StepMixin, Told
 from avdiff.pipelines.loading import SafeLoadingMixin
 from avdiff.pipelines.lora import AVLoraLoaderMixin
@@ -48,7 +49,7 @@ RECOMMENDED = {
     "num_inference_steps": 16,
     "guidance_scale": 2.0,
     "audio_guidance_scale": 2.0,
-    "steadiness": 0.0,
+    "deflicker_strength": 0.0,
 }
 
 
@@ -57,7 +58,7 @@ class AVDiffPipeline(
     DiffusionPipeline,
     AVLoraLoaderMixin,
     CodecMixin,
-    GivenMixin,
+    ConditioningMixin,
     StepMixin,
     LongMixin,
 ):
@@ -67,12 +68,12 @@ class AVDiffPipeline(
         transformer: denoiser. scheduler: steps both modalities. vae, audio_vae, vocoder: codecs.
         text_encoder, tokenizer: captions to features. world: what the model can make; without one,
             any prompt is taken.
-        num_inference_steps, guidance_scale, audio_guidance_scale, steadiness: what a call uses that
-            does not say otherwise; a distilled model says fewer steps and no guidance.
+        num_inference_steps, guidance_scale, audio_guidance_scale, deflicker_strength: what a call
+            uses that does not say otherwise; a distilled model says fewer steps and no guidance.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae->vocoder"
-    _optional_components = ["text_encoder", "tokenizer", "world"]
+    _optional_components = ["text_encoder", "tokenizer", "prompt_domain"]
     _callback_tensor_inputs = [
         "latents",
         "audio_latents",
@@ -89,16 +90,16 @@ class AVDiffPipeline(
         vocoder: AVVocoder,
         text_encoder: CaptionEncoder | None = None,
         tokenizer: Any = None,
-        world: PromptWorld | None = None,
+        prompt_domain: PromptDomain | None = None,
         num_inference_steps: int = 16,
         guidance_scale: float = 2.0,
         audio_guidance_scale: float = 2.0,
-        steadiness: float = 0.0,
+        deflicker_strength: float = 0.0,
     ) -> None:
         super().__init__()
         scales = dict(guidance_scale=guidance_scale, audio_guidance_scale=audio_guidance_scale)
         self.register_to_config(
-            num_inference_steps=num_inference_steps, steadiness=steadiness, **scales
+            num_inference_steps=num_inference_steps, deflicker_strength=deflicker_strength, **scales
         )
         self.register_modules(
             transformer=transformer,
@@ -108,7 +109,7 @@ class AVDiffPipeline(
             vocoder=vocoder,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            world=world,
+            prompt_domain=prompt_domain,
         )
         if transformer is None or vae is None or audio_vae is None:
             return  # captions alone can be encoded
@@ -119,7 +120,7 @@ class AVDiffPipeline(
             audio_stride=audio_vae.config.mel_hop_length
             * audio_vae.config.temporal_compression_ratio,
             mel_hop=audio_vae.config.mel_hop_length,
-            tick_rate=Fraction(transformer.config.shared_rate or 12.5).limit_denominator(1000),
+            shared_rate=Fraction(transformer.config.shared_rate or 12.5).limit_denominator(1000),
         )
         self.video_processor = VideoProcessor(vae_scale_factor=self.clock.spatial_stride)
 
@@ -249,7 +250,7 @@ class AVDiffPipeline(
         guidance_scale: float | None = None,
         audio_guidance_scale: float | None = None,
         guidance: Guidance | None = None,
-        steadiness: float | None = None,
+        deflicker_strength: float | None = None,
         num_videos_per_prompt: int = 1,
         generate_video: bool = True,
         generate_audio: bool = True,
@@ -260,7 +261,7 @@ class AVDiffPipeline(
         retake: Retake | None = None,
         mask: torch.Tensor | None = None,
         language: str | None = None,
-        script: Script | None = None,
+        track: PhonemeTrack | None = None,
         speech_start: float | None = None,
         check_prompt: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -288,8 +289,8 @@ class AVDiffPipeline(
             num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text
                 guidance of video and audio, 1 is none; or a whole `guidance`. Where they are not
                 given, the pipeline's config decides.
-            steadiness: changes of a pixel from frame to frame, of 255, that count as flicker and
-                are averaged over time; 0 leaves the frames as they are decoded.
+            deflicker_strength: changes of a pixel from frame to frame, of 255, that count as
+                flicker and are averaged over time; 0 leaves the frames as they are decoded.
             image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], or a PIL picture of the clip's
                 size; first and last frame, as the codec renders them.
             video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come
@@ -326,7 +327,7 @@ class AVDiffPipeline(
         self._current_timestep = None
         self._attention_kwargs = attention_kwargs
         device = self._execution_device
-        steady = _or(steadiness, self.config.steadiness)
+        steady = _or(deflicker_strength, self.config.deflicker_strength)
 
         prompts = _repeat([prompt] if isinstance(prompt, str) else prompt, num_videos_per_prompt)
         embedded = 0 if prompt_embeds is None else prompt_embeds.shape[0]
@@ -341,8 +342,10 @@ class AVDiffPipeline(
         widened = bool(
             getattr(self.transformer, "peft_config", None)
         )  # an adapter may have learned more
-        world = self.world if check_prompt and not widened else None
-        given_parts = any(part is not None for part in (image, last_image, audio, video))
+        prompt_domain = self.prompt_domain if check_prompt and not widened else None
+        conditioning_from_files = any(
+            part is not None for part in (image, last_image, audio, video)
+        )
         length, num_frames, begin = self._length(
             seconds, num_frames, frame, audio, video, speech_start
         )
@@ -352,9 +355,9 @@ class AVDiffPipeline(
             length,
             num_frames,
             language,
-            script,
-            world,
-            given_parts,
+            track,
+            prompt_domain,
+            conditioning_from_files,
             begin,
             self._event_seeds(generator, batch) if prompts else None,
         )
@@ -395,7 +398,7 @@ class AVDiffPipeline(
                 "no_text": (negative_prompt_embeds, negative_prompt_attention_mask),
             },
             positions,
-            None if request.script is None else request.script.to(device),
+            None if request.track is None else request.track.to(device),
             batch,
         )
 

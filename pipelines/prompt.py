@@ -11,12 +11,11 @@ from typing import Any
 
 from avdiff.clip import ClipSpec
 from avdiff.corpus.captions import parse_prompt
-from avdiff.corpus.prompt import event_script, strokes_told
+from avdiff.corpus.prompt import onset_track, onsets_in_caption
 from avdiff.g2p.pronounce import read
-from avdiff.models.conditions import Script
-from avdiff.models.prompt_domain import PromptWorld
-from avdiff.phonetics.track import script_from_phones
-from avdiff.phonetics.visemes import Phone
+from avdiff.models.prompt_domain import PromptDomain
+from avdiff.phonetics.phone import Phone
+from avdiff.phonetics.track import PhonemeTrack, track_from_phones
 
 DEFAULT_SECONDS = 2.5  # a clip without words
 
@@ -28,7 +27,7 @@ class Request:
     clip: ClipSpec
     descriptions: list[str]
     phones: list[tuple[Phone, ...]]
-    script: Script | None
+    track: PhonemeTrack | None
 
 
 def understand(
@@ -37,8 +36,8 @@ def understand(
     seconds: float | Fraction | None = None,
     num_frames: int | None = None,
     language: str | None = None,
-    script: Script | None = None,
-    world: PromptWorld | None = None,
+    track: PhonemeTrack | None = None,
+    prompt_domain: PromptDomain | None = None,
     given: bool = False,
     begin: float = 0.0,
     event_seeds: Sequence[int] | None = None,
@@ -66,10 +65,10 @@ def understand(
         raise ValueError(f"seconds={seconds} and num_frames={num_frames}: give one of them")
     parsed = [parse_prompt(p) for p in prompts or []]
     for prompt, (description, words) in zip(prompts or [], parsed, strict=True):
-        if world is not None:
-            world.check(prompt, description, words, given or script is not None)
+        if prompt_domain is not None:
+            prompt_domain.check(prompt, description, words, given or track is not None)
     spoken: list[tuple[Phone, ...]] = [()] * len(parsed)
-    if script is None:
+    if track is None:
         spoken = [
             tuple(
                 p._replace(start=p.start + begin, end=p.end + begin)
@@ -93,20 +92,20 @@ def understand(
                 f"{words!r} takes {phones[-1].start:.1f} s to say, but the clip lasts "
                 f"{float(clip.seconds):.1f} s: ask for a longer clip or fewer words"
             )
-    if script is None and event_seeds is not None and not given:
+    if track is None and event_seeds is not None and not given:
         spoken = [
             phones
-            if words or not is_event(description, world)
-            else event_script(description, float(clip.seconds), seed)
+            if words or not is_event(description, prompt_domain)
+            else onset_track(description, float(clip.seconds), seed)
             for (description, words), phones, seed in zip(parsed, spoken, event_seeds, strict=True)
         ]
-    if script is None and any(spoken):
-        script = script_from_phones(spoken, clip)
-    return Request(clip, [description for description, _ in parsed], spoken, script)
+    if track is None and any(spoken):
+        track = track_from_phones(spoken, clip)
+    return Request(clip, [description for description, _ in parsed], spoken, track)
 
 
-def is_event(description: str, world: PromptWorld | None = None) -> bool:
+def is_event(description: str, prompt_domain: PromptDomain | None = None) -> bool:
     """Whether a prompt without words is about something that sounds when it is struck."""
-    return strokes_told(description) is not None or (
-        world is not None and world.is_event(description)
+    return onsets_in_caption(description) is not None or (
+        prompt_domain is not None and prompt_domain.is_event(description)
     )

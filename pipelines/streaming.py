@@ -17,8 +17,8 @@ import torch
 
 from avdiff.clip import ClipSpec, Clock, as_fps
 from avdiff.latents import Joint
-from avdiff.phonetics.track import script_from_phones
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
+from avdiff.phonetics.track import track_from_phones
 from avdiff.pipelines.conditioning import SEAM
 from avdiff.pipelines.prompt import understand
 
@@ -170,7 +170,7 @@ class LongMixin:
                 generate_audio=wanted.audio,
                 video=None if video is None else video[:, :, -context:],
                 audio=heard,
-                script=script_from_phones([_window(words, float(start / fps), clip)], clip)
+                track=track_from_phones([_window(words, float(start / fps), clip)], clip)
                 if words
                 else None,
                 speech_start=0.0,

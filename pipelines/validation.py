@@ -21,7 +21,7 @@ from PIL.Image import Image
 from avdiff.clip import ClipSpec
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
-from avdiff.models.conditions import Script
+from avdiff.phonetics.track import PhonemeTrack
 from avdiff.pipelines.conditioning import Retake
 
 MAX_GUIDANCE = 100  # beyond it the estimate is noise in any precision
@@ -68,9 +68,11 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name}={_short(value)}: needs a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}"
             )
-    steady = values["steadiness"]
+    steady = values["deflicker_strength"]
     if steady is not None and not (_is_number(steady) and 0 <= steady <= 255):
-        raise ValueError(f"steadiness={_short(steady)}: needs a number from 0 to 255, or None")
+        raise ValueError(
+            f"deflicker_strength={_short(steady)}: needs a number from 0 to 255, or None"
+        )
     start = values["speech_start"]
     if start is not None and not (_is_number(start) and start >= 0):
         raise ValueError(f"speech_start={_short(start)}: needs seconds of at least 0, or None")
@@ -81,7 +83,7 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:
         raise ValueError(f"seconds={_short(values['seconds'])}: needs a number above 0, or None")
     for name, kinds, wanted in (
         ("guidance", Guidance, "an avdiff.Guidance, or None"),
-        ("script", Script, "a Script, or None"),
+        ("track", PhonemeTrack, "a Script, or None"),
         ("retake", Retake, "an avdiff.Retake, or None"),
         ("attention_kwargs", dict, "a dict, or None"),
         ("language", str, "a code such as 'en', or None"),

@@ -124,7 +124,7 @@ def driven_mouth(pipe: AVDiffPipeline, bank: str | None, count: int) -> float:
 
 
 def measure_arm(
-    pipe: AVDiffPipeline, prompts: list[Prompt], folder: Path, by: suite.Judges
+    pipe: AVDiffPipeline, prompts: list[Prompt], folder: Path, by: suite.Evaluators
 ) -> dict[str, float]:
     """Phone error rate and lips against heard phones of the prompts' clips."""
     rows = [
@@ -191,7 +191,7 @@ def main() -> None:
     spoken = [prompt for prompt in load_prompts() if prompt.text]
     prompts, by = (
         spoken[:: max(1, len(spoken) // args.prompts)][: args.prompts],
-        suite.Judges.bundled(),
+        suite.Evaluators.bundled(),
     )
     table: dict[str, list[dict[str, float]]] = defaultdict(list)
     for seed in range(args.seeds):

@@ -75,11 +75,15 @@ def main(arguments: Iterable[str] | None = None) -> list[Coupling]:
     )
     parser.add_argument("--steps", type=int, help="denoising steps; default is the pipeline's")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--judges", help="folder with other judges than the bundled ones")
+    parser.add_argument("--evaluators", help="folder with other evaluators than the bundled ones")
     args = parser.parse_args(None if arguments is None else list(arguments))
     prompts = [prompt for prompt in load_prompts(args.prompts) if prompt.text]
     prompts = prompts[:: max(1, len(prompts) // args.limit)][: args.limit]
-    judges = suite.Judges.from_folder(args.judges) if args.judges else suite.Judges.bundled()
+    evaluators = (
+        suite.Evaluators.from_folder(args.evaluators)
+        if args.evaluators
+        else suite.Evaluators.bundled()
+    )
     pipe = AVDiffPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     folders = {}
@@ -94,7 +98,7 @@ def main(arguments: Iterable[str] | None = None) -> list[Coupling]:
         folders[name] = args.folder / name.replace(" ", "-")
         cascade(pipe, prompts, folders[name], first, **steps)
         print(f"{name}: {len(prompts)} clips in {folders[name]}")
-    found = measure_arms(folders, judges)
+    found = measure_arms(folders, evaluators)
     print_couplings(found)
     return found
 

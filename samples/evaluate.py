@@ -6,7 +6,7 @@ model's codecs.
 
 Everything is resumable: clips and rows that are in the folder are kept. It ends with a table,
 `table.json`, a JSON and a CSV for each column of the table, and `report.html` with the model's
-clips, worst first. Judges are frozen and never trained on anything that the model makes.
+clips, worst first. Evaluators are frozen and never trained on anything that the model makes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from avdiff import PRESENTER, AVDiffPipeline, write_clip
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.data.heldout import FILE, Prompt, load_prompts
 from avdiff.evaluation import suite
-from avdiff.evaluation.metrics.table import mark_table, print_marks
+from avdiff.evaluation.metrics.table import metrics_table, print_metrics
 from avdiff.evaluation.oracle import truth_clip
 from avdiff.evaluation.report.report import write_reports, write_text
 from avdiff.guidance import Guidance
@@ -53,10 +53,10 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def make_ceiling(
+def make_oracle(
     prompts: Sequence[Prompt],
     folder: Path,
-    bank: SpeechBank,
+    bank: SpeechCorpus,
     tick: Callable[[int], None],
     codecs: AVDiffPipeline | None = None,
 ) -> Clips:
@@ -80,12 +80,12 @@ def make_ceiling(
 def measure(
     clips: Clips,
     store: Path,
-    judges: suite.Judges,
+    evaluators: suite.Evaluators,
     mark: str,
     mos: bool,
     tick: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Rows of the clips; those in `store` that the same judges measured on the same file are
+    """Rows of the clips; those in `store` that the same evaluators measured on the same file are
     kept.
     """
     known: dict[str, dict[str, Any]] = {}
@@ -99,7 +99,7 @@ def measure(
         for path, prompt in clips:
             key = f"{path.name} {path.stat().st_mtime_ns} {mark}"
             if key not in known:
-                row = suite.measure_file(path, prompt, judges, mos) | {"id": path.stem}
+                row = suite.measure_file(path, prompt, evaluators, mos) | {"id": path.stem}
                 file.write(json.dumps({"key": key, "row": _plain(row)}, ensure_ascii=False) + "\n")
                 file.flush()
                 known[key] = row
@@ -150,7 +150,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--bank", help="speech bank of the ceilings; default $AVDIFF_BANK, else the mini-bank"
     )
-    parser.add_argument("--judges", help="folder with other judges than the bundled ones")
+    parser.add_argument("--evaluators", help="folder with other evaluators than the bundled ones")
     parser.add_argument("--no-ceilings", action="store_true", help="the model alone")
     parser.add_argument(
         "--mos", action="store_true", help="predicted opinion scores too (needs speechmos)"
@@ -160,8 +160,12 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
     prompts = spread(load_prompts(args.prompts, args.kinds, args.languages), args.limit)
     if not prompts:
         raise SystemExit("no prompt of these kinds and languages")
-    judges = suite.Judges.from_folder(args.judges) if args.judges else suite.Judges.bundled()
-    facts = suite.header(args.judges) | {
+    evaluators = (
+        suite.Evaluators.from_folder(args.evaluators)
+        if args.evaluators
+        else suite.Evaluators.bundled()
+    )
+    facts = suite.header(args.evaluators) | {
         "model": args.model,
         "prompts": len(prompts),
         "seeds": args.seeds,
@@ -190,18 +194,18 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
             )
         }
         if not args.no_ceilings:
-            bank = SpeechBank(args.bank, decoded=True)
-            clips["codec"] = make_ceiling(
+            bank = SpeechCorpus(args.bank, decoded=True)
+            clips["codec"] = make_oracle(
                 prompts, args.folder / "codec", bank, stage("codec", len(prompts)), pipe
             )
-            clips["corpus"] = make_ceiling(
+            clips["corpus"] = make_oracle(
                 prompts, args.folder / "corpus", bank, stage("corpus", len(prompts))
             )
         rows = {
             name: measure(
                 members,
                 args.folder / f"rows-{name}.jsonl",
-                judges,
+                evaluators,
                 mark,
                 args.mos,
                 stage(f"measure {name}", len(members)),
@@ -209,7 +213,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
             for name, members in clips.items()
         }
     facts["minutes"] = f"{(time.time() - began) / 60:.1f}"
-    table = mark_table(rows)
+    table = metrics_table(rows)
     for name, members in rows.items():
         page = args.folder / "report.html" if name == "model" else None
         write_reports(
@@ -226,7 +230,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
         args.folder / "table.json",
         json.dumps({"header": facts, "table": table.record()}, indent=1) + "\n",
     )
-    print_marks(table)
+    print_metrics(table)
     print(f"{args.folder / 'report.html'}, {args.folder / 'table.json'}")
     return table.record()
 

@@ -20,7 +20,7 @@ from avdiff.corpus.augment import coloured_noise
 from avdiff.corpus.captions import parse_prompt
 from avdiff.corpus.dataset import PresenterCorpus
 from avdiff.evaluators.load import phone_error_rate, read_faces, recognise, spoken_symbols
-from avdiff.phonetics.track import script_from_phones
+from avdiff.phonetics.track import track_from_phones
 
 SECONDS, RATE = 2.52, 24000
 
@@ -71,11 +71,11 @@ def main() -> None:
             )
             found[name].append(opening_r(out.frames[0], truth))
         film = (clip["video"].permute(3, 0, 1, 2).float() / 127.5 - 1)[None]
-        script = script_from_phones([clip["phones"]], ClipSpec.from_seconds(SECONDS))
+        track = track_from_phones([clip["phones"]], ClipSpec.from_seconds(SECONDS))
         out = pipe(
             description,
             video=film,
-            script=script,
+            track=track,
             seconds=SECONDS,
             output_type="np",
             generator=torch.Generator().manual_seed(seed),

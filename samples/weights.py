@@ -1,4 +1,4 @@
-"""Rebuild every weight that ships, in order: codecs, judges, reader, latents, presenter,
+"""Rebuild every weight that ships, in order: codecs, evaluators, reader, latents, presenter,
 distillation.
 
     python samples/weights.py --bank BANK --folder runs/weights [--only STAGE...] [--from STAGE]
@@ -48,12 +48,12 @@ def stages(folder: Path, bank: str) -> list[Stage]:
             "video_vae_decoder",
             "audio_vae",
             "vocoder",
-            "recogniser",
+            "recognizer",
             "lip_network",
             "face_reader",
             "words",
             "times",
-            "impacts",
+            "contacts",
             "faces",
             "presenter",
             "presenter_fast",
@@ -93,10 +93,10 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         ]
         return Stage(f"latents_{name}", [*command, *more], latents / name / "done", 0.25, {})
 
-    def judge(name: str, hours: float, *more: str) -> Stage:
+    def evaluator(name: str, hours: float, *more: str) -> Stage:
         return Stage(
             name,
-            train("judges", name, name, *more),
+            train("evaluators", name, name, *more),
             final(name, name),
             hours,
             {name: final(name, name)},
@@ -159,22 +159,22 @@ def stages(folder: Path, bank: str) -> list[Stage]:
             {"vocoder": final("vocoder", "vocoder")},
         ),
         Stage("codecs", [], codecs, 0.0, {}),
-        judge(
-            "recogniser",
+        evaluator(
+            "recognizer",
             0.7,
             "--audio_vae",
             str(codecs / "audio_vae"),
             "--vocoder",
             str(codecs / "vocoder"),
         ),
-        judge("lip_network", 0.5),
-        judge("face_reader", 0.5, "--video_vae", str(codecs / "vae")),
+        evaluator("lip_network", 0.5),
+        evaluator("face_reader", 0.5, "--video_vae", str(codecs / "vae")),
         Stage(
             "words",
             [*python, "avdiff.train.g2p.train_g2p", "words", "--output_dir", str(out["words"])],
             final("words", "reader"),
             0.5,
-            {"reader/words": final("words", "reader")},
+            {"g2p/pronouncer": final("words", "reader")},
         ),
         Stage(
             "times",
@@ -189,14 +189,14 @@ def stages(folder: Path, bank: str) -> list[Stage]:
             ],
             final("times", "timer"),
             0.1,
-            {"reader/times": final("times", "timer")},
+            {"g2p/duration_predictor": final("times", "timer")},
         ),
         Stage(
-            "impacts",
-            [*python, "avdiff.train.evaluators.contacts", "--output", str(out["impacts"])],
-            out["impacts"] / "config.json",
+            "contacts",
+            [*python, "avdiff.train.evaluators.contacts", "--output", str(out["contacts"])],
+            out["contacts"] / "config.json",
             0.2,
-            {"impact_reader": out["impacts"]},
+            {"contact_detector": out["contacts"]},
         ),
         cache("faces", "--count", "30000", "--stills", "--seed", "17", "--full-captions", "0.75"),
         cache("event_stills", "--count", "4000", "--stills", "--events", "1", "--seed", "18"),
@@ -304,16 +304,16 @@ def install(found: list[Stage]) -> None:
                 print(f"{part}: not there yet ({source}); the package keeps its own")
                 continue
             target = BUNDLED / part
-            aside = target.with_name(f".{target.name}.new")
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(source, aside)
-            halve(aside)
+            temporary_path = target.with_name(f".{target.name}.new")
+            shutil.rmtree(temporary_path, ignore_errors=True)
+            temporary_path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, temporary_path)
+            halve(temporary_path)
             for note in ("README.md",):
                 if (target / note).is_file():
-                    shutil.copy2(target / note, aside / note)
+                    shutil.copy2(target / note, temporary_path / note)
             shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+            temporary_path.rename(target)
             print(f"{part}: {source}")
     recommend(
         [
@@ -335,9 +335,11 @@ def recommend(indices: list[Path]) -> None:
         )
         own = json.loads(index.read_text(encoding="utf-8"))
         own |= {key: newest[key] for key in RECOMMENDED if key in newest}
-        aside = index.with_name(".model_index.new")
-        aside.write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        aside.replace(index)
+        temporary_path = index.with_name(".model_index.new")
+        temporary_path.write_text(
+            json.dumps(own, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        temporary_path.replace(index)
 
 
 def halve(folder: Path) -> None:

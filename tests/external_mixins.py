@@ -229,7 +229,7 @@ class Pipeline(pipelines.BasePipelineTesterConfig):
     output_shape = (11, 3, 128, 128)
 
     def get_dummy_components(self, num_layers: int | None = None) -> dict:
-        return {**tiny_components(), "world": None}
+        return {**tiny_components(), "prompt_domain": None}
 
     def get_dummy_inputs(self, device: Any = None) -> dict:
         return pipe_inputs()

@@ -14,13 +14,13 @@ from PIL import Image
 
 from avdiff.guidance import Guidance
 from avdiff.media.write import write_clip, write_wav
-from avdiff.models.conditions import Script
+from avdiff.phonetics.track import PhonemeTrack
 
 NAN, INF = math.nan, math.inf
 Z = torch.zeros
 SIZE = (64, 64)
 EMBEDS = {"prompt": None, "prompt_embeds": Z(1, 4, 32), "prompt_attention_mask": torch.ones(1, 4)}
-SCRIPT = Script(
+SCRIPT = PhonemeTrack(
     Z(1, 2, dtype=torch.long),
     Z(1, 2, dtype=torch.long),
     Z(1, 20, dtype=torch.long),
@@ -158,7 +158,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "audio NaN": ({"audio": Z(1, 1, 4800) + NAN}, "audio: holds NaN"),
     "audio 16 bit": ({"audio": Z(1, 1, 4800, dtype=torch.int16)}, "audio of torch.int16"),
     "audio too loud": ({"audio": Z(1, 1, 4800) + 3e4}, "audio with values from"),
-    "script text": ({"script": "hello"}, "script='hello'"),
+    "script text": ({"track": "hello"}, "track='hello'"),
     "attention options": ({"attention_kwargs": 3}, "attention_kwargs=3"),
     "callback": ({"callback_on_step_end": 3}, "callback_on_step_end=3"),
     "callback names": (

@@ -1,4 +1,4 @@
-"""Audio VAE, mel front end, vocoder, their training tasks and the metrics that judge them."""
+"""Audio VAE, mel front end, vocoder, their training tasks and the metrics that evaluator them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
 from avdiff.evaluation.metrics import audio as audio_metrics
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.mel import LogMel
@@ -64,7 +64,7 @@ def test_mel_frame_is_the_windowed_spectrum_at_its_centre() -> None:
     piece = wave[9 * 240 + 120 - 480 : 9 * 240 + 120 + 480] * torch.hann_window(960)
     turn = torch.exp(-2j * math.pi * torch.arange(481)[:, None] * torch.arange(960) / 960)
     slow = (piece * turn).sum(dim=1).abs()
-    expected = front.normalise((slow * 4 / 960) @ front.bank)
+    expected = front.normalize((slow * 4 / 960) @ front.bank)
     torch.testing.assert_close(front(wave)[frame], expected, atol=2e-3, rtol=0)
 
 
@@ -73,7 +73,7 @@ def test_mel_of_a_full_scale_sine_reads_one_and_inverts() -> None:
     wave = torch.cos(2 * math.pi * 1000 * torch.arange(9600) / RATE)
     assert front.magnitude(wave)[20].max().item() == pytest.approx(1.0, abs=1e-3)
     mel = front.magnitude(wave) @ front.bank
-    torch.testing.assert_close(front.amplitude(front.normalise(mel)), mel, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(front.amplitude(front.normalize(mel)), mel, atol=1e-5, rtol=1e-4)
 
 
 def test_mel_refuses_a_broken_frame() -> None:
@@ -122,7 +122,7 @@ def test_vae_saves_statistics(vae: AVAudioVAE, tmp_path) -> None:
     vae.save_pretrained(tmp_path)
     again = AVAudioVAE.from_pretrained(tmp_path)
     z = torch.randn(1, 48, 5, 1)
-    torch.testing.assert_close(again.denormalise(again.normalise(z)), z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again.denormalise(again.normalize(z)), z, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again.latents_std, vae.latents_std)
 
 
@@ -250,8 +250,8 @@ def test_tracking_finds_pitch_phase_and_silence(hertz: float) -> None:
 
 
 # -------------------------------------------------------------------------------------------- tasks
-def small_bank(count: int = 4) -> SpeechBank:
-    bank = SpeechBank(REPO_BANK)
+def small_bank(count: int = 4) -> SpeechCorpus:
+    bank = SpeechCorpus(REPO_BANK)
     bank.utterances = bank.utterances[:count]
     return bank
 
@@ -319,7 +319,7 @@ def test_latent_statistics_make_unit_variance() -> None:
     torch.manual_seed(1)
     vae, segments = AVAudioVAE(**TINY_VAE), list(held_out(small_bank(), 19200, 4))
     measure_latents(vae, segments, 4, batch=3)
-    z = vae.normalise(vae.encode(vae.mel(torch.stack(segments))).latent_dist.mode())
+    z = vae.normalize(vae.encode(vae.mel(torch.stack(segments))).latent_dist.mode())
     torch.testing.assert_close(z.mean(dim=(0, 2, 3)), torch.zeros(48), atol=1e-4, rtol=0)
     torch.testing.assert_close(
         z.std(dim=(0, 2, 3), correction=0), torch.ones(48), atol=1e-3, rtol=0

@@ -159,7 +159,7 @@ def test_the_offset_of_a_shifted_sound_is_found(shift):
     event = next(
         e
         for e in (sample_event(np.random.default_rng(i), 4.0, "knock") for i in range(50))
-        if len(e.impacts) == 3
+        if len(e.contacts) == 3
     )
     frames = np.stack([render_event(event, (i + 0.5) / 25, 64) for i in range(100)])
     sound = np.roll(event_audio(event, 4 * RATE, RATE), round(shift * RATE))[None]

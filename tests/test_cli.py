@@ -253,7 +253,7 @@ def test_info_tells_what_is_in_the_package(capsys) -> None:
     assert rows["vocoder"]["values"] == sum(v.numel() for v in vocoder.state_dict().values())
     assert "Apache-2.0" in said["licence"] and said["data"] and said["limits"]
     assert run("info") == 0
-    assert "reader/words" in capsys.readouterr().out
+    assert "g2p/pronouncer" in capsys.readouterr().out
 
 
 def test_active_parameters_match_what_one_token_touches() -> None:

@@ -13,7 +13,7 @@ from tiny import tiny_pipeline
 
 from avdiff.cli import main as cli
 from avdiff.corpus.speech import build as bank_builder
-from avdiff.corpus.speech.read import LANGUAGES, REPO_BANK, SpeechBank
+from avdiff.corpus.speech.read import LANGUAGES, REPO_BANK, SpeechCorpus
 from avdiff.corpus.speech.sentences import draw_sentence
 from avdiff.corpus.speech.synthesis import Speech, Voices, cut_out
 from avdiff.corpus.speech.timing import best_shift
@@ -84,7 +84,7 @@ def test_cache_and_bank_errors_are_one_line(tmp_path, capsys):
 
 
 def test_labels_that_are_off_are_found_by_their_sound():
-    spoken = list(SpeechBank(REPO_BANK, languages=["es"]))[:25]
+    spoken = list(SpeechCorpus(REPO_BANK, languages=["es"]))[:25]
     plain, share = best_shift((u.bank.audio(u), u.phones) for u in spoken)
     late = [
         (u.bank.audio(u), [p._replace(start=p.start + 0.02, end=p.end + 0.02) for p in u.phones])
@@ -139,10 +139,10 @@ def hum(phonemes: str, blend: dict[str, float], speed: float) -> Speech:
 def test_shards_read_back(tmp_path):
     arguments = ("it", 0, 6, 3, hum, NAMES, default_networks())
     bank_builder._write_shard(tmp_path / "it-000.tar", bank_builder.speak_plans(*arguments))
-    bank = SpeechBank(tmp_path)
+    bank = SpeechCorpus(tmp_path)
     assert len(bank) == 6 and bank_builder._held(tmp_path / "it-000.tar") == 6
     first = next(iter(bank_builder.speak_plans(*arguments)))[0]
-    assert json.loads(json.dumps(SpeechBank.record(bank[0]))) == first
+    assert json.loads(json.dumps(SpeechCorpus.record(bank[0]))) == first
     for utterance in bank:
         sound = bank.audio(utterance)
         assert len(sound) == round(utterance.duration * 24000) and utterance.tokens.starts[

@@ -76,7 +76,7 @@ def test_exit_codes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ([*good, "--backend", "ears"], "needs lip_network or syncnet"),
         ([*good, "--backend", "syncnet"], "needs --weights PATH"),
         ([*good[:1], "--faces", "mesh", "--landmarker", "x"], "no such file"),
-        ([*good, "--judges", tmp_path], "no weights in"),
+        ([*good, "--evaluators", tmp_path], "no weights in"),
         ([], "Missing argument"),
     ):
         assert run("lipsync", *arguments) == 2

@@ -17,7 +17,7 @@ from avdiff.clip import ClipSpec, Clock, as_fps
 RATES = st.sampled_from(["23.976", 24, 25, "29.97", 30])
 CLOCKS = st.builds(
     lambda video, hop, mels, tick: Clock(
-        video_stride=video, audio_stride=hop * mels, mel_hop=hop, tick_rate=tick
+        video_stride=video, audio_stride=hop * mels, mel_hop=hop, shared_rate=tick
     ),
     st.integers(1, 8),
     st.sampled_from([160, 240, 256, 320]),
@@ -38,9 +38,9 @@ CLIPS = st.builds(
 @given(CLIPS)
 def test_all_streams_end_within_one_latent_step(clip: ClipSpec) -> None:
     step = Fraction(clip.clock.audio_stride, clip.sample_rate)
-    audio_end, tick_end = clip.audio_tokens * step, clip.ticks / clip.clock.tick_rate
+    audio_end, tick_end = clip.audio_tokens * step, clip.num_shared / clip.clock.shared_rate
     assert 0 <= audio_end - clip.seconds < step
-    assert 0 <= tick_end - clip.seconds < 1 / clip.clock.tick_rate
+    assert 0 <= tick_end - clip.seconds < 1 / clip.clock.shared_rate
     assert abs(Fraction(clip.num_samples, clip.sample_rate) - clip.seconds) <= Fraction(
         1, 2 * clip.sample_rate
     )
@@ -86,7 +86,7 @@ def test_positions_are_fp32_midpoints_rounded_once(clip: ClipSpec) -> None:
             clip.video_seconds(),
         ),
         (clip.audio_positions()[:, 0], clip.audio_seconds()),
-        (clip.tick_positions()[:, 0], clip.tick_seconds()),
+        (clip.shared_positions()[:, 0], clip.shared_seconds()),
     ]
     for positions, exact in pairs:
         assert positions.dtype == torch.float32
@@ -112,7 +112,7 @@ def test_video_positions_run_frame_by_frame_row_by_row() -> None:
 def test_presenter_counts() -> None:
     clip = ClipSpec.from_seconds(4)
     assert (clip.num_frames, clip.latent_frames, clip.video_tokens) == (101, 51, 204)
-    assert (clip.audio_tokens, clip.mel_frames, clip.num_samples, clip.ticks) == (
+    assert (clip.audio_tokens, clip.mel_frames, clip.num_samples, clip.num_shared) == (
         101,
         404,
         96960,
@@ -176,7 +176,7 @@ def test_bad_durations_are_refused(seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"video_stride": 0}, {"patch": 1.5}, {"audio_stride": 961}, {"tick_rate": 0}]
+    "change", [{"video_stride": 0}, {"patch": 1.5}, {"audio_stride": 961}, {"shared_rate": 0}]
 )
 def test_bad_clocks_are_refused(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -25,15 +25,15 @@ from avdiff.corpus.speech.read import (
     REPO_BANK,
     SAMPLE_RATE,
     SPLITS,
-    SpeechBank,
+    SpeechCorpus,
     normalised_text,
 )
 from avdiff.phonetics.visemes import viseme_of
 
 
 @pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank(REPO_BANK)
+def bank() -> SpeechCorpus:
+    return SpeechCorpus(REPO_BANK)
 
 
 def digest(item: dict) -> str:
@@ -83,7 +83,7 @@ def test_items_hold_what_the_contract_says(bank):
                 normalised_text(item["text"]) in normalised_text(c) for c in item["captions"]
             )
         else:
-            assert item["impacts"] and not item["phones"]
+            assert item["contacts"] and not item["phones"]
     assert kinds == {"speech", "event"}
 
 

@@ -15,19 +15,19 @@ import torch
 from tiny import tiny_pipeline
 
 from avdiff.cli import evaluate_all as cli_eval_all
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
 from avdiff.data.heldout import Prompt, load_prompts
 from avdiff.evaluation import coupling, suite
 from avdiff.evaluation import oracle as ceiling
-from avdiff.evaluation.metrics import table as marks
+from avdiff.evaluation.metrics import table as metrics
 from avdiff.evaluation.report.report import read_report
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
 from avdiff.media.write import Clip, read_clip, write_clip
-from avdiff.models.evaluators.contact_detector import ImpactReader
+from avdiff.models.evaluators.contact_detector import ContactDetector
 from avdiff.models.evaluators.face_reader import FaceReader
 from avdiff.models.evaluators.lip_network import LipNetwork
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import inventory
 from avdiff.pipelines import generate_prompts as batch
 
@@ -35,17 +35,17 @@ SAMPLES = Path(__file__).parents[1] / "samples"
 
 
 @cache
-def judges() -> suite.Judges:
+def evaluators() -> suite.Evaluators:
     torch.manual_seed(1)
     reader = FaceReader({"glasses": ("none", "round glasses")}).eval()
     torch.nn.init.constant_(
         reader.is_face.bias, 5.0
     )  # this untrained reader sees a face everywhere
-    return suite.Judges(
-        PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(),
+    return suite.Evaluators(
+        PhoneRecognizer(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(),
         reader,
         LipNetwork(width=16, layers=1, embedding=8).eval(),
-        ImpactReader((8, 8, 8), 16, 1).eval(),
+        ContactDetector((8, 8, 8), 16, 1).eval(),
     )
 
 
@@ -54,12 +54,12 @@ def judge_folder() -> Path:
     import tempfile
 
     folder = Path(tempfile.mkdtemp())
-    for name in ("recogniser", "face_reader", "lip_network", "impact_reader"):
-        getattr(judges(), name).save_pretrained(folder / name)
+    for name in ("recognizer", "face_reader", "lip_network", "contact_detector"):
+        getattr(evaluators(), name).save_pretrained(folder / name)
     return folder
 
 
-def wishes(bank: SpeechBank) -> list[Prompt]:
+def wishes(bank: SpeechCorpus) -> list[Prompt]:
     """Two sentences that the mini-bank holds, and an event."""
     found = []
     for number, one in enumerate([u for u in bank if u.duration < 2][:2]):
@@ -171,7 +171,7 @@ def test_batches_hold_every_prompt_once_and_like_lengths() -> None:
 
 
 def test_prompts_become_files_once(tmp_path: Path) -> None:
-    pipe, prompts = tiny_pipeline(), wishes(SpeechBank(REPO_BANK, languages=["en"]))
+    pipe, prompts = tiny_pipeline(), wishes(SpeechCorpus(REPO_BANK, languages=["en"]))
     ticks: list[int] = []
     made = batch.generate_prompts(
         pipe, prompts, tmp_path, 2, 2, ticks.append, num_inference_steps=1
@@ -194,7 +194,7 @@ def test_prompts_become_files_once(tmp_path: Path) -> None:
 
 
 def test_ceiling_clips_are_the_corpus_and_survive_the_codecs() -> None:
-    bank = SpeechBank(REPO_BANK, languages=["en"])
+    bank = SpeechCorpus(REPO_BANK, languages=["en"])
     speaking, _, event = wishes(bank)
     clip = ceiling.truth_clip(speaking, bank)
     assert clip is not None and clip.frames is not None and clip.audio is not None
@@ -203,7 +203,7 @@ def test_ceiling_clips_are_the_corpus_and_survive_the_codecs() -> None:
     told = ceiling.presenter_of(speaking).attributes()
     assert {k: told[k] for k in speaking.attributes} == speaking.attributes
     scene = ceiling.event_of(event)
-    assert len(scene.impacts) == event.impacts and scene.kind == event.attributes["event"]
+    assert len(scene.contacts) == event.contacts and scene.kind == event.attributes["event"]
     assert ceiling.truth_clip(load_prompts(kinds=["digits"])[0], bank) is None
     coded = batch.round_trip(tiny_pipeline(), clip)
     assert (
@@ -215,31 +215,33 @@ def test_ceiling_clips_are_the_corpus_and_survive_the_codecs() -> None:
 
 
 def test_every_clip_gets_a_row_and_a_status(tmp_path: Path) -> None:
-    bank = SpeechBank(REPO_BANK, languages=["en"])
+    bank = SpeechCorpus(REPO_BANK, languages=["en"])
     speaking, _, event = wishes(bank)
     clip, scene = ceiling.truth_clip(speaking, bank), ceiling.truth_clip(event, bank)
     assert clip is not None and scene is not None
-    row = suite.measure_clip(clip, speaking, judges())
+    row = suite.measure_clip(clip, speaking, evaluators())
     assert row["status"] == "ok" or row["status"] == "no_speech"
     assert {"phones", "phone_errors", "attributes_told", "peak", "background_difference"} <= set(
         row
     )
-    heard = suite.measure_clip(scene, event, judges())
+    heard = suite.measure_clip(scene, event, evaluators())
     assert {"event_onsets", "event_hits", "count_heard_right"} <= set(heard)
     assert (
-        suite.measure_clip(Clip(None, clip.audio, None, 24000), speaking, judges())["status"]
+        suite.measure_clip(Clip(None, clip.audio, None, 24000), speaking, evaluators())["status"]
         == "no_picture"
     )
     assert (
-        suite.measure_clip(Clip(clip.frames, None, clip.fps, None), speaking, judges())["status"]
+        suite.measure_clip(Clip(clip.frames, None, clip.fps, None), speaking, evaluators())[
+            "status"
+        ]
         == "no_sound"
     )
-    assert suite.measure_clip(Clip(None, None, None, None), None, judges())["status"] == "error"
+    assert suite.measure_clip(Clip(None, None, None, None), None, evaluators())["status"] == "error"
     (tmp_path / "bad.mp4").write_bytes(b"no film")
-    broken = suite.measure_file(tmp_path / "bad.mp4", None, judges())
+    broken = suite.measure_file(tmp_path / "bad.mp4", None, evaluators())
     assert broken["status"] == "error" and broken["error"]
     for wish, made in ((speaking, clip), (event, scene)):
-        assert 0 <= suite.score(made, wish, judges()) <= 1
+        assert 0 <= suite.score(made, wish, evaluators()) <= 1
 
 
 def test_marks_stand_side_by_side() -> None:
@@ -267,16 +269,16 @@ def test_marks_stand_side_by_side() -> None:
         }
         for i, row in enumerate(corpus)
     ]
-    table = marks.mark_table({"model": model, "corpus": corpus})
-    assert table.marks["  as a share of the corpus's"]["model"].mean == pytest.approx(0.5)
-    assert table.marks["phone errors, en"]["model"].mean == 0.5
-    assert table.marks["hat right"]["model"].mean == 0.5
-    assert table.marks["lip offset within 1 frame"]["corpus"].mean == 1
-    assert "model" not in table.marks["lip offset within 1 frame"]  # nothing was measured there
+    table = metrics.metrics_table({"model": model, "corpus": corpus})
+    assert table.metrics["  as a share of the corpus's"]["model"].mean == pytest.approx(0.5)
+    assert table.metrics["phone errors, en"]["model"].mean == 0.5
+    assert table.metrics["hat right"]["model"].mean == 0.5
+    assert table.metrics["lip offset within 1 frame"]["corpus"].mean == 1
+    assert "model" not in table.metrics["lip offset within 1 frame"]  # nothing was measured there
     assert json.loads(json.dumps(table.record()))["hat right"]["corpus"]["mean"] == 1
     head, rows = table.cells()
     assert head == ["mark", "model", "corpus", "best"] and all(len(row) == 4 for row in rows)
-    marks.print_marks(table)
+    metrics.print_metrics(table)
 
 
 def test_commands_measure_files(tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_commands_measure_files(tmp_path: Path) -> None:
         clip = noise_clip(i)
         write_clip(folder / f"{i}.mp4", clip.frames, 25, clip.audio, 24000)
     (folder / "cut short.mp4").write_bytes((folder / "0.mp4").read_bytes()[:500])
-    report, own = tmp_path / "a.json", ["--judges", str(judge_folder())]
+    report, own = tmp_path / "a.json", ["--evaluators", str(judge_folder())]
     cli_eval_all.main(
         ["all", str(folder), "--json", str(report), "--html", str(tmp_path / "a.html"), *own]
     )
@@ -317,7 +319,7 @@ def test_evaluation_script_ends_with_a_table(
     import evaluate
 
     monkeypatch.setitem(sys.modules, "evaluate", evaluate)
-    pipe, bank = tiny_pipeline(), SpeechBank(REPO_BANK, languages=["en"])
+    pipe, bank = tiny_pipeline(), SpeechCorpus(REPO_BANK, languages=["en"])
     pipe.save_pretrained(tmp_path / "model")
     from dataclasses import asdict
 
@@ -332,7 +334,7 @@ def test_evaluation_script_ends_with_a_table(
         "1",
         "--bank",
         str(REPO_BANK),
-        "--judges",
+        "--evaluators",
         str(judge_folder()),
         "--prompts",
         str(tmp_path / "prompts.jsonl"),

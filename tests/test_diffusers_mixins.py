@@ -244,7 +244,7 @@ def test_signature() -> None:
 
 def test_components_and_variants(components, tmp_path) -> None:
     pipe = make_pipe(components)
-    assert set(pipe.components) == {*components, "world"}
+    assert set(pipe.components) == {*components, "prompt_domain"}
     pipe.save_pretrained(tmp_path, variant="fp16")
     index = json.loads((tmp_path / "model_index.json").read_text())
     for name, part in components.items():
@@ -268,7 +268,7 @@ def test_optional_components_stay_away(components, tmp_path) -> None:
     bare.save_pretrained(tmp_path)
     again = AVDiffPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert again.text_encoder is None and again.tokenizer is None and again.world is None
+    assert again.text_encoder is None and again.tokenizer is None and again.prompt_domain is None
     after = again(**{**inputs, "generator": torch.Generator().manual_seed(0)})
     torch.testing.assert_close(after.frames, before.frames, atol=1e-4, rtol=0)
 

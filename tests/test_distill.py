@@ -45,7 +45,7 @@ def task_of(data, folder, start, **changes):
         "pretrained_model_name_or_path": start,
         "student_steps": "4",
         "checkpointing_steps": "0",
-        "video_script": "0",
+        "video_phonemes": "0",
         **changes,
     }
     return finetune.setup(recipe(data, folder, **changes))
@@ -65,14 +65,14 @@ def test_teacher_answers_as_its_pipeline_does(data, tmp_path, teacher):
     pipe = AVDiffPipeline.from_pretrained(teacher)
     pipe.set_progress_bar_config(disable=True)
     sigmas = Joint(torch.full((3,), 0.7), torch.full((3,), 0.4))
-    question = task.teacher.ask(batch, positions, batch["script"])
+    question = task.teacher.ask(batch, positions, batch["track"])
     got = task.teacher.estimate(question, clean, sigmas)
     mask = batch["attention_mask"].bool()
     with torch.no_grad():
         text = pipe.text_encoder(batch["input_ids"], batch["attention_mask"])
         told = [
-            pipe.transformer.prepare(text, mask, positions, batch["script"]),
-            pipe.transformer.prepare(None, None, positions, batch["script"].without(), 3),
+            pipe.transformer.prepare(text, mask, positions, batch["track"]),
+            pipe.transformer.prepare(None, None, positions, batch["track"].without(), 3),
         ]
         inputs = clean.video, clean.audio, sigmas.video, sigmas.audio
         cond, free = (pipe.transformer(*inputs, conditions=c) for c in told)
@@ -89,7 +89,7 @@ def test_the_way_from_noise_to_data_is_that_of_the_teacher_unless_told(data, tmp
     start = str(tmp_path / "five")
     taught = task_of(data, tmp_path, start).objective
     assert taught.scheduler.config.shift_video == 5 and taught.scheduler.config.shift_audio == 1
-    assert float(taught.levels_at(torch.tensor([0.5])).video) == pytest.approx(5 / 6)
+    assert float(taught.sigmas_at(torch.tensor([0.5])).video) == pytest.approx(5 / 6)
     tuned = finetune.setup(
         recipe(data, tmp_path, pretrained_model_name_or_path=start, shift_audio="2")
     )
@@ -117,7 +117,7 @@ def test_trained_further_a_distilled_pipeline_asks_for_guidance_again(data, tmp_
         "num_inference_steps": 8,
         "guidance_scale": 1.0,
         "audio_guidance_scale": 1.5,
-        "steadiness": 3.0,
+        "deflicker_strength": 3.0,
     }
     AVDiffPipeline(**tiny_components(), **told).save_pretrained(tmp_path / "base")
     tuned = finetune.setup(
@@ -139,7 +139,7 @@ def test_student_lands_where_the_teacher_lands(data, tmp_path, teacher):
     place = torch.tensor([3, 3, 3])
     rows = row_generators(torch.Generator().manual_seed(0), 3)
     n = task.objective.noised(clean, positions, rows, {"extend": 1.0}, place / 4)
-    question = task.teacher.ask(batch, positions, batch["script"])
+    question = task.teacher.ask(batch, positions, batch["track"])
     target = task._target(question, n, place)
 
     def stepped(steps, first, count, estimate):
@@ -171,9 +171,9 @@ def test_own_steps_walk_the_students_path(data, tmp_path, teacher):
     batch, positions, clean = batch_of(task)
     rows = row_generators(torch.Generator().manual_seed(0), 3)
     n = task.objective.noised(clean, positions, rows, None, torch.ones(3))
-    rolled = task._rolled(batch, n, positions, batch["script"], False, torch.tensor([2, 2, 4]), 2)
+    rolled = task._rolled(batch, n, positions, batch["track"], False, torch.tensor([2, 2, 4]), 2)
     with torch.no_grad():
-        network = task._student(task._conditions(batch, positions, batch["script"]))
+        network = task._student(task._conditions(batch, positions, batch["track"]))
         stops = [torch.full((3,), t) for t in (1.0, 0.75, 0.5)]
         whole = task.walk(n.noisy, n.wanted, stops, network)
     for m, tokens in whole.items():
@@ -188,7 +188,7 @@ def test_own_steps_walk_the_students_path(data, tmp_path, teacher):
         with torch.autocast("cpu", torch.bfloat16):
             task.loss(batch, "main", torch.Generator().manual_seed(seed)).total.backward()
         lazy = [name for name, p in task.transformer.named_parameters() if p.grad is None]
-        assert lazy == ["script_encoder.to_video.weight"]  # video_script = 0
+        assert lazy == ["phoneme_encoder.to_video.weight"]  # video_phonemes = 0
 
 
 @pytest.mark.parametrize(
@@ -314,8 +314,8 @@ def test_a_student_inherits_what_fits():
             "'num_layer' is no number of",
         ),
         (
-            {"pretrained_model_name_or_path": "none", "preset_changes": "num_marks=4"},
-            "num_marks=8, the student 4",
+            {"pretrained_model_name_or_path": "none", "preset_changes": "num_stress_tones=4"},
+            "num_stress_tones=8, the student 4",
         ),
         (
             {"pretrained_model_name_or_path": "nowhere"},

@@ -136,8 +136,8 @@ def test_validation_leaves_clips_to_hear_and_see(road):
         -1
     ]
     for name in ("speech", "lip_sync", "mouth"):
-        if f"validation/judge/{name}" in last:
-            assert last[f"validation/judge/{name}"] == pytest.approx(told.get(name, 0.0))
+        if f"validation/evaluator/{name}" in last:
+            assert last[f"validation/evaluator/{name}"] == pytest.approx(told.get(name, 0.0))
 
 
 def test_the_export_generates(road, tmp_path):

@@ -15,7 +15,7 @@ from avdiff.corpus.events.scene import KINDS, Event, sample_event
 from avdiff.corpus.events.sound import event_audio
 from avdiff.evaluation.metrics import events as ev
 from avdiff.media.write import Clip
-from avdiff.models.evaluators.contact_detector import ImpactReader, bumps, peaks
+from avdiff.models.evaluators.contact_detector import ContactDetector, bumps, peaks
 from avdiff.train.evaluators import contacts as training
 
 RATE = 24000
@@ -46,10 +46,10 @@ def close(truth: tuple[float, ...], found: np.ndarray, within: float) -> int:
 def test_the_bundled_reader_sees_impacts_within_half_a_frame() -> None:
     total = near = extra = 0
     for index, scene in enumerate(scenes()):
-        seen = ev.visual_impacts(pictures(index), 25)
-        total += len(scene.impacts)
-        near += close(scene.impacts, seen, 0.02)
-        extra += max(0, len(seen) - len(scene.impacts))
+        seen = ev.visual_contacts(pictures(index), 25)
+        total += len(scene.contacts)
+        near += close(scene.contacts, seen, 0.02)
+        extra += max(0, len(seen) - len(scene.contacts))
     assert near / total >= 0.9
     assert extra / total <= 0.05
 
@@ -58,9 +58,9 @@ def test_other_rates_and_sizes_are_read_on_the_same_clock() -> None:
     total = near = 0
     for index in range(6):
         for fps, size in ((30.0, 128), (50.0, 96)):
-            seen = ev.visual_impacts(pictures(index, fps, size), fps)
-            total += len(scenes()[index].impacts)
-            near += close(scenes()[index].impacts, seen, 0.04)
+            seen = ev.visual_contacts(pictures(index, fps, size), fps)
+            total += len(scenes()[index].contacts)
+            near += close(scenes()[index].contacts, seen, 0.04)
     assert near / total >= 0.85
 
 
@@ -68,9 +68,9 @@ def test_onsets_are_placed_to_the_millisecond() -> None:
     total = near = counted = 0
     for index, scene in enumerate(scenes()):
         heard = ev.audio_onsets(sound(index), RATE)
-        total += len(scene.impacts)
-        near += close(scene.impacts, heard, 0.005)
-        counted += len(heard) == len(scene.impacts)
+        total += len(scene.contacts)
+        near += close(scene.contacts, heard, 0.005)
+        counted += len(heard) == len(scene.contacts)
     assert near / total >= 0.95
     assert counted >= 11
     assert not len(ev.audio_onsets(np.zeros(RATE, np.float32), RATE))
@@ -85,12 +85,12 @@ def test_a_late_sound_is_a_positive_lag_and_misses(late: float) -> None:
         )
         good = Clip(pictures(index), sound(index)[None], Fraction(25), RATE)
         bad = Clip(pictures(index), moved[None], Fraction(25), RATE)
-        truth, found = (ev.events(clip, len(scenes()[index].impacts)) for clip in (good, bad))
-        assert truth["event_hits"] == truth["event_onsets"] == len(scenes()[index].impacts)
+        truth, found = (ev.events(clip, len(scenes()[index].contacts)) for clip in (good, bad))
+        assert truth["event_hits"] == truth["event_onsets"] == len(scenes()[index].contacts)
         assert truth["count_heard_right"] and truth["count_seen_right"]
         assert found["event_hits"] == 0
         assert found["impact_lag_ms"] == pytest.approx(1000 * late, abs=25)
-        assert ev.score(good, len(scenes()[index].impacts)) == 1.0
+        assert ev.score(good, len(scenes()[index].contacts)) == 1.0
         assert ev.score(bad) == 0.0
 
 
@@ -125,7 +125,7 @@ def test_bumps_and_peaks_undo_each_other() -> None:
 
 
 def test_reader_reads_each_clip_alone_and_refuses_other_sizes() -> None:
-    reader = ImpactReader((8, 8, 8), 16, 1).eval()
+    reader = ContactDetector((8, 8, 8), 16, 1).eval()
     x = torch.rand(2, 6, 3, 64, 64) * 2 - 1
     assert torch.allclose(reader(x)[1], reader(x[1:])[0], atol=1e-5)
     with pytest.raises(ValueError, match="64"):
@@ -134,6 +134,6 @@ def test_reader_reads_each_clip_alone_and_refuses_other_sizes() -> None:
 
 def test_training_writes_a_reader_that_loads(tmp_path: object) -> None:
     folder = f"{tmp_path}/reader"
-    marks = training.main(["--output", folder, "--steps", "2", "--batch", "1", "--scenes", "2"])
-    assert {"within_half_picture", "spoilt_counted_right"} <= set(marks)
-    assert isinstance(ev.load_reader(folder), ImpactReader)
+    metrics = training.main(["--output", folder, "--steps", "2", "--batch", "1", "--scenes", "2"])
+    assert {"within_half_picture", "spoilt_counted_right"} <= set(metrics)
+    assert isinstance(ev.load_reader(folder), ContactDetector)

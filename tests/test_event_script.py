@@ -10,15 +10,14 @@ import torch
 
 from avdiff.corpus import prompt as event_prompt
 from avdiff.corpus.captions import event_captions
-from avdiff.corpus.events.scene import KINDS, STROKE, sample_event, stroke_phones
-from avdiff.corpus.prompt import event_script, strokes_told
+from avdiff.corpus.events.scene import KINDS, STROKE, onset_phones, sample_event
+from avdiff.corpus.prompt import onset_track, onsets_in_caption
 from avdiff.models import presets
 from avdiff.models.conditions import Positions
-from avdiff.models.phoneme_encoder import STROKE_ID, ScriptEncoder
+from avdiff.models.phoneme_encoder import PhonemeEncoder
 from avdiff.models.transformer import AVTransformer
-from avdiff.phonetics.phone import IMPACT, inventory, phone_id
-from avdiff.phonetics.track import script_from_phones
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import ONSET, ONSET_ID, Phone, inventory, phone_id
+from avdiff.phonetics.track import track_from_phones
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.pipelines.prompt import understand
 from avdiff.train.joint.aux_heads import IGNORED, viseme_labels
@@ -35,7 +34,7 @@ def test_every_caption_of_the_corpus_tells_its_number_and_whether_it_is_a_ball()
             for _ in range(6):
                 event = sample_event(rng, 3.0, kind)
                 for caption in event_captions(event, language, rng):
-                    assert strokes_told(caption) == len(event.impacts), caption
+                    assert onsets_in_caption(caption) == len(event.contacts), caption
                     ball = bool(event_prompt.BALLS.search(event_prompt._plain(caption)))
                     assert ball == (kind == "ball"), caption
                     told += 1
@@ -55,39 +54,39 @@ def test_every_caption_of_the_corpus_tells_its_number_and_whether_it_is_a_ball()
     ],
 )
 def test_numbers_are_read(text, count):
-    assert strokes_told(text) == count
+    assert onsets_in_caption(text) == count
 
 
 def test_strokes_fill_the_clip_as_told():
     for count in range(1, 7):
-        phones = event_script(f"a rubber ball bounces {count} times", 3.5, seed=count)
+        phones = onset_track(f"a rubber ball bounces {count} times", 3.5, seed=count)
         starts = [p.start for p in phones]
-        assert len(phones) == count and all(p.symbol == IMPACT for p in phones)
+        assert len(phones) == count and all(p.symbol == ONSET for p in phones)
         assert starts[0] > 0 and starts[-1] < 3.5 - 0.2
         if count > 2:
             assert np.all(
                 np.diff(starts, 2) < 0
             )  # each flight of a ball is shorter than the one before
-    assert event_script("a drum is struck twice", 3.0, 1) == event_script(
+    assert onset_track("a drum is struck twice", 3.0, 1) == onset_track(
         "a drum is struck twice", 3.0, 1
     )
-    assert event_script("a drum is struck twice", 3.0, 1) != event_script(
+    assert onset_track("a drum is struck twice", 3.0, 1) != onset_track(
         "a drum is struck twice", 3.0, 2
     )
-    drawn = {len(event_script("a bell rings", 3.0, seed)) for seed in range(40)}
+    drawn = {len(onset_track("a bell rings", 3.0, seed)) for seed in range(40)}
     assert len(drawn) > 3
     for count, words in ((9, "at most 6 strokes"), (6, "longer clip")):
         with pytest.raises(ValueError, match=words):
-            event_script(f"a drum is struck {count} times", 1.0, 0)
+            onset_track(f"a drum is struck {count} times", 1.0, 0)
 
 
 def test_strokes_are_a_symbol_of_their_own():
-    assert phone_id(IMPACT) == STROKE_ID
-    assert len(inventory()[0]) <= STROKE_ID
-    first, second = stroke_phones((0.5, 0.53))
+    assert phone_id(ONSET) == ONSET_ID
+    assert len(inventory()[0]) <= ONSET_ID
+    first, second = onset_phones((0.5, 0.53))
     assert first.end == 0.53 and second.end == pytest.approx(0.53 + STROKE)
-    with pytest.raises(ValueError, match="event_script needs 128"):
-        AVTransformer(**{**presets.tiny(), "num_phonemes": 120, "event_script": True})
+    with pytest.raises(ValueError, match="onset_track needs 128"):
+        AVTransformer(**{**presets.tiny(), "num_phonemes": 120, "onset_track": True})
 
 
 def test_a_prompt_without_words_gets_strokes_where_the_model_knows_them():
@@ -95,25 +94,25 @@ def test_a_prompt_without_words_gets_strokes_where_the_model_knows_them():
     texts = ["a drum is struck three times", 'a man says "no"', "a man"]
     plain = understand(texts, frame, 3.0)
     struck = understand(texts, frame, 3.0, event_seeds=[1, 2, 3])
-    assert [len(p) for p in plain.phones][::2] == [0, 0] and plain.script.present.tolist() == [
+    assert [len(p) for p in plain.phones][::2] == [0, 0] and plain.track.present.tolist() == [
         False,
         True,
         False,
     ]
-    assert struck.script.present.tolist() == [True, True, False]
-    assert (struck.script.phonemes[0] == STROKE_ID).sum() == 3 and not (
-        struck.script.phonemes[1] == STROKE_ID
+    assert struck.track.present.tolist() == [True, True, False]
+    assert (struck.track.phonemes[0] == ONSET_ID).sum() == 3 and not (
+        struck.track.phonemes[1] == ONSET_ID
     ).any()
     assert struck.phones[1] == plain.phones[1]
     heard = understand(
         texts, frame, 3.0, given=True, event_seeds=[1, 2, 3]
     )  # what is given tells when
-    assert heard.script.present.tolist() == [False, True, False]
+    assert heard.track.present.tolist() == [False, True, False]
 
 
 def test_the_pipeline_strikes_by_seed():
     parts = tiny_components()
-    config = {**dict(parts["transformer"].config), "num_phonemes": 128, "event_script": True}
+    config = {**dict(parts["transformer"].config), "num_phonemes": 128, "onset_track": True}
     parts["transformer"] = AVTransformer(
         **{k: v for k, v in config.items() if not k.startswith("_")}
     ).eval()
@@ -128,29 +127,29 @@ def test_the_pipeline_strikes_by_seed():
 
 def test_the_picture_reads_strokes_but_not_words():
     torch.manual_seed(0)
-    encoder = ScriptEncoder(128, 8, 16, 4, 24, 32, event_script=True)
+    encoder = PhonemeEncoder(128, 8, 16, 4, 24, 32, onset_track=True)
     words = (Phone("a", 0.1, 0.3), Phone("t", 0.3, 0.4))
-    script = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP)
+    track = track_from_phones([words, onset_phones((0.1, 0.3)), ()], CLIP)
     positions = Positions.of(CLIP)
-    sound, video = encoder(script, positions)
+    sound, video = encoder(track, positions)
     assert video.abs().amax((1, 2)).gt(0).tolist() == [False, True, False]
     assert sound.abs().amax((1, 2)).gt(0).tolist() == [True, True, False]
     warp = np.full(CLIP.mel_frames, 0.08)
-    told = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP, [warp] * 3)
-    straight = script_from_phones([words, stroke_phones((0.1, 0.3)), ()], CLIP, to_video=True)
+    told = track_from_phones([words, onset_phones((0.1, 0.3)), ()], CLIP, [warp] * 3)
+    straight = track_from_phones([words, onset_phones((0.1, 0.3)), ()], CLIP, to_video=True)
     (_, warped), (_, exact) = encoder(told, positions), encoder(straight, positions)
     assert not torch.equal(
         warped[0], exact[0]
     )  # words may be warped for the picture, strokes never are
     torch.testing.assert_close(warped[1], exact[1])
     torch.testing.assert_close(video[1], exact[1])
-    plain = ScriptEncoder(128, 8, 16, 4, 24, 32)
-    assert plain(script, positions)[1] is None
+    plain = PhonemeEncoder(128, 8, 16, 4, 24, 32)
+    assert plain(track, positions)[1] is None
 
 
 def test_strokes_have_no_viseme():
-    script = script_from_phones([(Phone("a", 0.1, 0.3),), stroke_phones((0.1, 0.3))], CLIP)
-    labels = viseme_labels(script, Positions.of(CLIP))
+    track = track_from_phones([(Phone("a", 0.1, 0.3),), onset_phones((0.1, 0.3))], CLIP)
+    labels = viseme_labels(track, Positions.of(CLIP))
     assert (labels[0] != IGNORED).all()
     assert (labels[1] == IGNORED).any() and (
         labels[1] != IGNORED

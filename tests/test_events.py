@@ -22,7 +22,7 @@ def events(count: int, seconds: float = 2.5, kind: str | None = None) -> list[Ev
 
 def test_impacts_lie_in_the_clip_in_order():
     for event in events(200):
-        times = np.array(event.impacts)
+        times = np.array(event.contacts)
         assert 1 <= len(times) <= 6 and times[0] > 0.1 and times[-1] < 2.5 - 0.15
         assert len(times) == 1 or np.diff(times).min() > 0.1
         assert len(event.speeds) == len(times) and 0 < min(event.speeds) <= max(event.speeds) <= 1
@@ -35,11 +35,11 @@ def test_sound_starts_at_the_impact(kind):
     of the truth.
     """
     for event in events(12, kind=kind):
-        single = replace(event, impacts=event.impacts[:1], speeds=(1.0,))
+        single = replace(event, contacts=event.contacts[:1], speeds=(1.0,))
         sound = event_audio(single, round(2.5 * RATE), RATE)
         first = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max())[0] / RATE
-        assert abs(first - single.impacts[0]) < 0.002
-        assert np.abs(sound[: round(single.impacts[0] * RATE) - 1]).max(initial=0.0) == 0
+        assert abs(first - single.contacts[0]) < 0.002
+        assert np.abs(sound[: round(single.contacts[0] * RATE) - 1]).max(initial=0.0) == 0
         assert 0.3 < np.abs(sound).max() < 0.9
 
 
@@ -49,7 +49,7 @@ def test_every_impact_is_heard(kind):
     for event in events(10, kind=kind):
         sound = event_audio(event, round(2.5 * RATE), RATE).astype(np.float64)
         edge = np.diff(sound, prepend=0.0) ** 2  # high frequencies are where a contact shows
-        for time in event.impacts:
+        for time in event.contacts:
             at = round(time * RATE)
             before, after = edge[at - 48 : at].max(), edge[at : at + 48].max()
             assert after > 1.5 * before
@@ -69,24 +69,24 @@ def test_onsets_are_where_the_truth_says_even_over_ringing():
     errors = []
     for event in events(60):
         sound = event_audio(event, round(2.5 * RATE), RATE)
-        errors += [onset(sound, time) - time for time in event.impacts]
+        errors += [onset(sound, time) - time for time in event.contacts]
     assert len(errors) > 100 and np.abs(errors).max() < 0.005
 
 
 def test_a_new_strike_damps_the_ringing_and_nothing_before_it():
-    event = next(e for e in events(20, kind="bell") if len(e.impacts) >= 2)
+    event = next(e for e in events(20, kind="bell") if len(e.contacts) >= 2)
     one = event_audio(
-        replace(event, impacts=event.impacts[:1], speeds=event.speeds[:1]), 60000
+        replace(event, contacts=event.contacts[:1], speeds=event.speeds[:1]), 60000
     ).astype(np.float64)
     two = event_audio(
-        replace(event, impacts=event.impacts[:2], speeds=event.speeds[:2]), 60000
+        replace(event, contacts=event.contacts[:2], speeds=event.speeds[:2]), 60000
     ).astype(np.float64)
-    split = round(event.impacts[1] * RATE)
+    split = round(event.contacts[1] * RATE)
     gain = np.dot(one[:split], two[:split]) / np.dot(one[:split], one[:split])
     assert np.abs(two[:split] - gain * one[:split]).max() < 1e-5
     tail = slice(split + 1000, split + 9000)
     alone = event_audio(
-        replace(event, impacts=event.impacts[1:2], speeds=event.speeds[1:2]), 60000
+        replace(event, contacts=event.contacts[1:2], speeds=event.speeds[1:2]), 60000
     ).astype(np.float64)
     parts = np.stack([one[tail], alone[tail]], 1)
     shares, *_ = np.linalg.lstsq(parts, two[tail], rcond=None)
@@ -114,21 +114,21 @@ def test_strikers_touch_exactly_at_each_impact():
             away = np.array([strike_distance(event, t) for t in grid])
         assert (away >= -1e-9).all() and (away <= 1.11).all()
         assert np.abs(np.diff(away)).max() < 0.05  # no jumps
-        for time in event.impacts:
+        for time in event.contacts:
             touch = (
                 ball_height(event, time) if event.kind == "ball" else strike_distance(event, time)
             )
             assert touch == pytest.approx(0, abs=1e-6)
-        for one, two in zip(event.impacts, event.impacts[1:], strict=False):
+        for one, two in zip(event.contacts, event.contacts[1:], strict=False):
             inside = (grid > one + 0.03) & (grid < two - 0.03)
             assert away[inside].min() > 0.01
 
 
 def test_a_bouncing_ball_obeys_gravity():
     """The second difference of the height is the same in every flight."""
-    event = next(e for e in events(60, kind="ball") if len(e.impacts) >= 3)
+    event = next(e for e in events(60, kind="ball") if len(e.contacts) >= 3)
     pulls = []
-    for one, two in zip(event.impacts, event.impacts[1:], strict=False):
+    for one, two in zip(event.contacts, event.contacts[1:], strict=False):
         a, b, c = (ball_height(event, (one + two) / 2 + d) for d in (-0.01, 0, 0.01))
         pulls.append((a - 2 * b + c) / 1e-4)
     assert np.ptp(pulls) < 1e-6 * abs(pulls[0]) and pulls[0] < 0
@@ -141,13 +141,13 @@ def test_the_frame_at_an_impact_is_the_one_that_touches(kind):
     """
     fps = 25
     for event in events(3, kind=kind):
-        for time in event.impacts:
+        for time in event.contacts:
             held = int(time * fps)
             away = {i: strike_distance(event, (i + 0.5) / fps) for i in range(held - 2, held + 3)}
             assert min(away, key=away.__getitem__) == held
             # the picture without the rays and ripples that follow a contact: the time since is the
             # same in all of them
-            still = replace(event, impacts=(time,), speeds=(1.0,))
+            still = replace(event, contacts=(time,), speeds=(1.0,))
             contact = render_event(still, time - 1e-6, 64).astype(np.float32)
             before = [
                 np.abs(render_event(still, time - d, 64) - contact).mean()
@@ -159,19 +159,19 @@ def test_the_frame_at_an_impact_is_the_one_that_touches(kind):
 def test_the_ball_is_lowest_in_pixels_at_its_impacts():
     fps = 50
     for event in events(40, kind="ball"):
-        if len(event.impacts) < 3 or event.background == "grey":
+        if len(event.contacts) < 3 or event.background == "grey":
             continue
         event = replace(event, drift=(64.0, 64.0))
         # the shadow moves less than the ball: rows above the floor line show the ball alone
         times = (np.arange(round(2.2 * fps)) + 0.5) / fps
         low = [ball_height(event, t) for t in times]
-        for time in event.impacts[:-1]:
+        for time in event.contacts[:-1]:
             near = [i for i in range(len(times)) if abs(times[i] - time) < 0.05]
             assert (
                 abs(times[near[int(np.argmin([low[i] for i in near]))]] - time) <= 0.5 / fps + 1e-9
             )
-        top = render_event(event, event.impacts[0] - 0.6, 64)
-        floor = render_event(event, event.impacts[0], 64)
+        top = render_event(event, event.contacts[0] - 0.6, 64)
+        floor = render_event(event, event.contacts[0], 64)
         moved = np.abs(top.astype(int) - floor).sum(-1) > 60
         rows = np.flatnonzero(moved.any(1))
         assert rows[0] < 30 and rows[-1] > 42
@@ -193,8 +193,8 @@ def test_captions_tell_the_number_of_impacts():
         for language in LANGUAGES:
             captions = event_captions(event, language, np.random.default_rng(1))
             assert len(captions) == (4 if language == "en" else 6)
-            told = [phrases("en")["times"][len(event.impacts) - 1]] * 4
-            told += [phrases(language)["times"][len(event.impacts) - 1]] * 2
+            told = [phrases("en")["times"][len(event.contacts) - 1]] * 4
+            told += [phrases(language)["times"][len(event.contacts) - 1]] * 2
             for caption, times in zip(captions, told, strict=False):
                 assert (
                     times.lower() in caption.lower() and "{" not in caption and "  " not in caption

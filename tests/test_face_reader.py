@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from avdiff.corpus.face.presenter import lip_points, pose_track, render_face, sample_identity
-from avdiff.evaluators import load as judges
+from avdiff.evaluators import load as evaluators
 from avdiff.models.evaluators.face_reader import FaceReader, crop_squares, expectation, to_pictures
 from avdiff.phonetics.visemes import TARGETS, VISEMES
 from avdiff.train.evaluators.faces import (
@@ -118,7 +118,7 @@ def test_face_reader_learns_and_is_read(tmp_path: Path) -> None:
     reader.eval()
     report = task.validate()
     assert {"clean_jaw_r", "degraded_attributes", "clean_box_iou"} <= set(report)
-    reading = judges.read_faces(np.array(store.pictures[:6]), reader)
+    reading = evaluators.read_faces(np.array(store.pictures[:6]), reader)
     assert (
         reading.points.shape == (6, 20, 2)
         and reading.mouth.shape == (6, 3)
@@ -126,10 +126,10 @@ def test_face_reader_learns_and_is_read(tmp_path: Path) -> None:
     )
     seen = reading.face > 0.5
     assert np.isfinite(reading.points[seen]).all() and np.isnan(reading.points[~seen]).all()
-    wide = judges.read_faces(np.zeros((2, 90, 160, 3), np.uint8), reader)
+    wide = evaluators.read_faces(np.zeros((2, 90, 160, 3), np.uint8), reader)
     assert wide.box.shape == (2, 4)
     with pytest.raises(ValueError, match=r"needs uint8 \(F, H, W, 3\)"):
-        judges.read_faces(np.zeros((2, 3, 8, 8), np.uint8), reader)
+        evaluators.read_faces(np.zeros((2, 3, 8, 8), np.uint8), reader)
     with pytest.raises(ValueError, match=r"needs \(batch, 3, 128, 128\)"):
         reader.find(torch.zeros(1, 3, 64, 64))
 
@@ -152,7 +152,7 @@ def test_reader_marks_of_a_rendered_clip_need_no_truth() -> None:
         reader.is_face.bias.fill_(20.0)
         place, mouth = reader(to_pictures(torch.from_numpy(frames)))
     assert place.box.shape == (3, 4) and mouth.viseme.shape == (3, len(VISEMES))
-    reading = judges.read_faces(frames, reader, batch=2)
+    reading = evaluators.read_faces(frames, reader, batch=2)
     assert set(reading.attributes) == set(ATTRIBUTES) and all(
         0 < c <= 1 for c in reading.certainty.values()
     )

@@ -21,7 +21,8 @@ from avdiff.corpus.face.presenter import (
     render_face,
     sample_identity,
 )
-from avdiff.phonetics.visemes import TARGETS, Phone, viseme_track
+from avdiff.phonetics.phone import Phone
+from avdiff.phonetics.visemes import TARGETS, viseme_track
 
 WORDS = "mˈaməpapə bˈɪɡbɛɹ ˈoʊpɛnmaʊθ suːnfuːd vɛɹiθɪn mˈiːmbaːp"
 

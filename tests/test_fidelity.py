@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from avdiff.corpus.dataset import PresenterCorpus
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
 from avdiff.evaluation import fidelity as fid
-from avdiff.evaluation.suite import Judges
+from avdiff.evaluation.suite import Evaluators
 from avdiff.media.write import Clip
-from avdiff.models.evaluators.contact_detector import ImpactReader
+from avdiff.models.evaluators.contact_detector import ContactDetector
 from avdiff.models.evaluators.face_reader import FaceReader
 from avdiff.models.evaluators.lip_network import LipNetwork
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import inventory
 
 
@@ -93,17 +93,17 @@ def test_real_beside_made_and_too_few_are_refused() -> None:
 
 def test_features_of_real_clips_by_real_judges() -> None:
     torch.manual_seed(0)
-    by = Judges(
-        PhoneRecogniser(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(),
+    by = Evaluators(
+        PhoneRecognizer(inventory()[0], width=32, expansion=2, kernel=5, layers=1).eval(),
         FaceReader().eval(),
         LipNetwork(width=16, layers=1, embedding=8).eval(),
-        ImpactReader((8, 8, 8), 16, 1).eval(),
+        ContactDetector((8, 8, 8), 16, 1).eval(),
     )
     torch.nn.init.constant_(
         by.face_reader.is_face.bias, 5.0
     )  # this untrained reader sees a face everywhere
     corpus = PresenterCorpus(
-        SpeechBank(REPO_BANK, languages=["en"]), length=3, seed=1, event_share=0, size=64
+        SpeechCorpus(REPO_BANK, languages=["en"]), length=3, seed=1, event_share=0, size=64
     )
     clips = [
         Clip(i["video"].numpy(), i["audio"].numpy(), i["fps"], i["sample_rate"]) for i in corpus
@@ -116,7 +116,7 @@ def test_features_of_real_clips_by_real_judges() -> None:
         "mel": (4, 200),
     }
     assert all(np.isfinite(rows).all() and rows.std(0).max() > 0 for rows in found.values())
-    assert len(by.recogniser.fine_out._forward_hooks) == 0  # the judge is left as it was
+    assert len(by.recognizer.fine_out._forward_hooks) == 0  # the evaluator is left as it was
 
 
 def test_projection_keeps_small_spaces_and_is_fixed() -> None:

@@ -277,7 +277,7 @@ def test_validation_repeats(data, tmp_path):
         ({"modalities": "video", "tasks": "joint=1,a2v=1"}, lambda n: owner_of(n) != "video"),
         ({"modalities": "audio"}, lambda n: owner_of(n) != "audio"),
         ({"tasks": "t2a=1"}, lambda n: owner_of(n) == "video"),
-        ({"tasks": "t2v=1"}, lambda n: owner_of(n) == "audio" and "script" not in n),
+        ({"tasks": "t2v=1"}, lambda n: owner_of(n) == "audio" and "phoneme_encoder" not in n),
         (
             {"branch_learning_rate": "text=0,memory=0", "memory_table_learning_rate": "0"},
             lambda n: branch_of(n) in ("text", "memory") or ".memory." in n,
@@ -443,8 +443,8 @@ def test_every_weight_has_a_branch():
     assert {b for b, _ in found.values()} == set(BRANCHES)
     assert found["transformer_blocks.0.video.cross_attn.to_q.weight"] == ("cross", "video")
     assert found["transformer_blocks.0.audio.text_attn.to_q.weight"] == ("text", "audio")
-    assert found["script_encoder.to_video.weight"] == ("text", "video")
-    assert found["tick_time.video.weight"] == ("shared", "both")
+    assert found["phoneme_encoder.to_video.weight"] == ("text", "video")
+    assert found["shared_time_proj.video.weight"] == ("shared", "both")
     assert found["proj_in_audio.weight"] == ("audio", "audio")
 
 

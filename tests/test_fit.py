@@ -20,7 +20,7 @@ from avdiff.train.loop.checkpoint import (
     read_tree,
     write_tensors,
 )
-from avdiff.train.loop.dataloader import Feed, mix
+from avdiff.train.loop.dataloader import SeededLoader, mix
 from avdiff.train.loop.fit import FitOptions, Loss, NonFiniteError, Task, fit, row_generators
 from avdiff.train.loop.run_log import read_log
 
@@ -177,14 +177,14 @@ def test_equals_a_plain_loop(tmp_path):
         {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=False)
-    feed = Feed(twin.dataset, None, 4, 2, seed=5)
+    loader = SeededLoader(twin.dataset, None, 4, 2, seed=5)
     for step in range(STEPS):
         for group in adam.param_groups:
             group["lr"] = 1e-2 * (
                 step / 3 if step < 3 else 0.5 * (1 + np.cos(np.pi * (step - 3) / (STEPS - 3)))
             )
         adam.zero_grad()
-        for micro, batch in enumerate(feed.next_step()):
+        for micro, batch in enumerate(loader.next_step()):
             generator = torch.Generator().manual_seed(mix(5, step, 0) + 4 * micro)
             (twin.loss(batch, "main", generator).total / 2).backward()
         nn.utils.clip_grad_norm_(named.values(), 0.5)
@@ -317,8 +317,8 @@ def test_wrong_options_are_refused(tmp_path, wrong, words):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_precision_follows_the_device(tmp_path, monkeypatch, capsys, native):
-    for place in ("task", "launch"):
-        monkeypatch.setattr(f"avdiff.train.{place}.native_bf16", lambda: native)
+    for place in ("task", "accelerator"):
+        monkeypatch.setattr(f"avdiff.train.loop.{place}.native_bf16", lambda: native)
     assert options(tmp_path, mixed_precision="auto").mixed_precision == ("bf16" if native else "no")
     fit(Denoise(), options(tmp_path, mixed_precision="bf16"))
     assert ("only emulates bf16" in capsys.readouterr().out) is not native
@@ -442,11 +442,13 @@ def test_feed_visits_everything_and_keeps_groups_apart():
             return i
 
     groups = [i % 3 for i in range(24)]
-    feeds = [Feed(Numbers(), None, 2, 2, rank, 2, seed=3, groups=groups) for rank in range(2)]
+    feeds = [
+        SeededLoader(Numbers(), None, 2, 2, rank, 2, seed=3, groups=groups) for rank in range(2)
+    ]
     assert feeds[0].steps_per_epoch == 3
     epochs = []
     for _ in range(2):
-        steps = [[feed.next_step() for feed in feeds] for _ in range(3)]
+        steps = [[loader.next_step() for loader in feeds] for _ in range(3)]
         for step in steps:
             for micro in zip(*step, strict=True):  # the same micro-batch on both ranks
                 assert len({int(i) % 3 for batch in micro for i in batch}) == 1

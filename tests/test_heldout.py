@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from avdiff.corpus.face.presenter import identity_split, sample_identity
-from avdiff.corpus.speech.read import LANGUAGES, REPO_BANK, SpeechBank, normalised_text
+from avdiff.corpus.speech.read import LANGUAGES, REPO_BANK, SpeechCorpus, normalised_text
 from avdiff.data import heldout
 from avdiff.phonetics.phone import SILENCE, inventory
 
@@ -20,12 +20,12 @@ def test_prompts_are_held_out() -> None:
     assert min(kinds[k] for k in ("digits", "grid", "event")) >= 20 and {
         p.language for p in prompts
     } == set(LANGUAGES)
-    trained = {normalised_text(u.text) for u in SpeechBank(REPO_BANK) if u.split == "train"}
+    trained = {normalised_text(u.text) for u in SpeechCorpus(REPO_BANK) if u.split == "train"}
     known = set(inventory()[0])
     for prompt in prompts:
         assert prompt.prompt and prompt.seconds > 0.5
         if prompt.kind == "event":
-            assert not prompt.text and prompt.impacts > 0
+            assert not prompt.text and prompt.contacts > 0
             continue
         assert prompt.text in prompt.prompt and normalised_text(prompt.text) not in trained
         assert prompt.phones and set(prompt.phones) <= known - {SILENCE}

@@ -205,7 +205,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "option other": lambda f: edit_json(f / "transformer" / "config.json", video_dim=64),
     "option huge": lambda f: edit_json(f / "transformer" / "config.json", memory_rows=10**15),
     "layers": lambda f: edit_json(f / "transformer" / "config.json", shared_layers=[99]),
-    "hash": lambda f: edit_json(f / "transformer" / "config.json", num_marks=7),
+    "hash": lambda f: edit_json(f / "transformer" / "config.json", num_stress_tones=7),
     "stride zero": lambda f: edit_json(f / "audio_vae" / "config.json", mel_hop_length=0),
     "scheduler option": lambda f: edit_json(f / "scheduler" / "scheduler_config.json", warp=1),
     "tokenizer": lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{}"),

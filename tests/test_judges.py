@@ -1,5 +1,5 @@
-"""The phone recogniser and what all judges share: error rates, alignment, loading, the entry for
-training.
+"""The phone recognizer and what all evaluators share: error rates, alignment, loading, the entry
+for training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
-from avdiff.evaluators import load as judges
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
+from avdiff.evaluators import load as evaluators
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import SILENCE, encode_phones, inventory
 from avdiff.train.evaluators import train_evaluator as training
 from avdiff.train.evaluators.phones import (
     Heard,
-    RecogniserTask,
+    RecognizerTask,
     SpokenSegments,
     frame_labels,
     measure_recogniser,
@@ -32,12 +32,12 @@ RATE = 24000
 
 
 @cache
-def bank() -> SpeechBank:
-    return SpeechBank(REPO_BANK, languages=["en", "it"])
+def bank() -> SpeechCorpus:
+    return SpeechCorpus(REPO_BANK, languages=["en", "it"])
 
 
-def tiny_recogniser() -> PhoneRecogniser:
-    return PhoneRecogniser(inventory()[0], width=48, expansion=2, kernel=5, layers=1, dropout=0.0)
+def tiny_recogniser() -> PhoneRecognizer:
+    return PhoneRecognizer(inventory()[0], width=48, expansion=2, kernel=5, layers=1, dropout=0.0)
 
 
 def slow_edit_distance(one: list[int], two: list[int]) -> int:
@@ -58,17 +58,19 @@ def slow_edit_distance(one: list[int], two: list[int]) -> int:
 @given(st.lists(st.integers(0, 4), max_size=12), st.lists(st.integers(0, 4), max_size=12))
 def test_edit_distance_is_the_table_s(one: list[int], two: list[int]) -> None:
     assert (
-        judges.edit_distance(one, two)
+        evaluators.edit_distance(one, two)
         == slow_edit_distance(one, two)
-        == judges.edit_distance(two, one)
+        == evaluators.edit_distance(two, one)
     )
 
 
 def test_phone_error_rate_counts_edits_over_reference_phones() -> None:
-    assert judges.phone_error_rate([("abc", "abc"), ("abcde", "axcdef")]) == pytest.approx(2 / 8)
-    assert judges.phone_error_rate([(["a"], [])]) == 1.0
+    assert evaluators.phone_error_rate([("abc", "abc"), ("abcde", "axcdef")]) == pytest.approx(
+        2 / 8
+    )
+    assert evaluators.phone_error_rate([(["a"], [])]) == 1.0
     with pytest.raises(ValueError, match="at least one reference phone"):
-        judges.phone_error_rate([([], ["a"])])
+        evaluators.phone_error_rate([([], ["a"])])
 
 
 def slow_alignment(found: np.ndarray, phones: list[int]) -> float:
@@ -99,7 +101,7 @@ def test_alignment_is_the_best_ctc_path(phones: list[int]) -> None:
         .mul(2)
         .log_softmax(-1)
     )
-    spans = judges.align(found, phones)
+    spans = evaluators.align(found, phones)
     path = np.zeros(14, int)
     for phone, (first, last) in zip(phones, spans, strict=True):
         path[first:last] = phone
@@ -111,8 +113,8 @@ def test_alignment_is_the_best_ctc_path(phones: list[int]) -> None:
 
 def test_alignment_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="need 5 frames, the audio has 4"):
-        judges.align(torch.zeros(4, 3), [1, 1, 2, 1])
-    assert judges.align(torch.zeros(4, 3), []) == []
+        evaluators.align(torch.zeros(4, 3), [1, 1, 2, 1])
+    assert evaluators.align(torch.zeros(4, 3), []) == []
 
 
 def test_frame_labels_spell_the_utterance() -> None:
@@ -120,7 +122,7 @@ def test_frame_labels_spell_the_utterance() -> None:
         wanted = [i for i in encode_phones(utterance.phones)[0].tolist() if i]
         for factor in (1.0, 1.1):
             labels = frame_labels(utterance, round(utterance.duration / factor * 50), factor)
-            assert judges.edit_distance(wanted, sequence(labels.tolist())) <= 0.04 * len(
+            assert evaluators.edit_distance(wanted, sequence(labels.tolist())) <= 0.04 * len(
                 wanted
             )  # 20 ms may hide one
 
@@ -149,27 +151,29 @@ def test_recogniser_shapes_errors_and_copy(tmp_path: Path) -> None:
     assert model.listen(wave[0, :1000]).shape[0] == 3
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(
-        judges.load("recogniser", tmp_path).listen(wave[0]), model.listen(wave[0])
+        evaluators.load("recognizer", tmp_path).listen(wave[0]), model.listen(wave[0])
     )
-    assert judges.weight_hash("recogniser", tmp_path) == judges.weight_hash("recogniser", tmp_path)
+    assert evaluators.weight_hash("recognizer", tmp_path) == evaluators.weight_hash(
+        "recognizer", tmp_path
+    )
     with pytest.raises(ValueError, match="a multiple of 4 frames"):
         model(torch.zeros(1, 6, 100))
     with pytest.raises(ValueError, match=r"needs \(batch, samples\)"):
         model.mel(torch.zeros(100))
-    with pytest.raises(ValueError, match="needs one of recogniser"):
-        judges.load("ear")
+    with pytest.raises(ValueError, match="needs one of recognizer"):
+        evaluators.load("ear")
     with pytest.raises(ValueError, match="no weights in"):
-        judges.load("lip_network", tmp_path / "nowhere")
+        evaluators.load("lip_network", tmp_path / "nowhere")
 
 
 def test_other_rates_become_the_judge_s() -> None:
     times = np.arange(48000) / 48000
-    wave = judges.as_waveform(np.stack([np.sin(2 * np.pi * 440 * times)] * 2), 48000, RATE)
+    wave = evaluators.as_waveform(np.stack([np.sin(2 * np.pi * 440 * times)] * 2), 48000, RATE)
     np.testing.assert_allclose(
         wave[500:-500], np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)[500:-500], atol=5e-3
     )
     with pytest.raises(ValueError, match="a sample rate in Hz"):
-        judges.as_waveform(np.zeros(10), 0, RATE)
+        evaluators.as_waveform(np.zeros(10), 0, RATE)
 
 
 def test_recogniser_moves_with_the_sound() -> None:
@@ -186,29 +190,32 @@ def test_recogniser_learns_a_sentence_and_its_times() -> None:
     frames = 2 * int(utterance.duration * 25)
     sound = torch.from_numpy(bank().audio(utterance)[: frames * 480])
     batch = Heard(sound[None], torch.from_numpy(frame_labels(utterance, frames))[None])
-    task = RecogniserTask(tiny_recogniser(), SpokenSegments(bank()), bank(), mask=(0, 0))
-    optimizer = torch.optim.AdamW(task.recogniser.parameters(), 8e-3)
+    task = RecognizerTask(tiny_recogniser(), SpokenSegments(bank()), bank(), mask=(0, 0))
+    optimizer = torch.optim.AdamW(task.recognizer.parameters(), 8e-3)
     for step in range(70):
         loss = task.loss(batch, "main", torch.Generator().manual_seed(step)).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    task.recogniser.eval()
-    wanted = judges.spoken_symbols(utterance.phones)
+    task.recognizer.eval()
+    wanted = evaluators.spoken_symbols(utterance.phones)
     audio = sound.numpy()
-    assert judges.phone_error_rate([(wanted, judges.recognise(audio, RATE, task.recogniser))]) < 0.1
-    assert measure_recogniser(task.recogniser, [utterance])["per_en"] < 0.1
-    timed = judges.phone_times(audio, RATE, wanted, task.recogniser)
+    assert (
+        evaluators.phone_error_rate([(wanted, evaluators.recognise(audio, RATE, task.recognizer))])
+        < 0.1
+    )
+    assert measure_recogniser(task.recognizer, [utterance])["per_en"] < 0.1
+    timed = evaluators.phone_times(audio, RATE, wanted, task.recognizer)
     assert timed[0].start == 0 and timed[-1].end == pytest.approx(len(audio) / RATE)
     assert all(a.end == b.start for a, b in pairwise(timed))
     starts = np.array([p.start for p in timed if p.symbol != SILENCE])
     true = np.array([p.start for p in utterance.phones if p.symbol != SILENCE])
     assert len(starts) == len(true) and np.median(np.abs(starts - true)) < 0.03
-    assert judges.recognise(np.stack([audio, audio]), RATE, task.recogniser) == judges.recognise(
-        audio, RATE, task.recogniser
-    )
-    with pytest.raises(ValueError, match="not in the recogniser's inventory"):
-        judges.phone_times(audio, RATE, ["@"], task.recogniser)
+    assert evaluators.recognise(
+        np.stack([audio, audio]), RATE, task.recognizer
+    ) == evaluators.recognise(audio, RATE, task.recognizer)
+    with pytest.raises(ValueError, match="not in the recognizer's inventory"):
+        evaluators.phone_times(audio, RATE, ["@"], task.recognizer)
 
 
 def test_entry_trains_exports_and_refuses(
@@ -219,7 +226,7 @@ def test_entry_trains_exports_and_refuses(
     (folder / "it-000.tar").symlink_to(REPO_BANK / "it-000.tar")
     monkeypatch.setenv("HOME", str(tmp_path))  # the decoded bank is cached there
     words = [
-        "--judge",
+        "--evaluator",
         "lip_network",
         "--bank",
         str(folder),
@@ -233,7 +240,7 @@ def test_entry_trains_exports_and_refuses(
     )
     assert summary is not None and summary.step == 2 and np.isfinite(summary.losses["loss"])
     exported = next(tmp_path.rglob("lip_network/config.json")).parent
-    assert judges.load("lip_network", exported).config.embedding == 64
+    assert evaluators.load("lip_network", exported).config.embedding == 64
     with pytest.raises(ValueError, match="codec_share=2"):
         training.main([*words, "--codec_share", "2"])
-    assert training.main([]) is None and "--judge" in capsys.readouterr().out
+    assert training.main([]) is None and "--evaluator" in capsys.readouterr().out

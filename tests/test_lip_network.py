@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from avdiff.corpus.face.mouth import CANVAS, MOUTH, head_matrix
 from avdiff.corpus.face.presenter import lip_points, pose_track, sample_identity
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
-from avdiff.evaluators import load as judges
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
+from avdiff.evaluators import load as evaluators
 from avdiff.models.evaluators.lip_network import (
     FACE_MESH_LIPS,
     LipNetwork,
@@ -37,8 +37,8 @@ RATE = 24000
 
 
 @cache
-def bank() -> SpeechBank:
-    return SpeechBank(REPO_BANK, languages=["en", "it"])
+def bank() -> SpeechCorpus:
+    return SpeechCorpus(REPO_BANK, languages=["en", "it"])
 
 
 def tiny_network() -> LipNetwork:
@@ -111,7 +111,7 @@ def test_lag_scores_and_curve_are_the_plain_loops() -> None:
         assert float(power[b, t, lag]) == pytest.approx(heard[b, t + lag] @ heard[b, t + lag])
     mask = rng.random(12) < 0.8
     lips, sound = rng.normal(size=(12, 4)), rng.normal(size=(12, 4))
-    curve = judges.lag_curve(lips, mask, sound, 4)
+    curve = evaluators.lag_curve(lips, mask, sound, 4)
     for lag in range(-4, 5):
         pairs = [(t, t + lag) for t in range(12) if 0 <= t + lag < 12 and mask[t]]
         top = sum(lips[a] @ sound[b] for a, b in pairs)
@@ -125,8 +125,8 @@ def test_lag_scores_and_curve_are_the_plain_loops() -> None:
 def test_late_audio_has_a_positive_offset(late: int) -> None:
     vectors = np.random.default_rng(6).normal(size=(120, 8))
     sound = np.roll(vectors, late, axis=0)  # what the lips say at t is heard at t + late
-    curve = judges.SyncCurve(
-        np.arange(-30, 31) / 50, judges.lag_curve(vectors, np.ones(120, bool), sound, 30), 2.4
+    curve = evaluators.SyncCurve(
+        np.arange(-30, 31) / 50, evaluators.lag_curve(vectors, np.ones(120, bool), sound, 30), 2.4
     )
     assert curve.offset == pytest.approx(late / 50, abs=0.004)
     assert (
@@ -156,7 +156,7 @@ def test_lip_network_finds_planted_offsets_after_a_little_training() -> None:
             samples = frames * 960
             late = np.roll(clip.sound, samples)
             late[:samples] = 0.0 if samples > 0 else late[:samples]
-            curve = judges.sync_curve(clip.points, clip.times, late, RATE, network=task.network)
+            curve = evaluators.sync_curve(clip.points, clip.times, late, RATE, network=task.network)
             found.append(abs(curve.offset * 25 - frames) <= 1)
     assert np.mean(found) >= 0.75
     report = measure_lip_network(task.network, clips, shifts=(0, 4), reach=20)
@@ -166,11 +166,13 @@ def test_lip_network_finds_planted_offsets_after_a_little_training() -> None:
 def test_sync_refuses_what_it_cannot_see() -> None:
     network, times = tiny_network().eval(), np.arange(50) / 25
     with pytest.raises(ValueError, match=r"lips are seen for 0.00 s of 2.00 s"):
-        judges.sync_curve(
+        evaluators.sync_curve(
             np.full((50, 20, 2), np.nan), times, np.zeros(48000, np.float32), RATE, network=network
         )
     with pytest.raises(ValueError, match=r"needs \(samples,\)"):
-        judges.sync_curve(np.zeros((50, 20, 2)), times, np.zeros((1, 1, 8)), RATE, network=network)
+        evaluators.sync_curve(
+            np.zeros((50, 20, 2)), times, np.zeros((1, 1, 8)), RATE, network=network
+        )
     with pytest.raises(ValueError, match="100 mel frames a second"):
         LipNetwork(mel_hop_length=256)
     assert rank_auc(np.array([1.0, 2.0]), np.array([0.0, 2.0])) == pytest.approx(0.625)

@@ -15,7 +15,7 @@ import pytest
 from bad_clips import mux, pictures, tone
 from mixed_clips import NTSC, RATE, make_mixed, music, presenter
 
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
 from avdiff.evaluation.lipsync import landmarker
 from avdiff.evaluation.lipsync.backends import LipNetworkBackend, find_backend
 from avdiff.evaluation.lipsync.bench import main as bench
@@ -48,15 +48,15 @@ from avdiff.train.evaluators.lips import HeldOut, held_out_clips
 
 
 @cache
-def judge() -> LipSync:
-    """The bundled judges, faces by the drawn-face reader."""
+def evaluator() -> LipSync:
+    """The bundled evaluators, faces by the drawn-face reader."""
     return LipSync(faces="reader")
 
 
 @cache
 def spoken() -> tuple[HeldOut, ...]:
     """Sound with the drawing's own lips: one long passage and three short ones."""
-    bank = SpeechBank(REPO_BANK, languages=["en", "it"])
+    bank = SpeechCorpus(REPO_BANK, languages=["en", "it"])
     return (
         *held_out_clips(bank, "train", 1, seconds=27.0),
         *held_out_clips(bank, "train", 3, seconds=3.0, seed=1),
@@ -255,7 +255,7 @@ def test_offset_is_positive_when_the_audio_is_late(tmp_path: Path, late: int) ->
     clip = presenter(seconds=3.0)
     sound = shifted(clip["audio"][0], RATE, late * 40.0)
     write_clip(tmp_path / "a.mp4", clip["frames"], 25, sound, RATE)
-    row = judge().measure(tmp_path / "a.mp4").row
+    row = evaluator().measure(tmp_path / "a.mp4").row
     assert row["status"] == "ok" and row["offset_frames"] == pytest.approx(late, abs=1.0)
     assert row["offset_ms"] == pytest.approx(40 * row["offset_frames"])
     assert row["score"] > row["score_at_zero"] and len(row["curve"]) == len(row["lags_ms"]) == 61
@@ -266,7 +266,7 @@ def test_offset_is_positive_when_the_audio_is_late(tmp_path: Path, late: int) ->
     assert (
         row["face_coverage"] == 1 and row["speech_coverage"] > 0.3 and len(row["mouth_curve"]) == 75
     )
-    memory = judge().measure(Clip(clip["frames"], sound[None], Fraction(25), RATE), "mine").row
+    memory = evaluator().measure(Clip(clip["frames"], sound[None], Fraction(25), RATE), "mine").row
     assert memory["file"] == "mine" and memory["offset_ms"] == pytest.approx(
         row["offset_ms"], abs=15
     )
@@ -278,17 +278,17 @@ def test_score_falls_with_delay_and_has_a_value_without_a_face() -> None:
     def of(late_ms: float, frames: np.ndarray = clip["frames"]) -> float:
         return score(
             Clip(frames, shifted(clip["audio"][0], RATE, late_ms)[None], Fraction(25), RATE),
-            judge(),
+            evaluator(),
         )
 
     assert of(0) > 0.2 and of(0) > of(120) + 0.05 and of(0) > of(400) + 0.1
-    assert score(Clip(None, clip["audio"], None, RATE), judge(), missing=-1.0) == -1.0
-    assert score("nowhere.mp4", judge()) == 0.0
+    assert score(Clip(None, clip["audio"], None, RATE), evaluator(), missing=-1.0) == -1.0
+    assert score("nowhere.mp4", evaluator()) == 0.0
 
 
 def test_the_speaker_is_chosen_among_faces() -> None:
     one, two = spoken()[1:3]
-    faces = LipSync(faces=Known(as_track(two), as_track(one)), backend=judge().backend)
+    faces = LipSync(faces=Known(as_track(two), as_track(one)), backend=evaluator().backend)
     row = faces.measure(blank(one)).row
     assert (
         row["status"] == "ok"
@@ -304,7 +304,7 @@ def test_the_speaker_is_chosen_among_faces() -> None:
 
 def test_long_films_are_judged_in_windows_and_drift_is_seen() -> None:
     clip = spoken()[0]
-    windows = judge().backend.curves(as_track(clip), shifted(clip.sound, RATE, 120.0), RATE)
+    windows = evaluator().backend.curves(as_track(clip), shifted(clip.sound, RATE, 120.0), RATE)
     assert windows.starts == [0.0, 10.0, 20.0] and windows.whole.offset == pytest.approx(
         0.12, abs=0.03
     )
@@ -314,13 +314,15 @@ def test_long_films_are_judged_in_windows_and_drift_is_seen() -> None:
             for late, a, b in ((0.0, 0, 10), (120.0, 10, 20), (240.0, 20, 27))
         ]
     )
-    offsets = [part.offset for part in judge().backend.curves(as_track(clip), drifting, RATE).parts]
+    offsets = [
+        part.offset for part in evaluator().backend.curves(as_track(clip), drifting, RATE).parts
+    ]
     np.testing.assert_allclose(offsets, (0.0, 0.12, 0.24), atol=0.04)
     track = as_track(clip)
     away = Track(
         track.times[:200], track.points[:200], track.boxes[:200]
     )  # in view for eight seconds of 27
-    assert len(judge().backend.curves(away, clip.sound, RATE).parts) == 1
+    assert len(evaluator().backend.curves(away, clip.sound, RATE).parts) == 1
 
 
 def test_margin_tells_where_two_offsets_fit() -> None:
@@ -345,10 +347,10 @@ def test_statuses_say_why() -> None:
     ):
         shown = blank(clip)
         film = Clip(shown.frames, sound[None], shown.fps, RATE)
-        row = LipSync(faces=Known(*tracks), backend=judge().backend).measure(film).row
+        row = LipSync(faces=Known(*tracks), backend=evaluator().backend).measure(film).row
         assert row["status"] == status and (row["error"] == "") == (status == "ok"), row
     with pytest.raises(ValueError, match="jobs=0"):
-        judge().rows([], jobs=0)
+        evaluator().rows([], jobs=0)
 
 
 def test_mouth_curve_is_the_gap_of_the_inner_lips() -> None:
@@ -362,30 +364,33 @@ def test_mouth_curve_is_the_gap_of_the_inner_lips() -> None:
 
 # --------------------------------------------------------------------------------------- the checks
 def test_planted_shifts_are_recovered_and_swaps_told_apart() -> None:
-    backend = judge().backend
+    backend = evaluator().backend
     faces = [
         LipSync(faces=Known(as_track(clip)), backend=backend).measure(blank(clip))
         for clip in spoken()[1:]
     ]
-    marks = recovery([shift_clip(clip, backend) for clip in faces])
+    stress_tones = recovery([shift_clip(clip, backend) for clip in faces])
     assert (
-        marks["absolute_1"].mean == marks["relative_1"].mean == 1.0 and marks["absolute_1"].n == 3
+        stress_tones["absolute_1"].mean == stress_tones["relative_1"].mean == 1.0
+        and stress_tones["absolute_1"].n == 3
     )
-    assert set(marks["by_shift"]) == set(SHIFTS)
-    assert swap_auc(faces, judge().backend)["auc_zero"].mean > 0.9
+    assert set(stress_tones["by_shift"]) == set(SHIFTS)
+    assert swap_auc(faces, evaluator().backend)["auc_zero"].mean > 0.9
     with pytest.raises(ValueError, match="needs at least 2"):
-        swap_auc(faces[:1], judge().backend)
+        swap_auc(faces[:1], evaluator().backend)
 
 
 def test_recovery_counts_by_hand() -> None:
-    marks = recovery(
+    stress_tones = recovery(
         [[-2.0, 1.0, 4.2], [-3.0, 0.0, None]], shifts=(-3, 0, 3)
     )  # off by (1, 1, 1.2) and (0, 0, -)
-    assert marks["absolute_1"].mean == pytest.approx(4 / 6) and marks[
+    assert stress_tones["absolute_1"].mean == pytest.approx(4 / 6) and stress_tones[
         "absolute_2"
     ].mean == pytest.approx(5 / 6)
-    assert marks["relative_1"].mean == pytest.approx(3 / 4) and marks["zero_1"].mean == 1
-    assert marks["by_shift"][3] == (0.0, 0.5)
+    assert (
+        stress_tones["relative_1"].mean == pytest.approx(3 / 4) and stress_tones["zero_1"].mean == 1
+    )
+    assert stress_tones["by_shift"][3] == (0.0, 0.5)
     with pytest.raises(ValueError, match="needs 0 among them"):
         recovery([[1.0]], shifts=(1,))
     late = shifted(np.arange(1, 6, dtype=np.float32), 1000, 2.0)
@@ -408,7 +413,7 @@ def test_backends_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             find_backend(name, quirks=quirks, reach=reach)
-    header = judge().header()
+    header = evaluator().header()
     assert (
         header["backend"] == "lip_network"
         and len(header["weights"]) == 12
@@ -417,7 +422,7 @@ def test_backends_are_named() -> None:
 
 
 def test_bench_on_presenters(tmp_path: Path) -> None:
-    marks = bench(
+    stress_tones = bench(
         [
             "--clips",
             "2",
@@ -430,9 +435,9 @@ def test_bench_on_presenters(tmp_path: Path) -> None:
         ]
     )
     assert (
-        marks["status"] == {"ok": 2}
-        and marks["absolute_1"].mean >= 0.85
-        and marks["times_real_time"] > 0
+        stress_tones["status"] == {"ok": 2}
+        and stress_tones["absolute_1"].mean >= 0.85
+        and stress_tones["times_real_time"] > 0
     )
     assert (tmp_path / "m.json").is_file()
     (tmp_path / "empty").mkdir()
@@ -444,7 +449,7 @@ def test_every_clip_of_a_mixed_folder_has_a_row_and_a_status(tmp_path: Path) -> 
     expected = make_mixed(tmp_path / "clips")
     paths = [tmp_path / "clips" / name for name in expected]
     assert len(paths) >= 40
-    rows = [clip.row for clip in judge().rows(paths, jobs=2)]
+    rows = [clip.row for clip in evaluator().rows(paths, jobs=2)]
     assert [row["file"] for row in rows] == [str(path) for path in paths]
     for row in rows:
         name = Path(row["file"]).name

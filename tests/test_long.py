@@ -95,18 +95,18 @@ def test_one_modality_alone(pipe) -> None:
 
 
 def test_words_are_laid_on_the_clock_of_the_whole_clip(pipe, monkeypatch) -> None:
-    scripts = []
+    tracks = []
     plain = AVDiffPipeline.__call__
 
     def listen(self, *args, **kwargs):
-        scripts.append(kwargs["script"])
+        tracks.append(kwargs["track"])
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(AVDiffPipeline, "__call__", listen)
     prompt = 'A man says "one two"'
     list(stream(pipe, prompt, seconds=1.6))
-    heard = [s.phonemes[0].gather(0, s.frames[0]) for s in scripts]  # phoneme of each mel frame
-    whole = understand([prompt], dict(clock=pipe.clock), 1.6).script
+    heard = [s.phonemes[0].gather(0, s.frames[0]) for s in tracks]  # phoneme of each mel frame
+    whole = understand([prompt], dict(clock=pipe.clock), 1.6).track
     expected = whole.phonemes[0].gather(0, whole.frames[0])
     start = 0
     for part, frames in zip(heard, (17, 17, 17), strict=False):

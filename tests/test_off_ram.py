@@ -16,9 +16,10 @@ from tiny import fill_zeros
 from avdiff.clip import ClipSpec
 from avdiff.core.memory_table import MappedRows, MemoryTable, memory_tables
 from avdiff.models import presets
-from avdiff.models.conditions import Positions, Script
+from avdiff.models.conditions import Positions
 from avdiff.models.mmap_loading import load_off_ram
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.track import PhonemeTrack
 
 
 def test_model_off_ram_is_bit_equal(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_model_off_ram_is_bit_equal(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
     clip = ClipSpec(num_frames=5, height=64, width=64)
-    script = Script(
+    track = PhonemeTrack(
         torch.tensor([[1, 2, 3]]),
         torch.zeros(1, 3, dtype=torch.long),
         torch.arange(clip.mel_frames)[None] % 3,
@@ -40,7 +41,7 @@ def test_model_off_ram_is_bit_equal(tmp_path: Path) -> None:
     )
 
     def out(network: AVTransformer) -> torch.Tensor:
-        given = network.prepare(None, None, Positions.of(clip), script, 1)
+        given = network.prepare(None, None, Positions.of(clip), track, 1)
         result = network(video, audio, level, level, conditions=given)
         return torch.cat([result.video.flatten(), result.audio.flatten()])
 

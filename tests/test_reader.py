@@ -16,10 +16,10 @@ from avdiff.g2p.cjk import read_chinese, read_kana, segment_chinese, segment_jap
 from avdiff.g2p.connected_speech import Spoken, link
 from avdiff.g2p.lexicon import LANGUAGES, english_plural, load_lexicon
 from avdiff.g2p.networks import Networks, default_networks
-from avdiff.g2p.normalise import detect_language, normalise, split_text
+from avdiff.g2p.normalize import detect_language, normalize_text, split_text
 from avdiff.g2p.numbers import HINDI, cardinal, spell_numbers, split_decimal
 from avdiff.g2p.pronounce import LEAD, TAIL, Reading, pronounce_words, read
-from avdiff.models.g2p.networks import PhoneTimer, PronunciationReader
+from avdiff.models.g2p.networks import DurationPredictor, Pronouncer
 from avdiff.phonetics.phone import SILENCE, inventory
 from avdiff.train.g2p.letter_alignment import UNITS, align_words
 from avdiff.train.g2p.sentences import edit_distance
@@ -121,7 +121,7 @@ def test_language_is_detected(language: str) -> None:
 
 
 def test_text_becomes_words_and_pauses() -> None:
-    assert normalise("\u201cIt\u2019s  \u200bﬁne\u201d… 'yes'") == "It's fine . 'yes'"
+    assert normalize_text("\u201cIt\u2019s  \u200bﬁne\u201d… 'yes'") == "It's fine . 'yes'"
     pieces = split_text("Hello, world… it's 2 ('nice')!", "en")
     assert [(p.text, p.is_word) for p in pieces] == [
         ("Hello", True),
@@ -231,7 +231,7 @@ def test_reading_tiles_its_time(language: str) -> None:
     check_tiles(reading)
     assert reading.language == language and 1.5 < reading.duration < 12
     assert sum(p.symbol == SILENCE for p in reading.phones) >= 3  # both ends and the comma
-    assert all(p.symbol in inventory()[0] and 0 <= p.mark < 7 for p in reading.phones)
+    assert all(p.symbol in inventory()[0] and 0 <= p.stress_tone < 7 for p in reading.phones)
     assert reading.phones[0].end == LEAD and math.isclose(
         reading.phones[-1].end - reading.phones[-1].start, TAIL
     )
@@ -328,9 +328,9 @@ def test_plurals_follow_their_stems(word: str, phonemes: str | None) -> None:
 
 
 # ----------------------------------------------------------------------------------------- networks
-def tiny_reader() -> PronunciationReader:
+def tiny_reader() -> Pronouncer:
     torch.manual_seed(0)
-    model = PronunciationReader(
+    model = Pronouncer(
         ["en", "it"],
         "abcd",
         ["", "a", "b", "ab"],
@@ -380,15 +380,17 @@ def test_memory_sees_one_letter_ahead_and_one_language() -> None:
 def test_networks_are_saved_and_read_again(tmp_path: Path) -> None:
     model = tiny_reader()
     model.save_pretrained(tmp_path)
-    again = PronunciationReader.from_pretrained(tmp_path).eval()
+    again = Pronouncer.from_pretrained(tmp_path).eval()
     assert again.pronounce(["abcd", "dcba"], ["en", "it"]) == model.pronounce(
         ["abcd", "dcba"], ["en", "it"]
     )
-    timer = PhoneTimer(5, 7, 8, dim=8).eval()
-    ids, marks = torch.tensor([[1, 2, 3, 5, 5], [1, 2, 3, 4, 1]]), torch.zeros(2, 5).long()
+    timer = DurationPredictor(5, 7, 8, dim=8).eval()
+    ids, stress_tones = torch.tensor([[1, 2, 3, 5, 5], [1, 2, 3, 4, 1]]), torch.zeros(2, 5).long()
     languages = torch.tensor([0, 3])
-    padded = timer(ids, marks, languages)[0, :3]
-    assert torch.allclose(padded, timer(ids[:1, :3], marks[:1, :3], languages[:1])[0], atol=1e-6)
+    padded = timer(ids, stress_tones, languages)[0, :3]
+    assert torch.allclose(
+        padded, timer(ids[:1, :3], stress_tones[:1, :3], languages[:1])[0], atol=1e-6
+    )
 
 
 # ----------------------------------------------------------------------------------------- training

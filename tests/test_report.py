@@ -141,7 +141,7 @@ def test_page_stands_alone(tmp_path: Path) -> None:
     parsed = Page()
     parsed.feed(text)
     kinds = [tag for tag, _ in parsed.tags]
-    assert "script" not in kinds and "b" not in kinds and "link" not in kinds
+    assert "track" not in kinds and "b" not in kinds and "link" not in kinds
     sources = [attrs["src"] for _, attrs in parsed.tags if "src" in attrs]
     assert sources and all(source.startswith("data:") for source in sources)
     assert "http" not in text

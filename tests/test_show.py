@@ -27,7 +27,7 @@ def test_gallery_of_corpus_and_real_clips(tmp_path):
     assert "&lt;b&gt;" in page and "<b>" not in page and "<script" not in page
     curve = re.search(r'<polyline points="([^"]+)"', page)
     assert curve and len(curve[1].split()) == len(spoken["mouth"])
-    assert page.count('stroke="#36c"') == len(struck["impacts"])
+    assert page.count('stroke="#36c"') == len(struck["contacts"])
     assert sum(p.symbol != "sil" for p in spoken["phones"]) == page.count('text-anchor="middle"')
 
 

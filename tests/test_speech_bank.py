@@ -17,18 +17,20 @@ from avdiff.corpus.speech.read import (
     LANGUAGES,
     REPO_BANK,
     SAMPLE_RATE,
-    SpeechBank,
-    Tokens,
+    SpeechCorpus,
     normalised_text,
 )
 from avdiff.corpus.speech.subset import build_minibank, is_digit_string
 from avdiff.phonetics import phone as ph
-from avdiff.phonetics.visemes import Phone, viseme_of
+from avdiff.phonetics import tokens as tk
+from avdiff.phonetics.phone import Phone
+from avdiff.phonetics.tokens import Tokens
+from avdiff.phonetics.visemes import viseme_of
 
 
 @pytest.fixture(scope="module")
-def bank() -> SpeechBank:
-    return SpeechBank(REPO_BANK)
+def bank() -> SpeechCorpus:
+    return SpeechCorpus(REPO_BANK)
 
 
 def test_the_mini_bank_holds_what_the_readme_says(bank):
@@ -63,8 +65,11 @@ def test_the_decoded_copy_gives_the_same_samples(bank, tmp_path):
     small = tmp_path / "bank"
     small.mkdir()
     (small / "fr-000.tar").write_bytes((REPO_BANK / "fr-000.tar").read_bytes())
-    plain, mapped = SpeechBank(small), SpeechBank(small, decoded=True, cache_dir=tmp_path / "cache")
-    again = SpeechBank(small, decoded=True, cache_dir=tmp_path / "cache")
+    plain, mapped = (
+        SpeechCorpus(small),
+        SpeechCorpus(small, decoded=True, cache_dir=tmp_path / "cache"),
+    )
+    again = SpeechCorpus(small, decoded=True, cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
     for u in plain.utterances[::9]:
         assert np.array_equal(plain.audio(u), mapped.audio(u.id)) and np.array_equal(
@@ -84,8 +89,15 @@ def test_phones_tile_the_utterance_and_every_one_is_known(bank):
             assert one.end == two.start and two.end > two.start
         for phone in u.phones:
             assert ph.inventory()[0][ph.phone_id(phone.symbol)] == phone.symbol
-            assert viseme_of(phone.symbol) and 0 <= phone.mark < len(ph.inventory()[1])
-        assert any(p.mark for p in u.phones) or u.lang in ("ja", "zh", "fr", "hi", "pt", "en")
+            assert viseme_of(phone.symbol) and 0 <= phone.stress_tone < len(ph.inventory()[1])
+        assert any(p.stress_tone for p in u.phones) or u.lang in (
+            "ja",
+            "zh",
+            "fr",
+            "hi",
+            "pt",
+            "en",
+        )
 
 
 def test_the_end_silence_is_silent_and_the_speech_is_not(bank):
@@ -101,10 +113,10 @@ def test_marks_go_to_their_neighbours():
     symbols = ("t", "ʰ", "ˈ", "i", "ː", " ", "a", "↘", "n")
     times = tuple(0.1 * i for i in range(10))
     tone = np.sin(np.arange(round(0.9 * SAMPLE_RATE)) * 0.3).astype(np.float32)
-    merged = ph.merge_tokens(Tokens(symbols, times[:-1], times[1:]), tone, SAMPLE_RATE)
-    assert [(p.symbol, p.mark) for p in merged] == [("tʰ", 0), ("i", 1), ("a", 6), ("n", 0)]
-    assert merged[0].end == pytest.approx(0.2 + 0.1 * ph.STRESS_BEFORE)
-    assert merged[1].end == pytest.approx(0.5 + 0.1 * ph.SPACE_BEFORE)
+    merged = tk.merge_tokens(Tokens(symbols, times[:-1], times[1:]), tone, SAMPLE_RATE)
+    assert [(p.symbol, p.stress_tone) for p in merged] == [("tʰ", 0), ("i", 1), ("a", 6), ("n", 0)]
+    assert merged[0].end == pytest.approx(0.2 + 0.1 * tk.STRESS_BEFORE)
+    assert merged[1].end == pytest.approx(0.5 + 0.1 * tk.SPACE_BEFORE)
     assert merged[2].end == pytest.approx(0.8)
 
 
@@ -119,7 +131,7 @@ def test_a_pause_is_found_in_the_audio():
     )
     audio = np.sin(np.arange(SAMPLE_RATE) * 0.2).astype(np.float32)
     audio[round(0.25 * SAMPLE_RATE) : round(0.58 * SAMPLE_RATE)] = 0
-    merged = ph.merge_tokens(Tokens(symbols, starts, ends), audio, SAMPLE_RATE)
+    merged = tk.merge_tokens(Tokens(symbols, starts, ends), audio, SAMPLE_RATE)
     assert [p.symbol for p in merged] == ["a", ph.SILENCE, "m", "a"]
     assert merged[1].start == pytest.approx(0.25, abs=0.006) and merged[1].end == pytest.approx(
         0.58, abs=0.006
@@ -129,13 +141,13 @@ def test_a_pause_is_found_in_the_audio():
 def test_parse_ipa_agrees_with_the_timed_tokens(bank):
     """The same phoneme string, with and without times, gives the same phones but for pauses."""
     for u in bank.utterances[::7]:
-        plain = [p for p in ph.parse_ipa("".join(u.tokens.symbols)) if p[0] != ph.SILENCE]
-        assert plain == [(p.symbol, p.mark) for p in u.phones if p.symbol != ph.SILENCE]
+        plain = [p for p in tk.parse_ipa("".join(u.tokens.symbols)) if p[0] != ph.SILENCE]
+        assert plain == [(p.symbol, p.stress_tone) for p in u.phones if p.symbol != ph.SILENCE]
 
 
 def test_the_inventory_has_fixed_places():
-    symbols, marks = ph.inventory()
-    assert symbols[0] == ph.SILENCE and marks == (
+    symbols, stress_tones = ph.inventory()
+    assert symbols[0] == ph.SILENCE and stress_tones == (
         "none",
         "primary",
         "secondary",
@@ -164,7 +176,7 @@ def test_a_mini_bank_is_the_same_twice_and_a_subset(bank, tmp_path):
     assert build_minibank(REPO_BANK, tmp_path / "b") == count
     for shard in (tmp_path / "a").glob("*.tar"):
         assert shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes()
-    small = SpeechBank(tmp_path / "a")
+    small = SpeechCorpus(tmp_path / "a")
     u = small[len(small) // 2]
     assert np.array_equal(small.audio(u), bank.audio(u.id)) and u.phones == bank[u.id].phones
     with tarfile.open(small.shards[0]) as archive:
@@ -194,12 +206,12 @@ def test_normalised_text_ignores_what_is_not_heard():
 
 def test_errors_name_the_argument(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no \*\.tar shards"):
-        SpeechBank(tmp_path)
+        SpeechCorpus(tmp_path)
     with pytest.raises(ValueError, match="split='dev'"):
-        SpeechBank(REPO_BANK, "dev")
+        SpeechCorpus(REPO_BANK, "dev")
     with pytest.raises(ValueError, match="has no 'de'"):
-        SpeechBank(REPO_BANK, languages=["de"])
+        SpeechCorpus(REPO_BANK, languages=["de"])
     with pytest.raises(ValueError, match="not found"):
-        SpeechBank(tmp_path / "nowhere")
+        SpeechCorpus(tmp_path / "nowhere")
     monkeypatch.setenv("AVDIFF_BANK", str(REPO_BANK))
-    assert SpeechBank().root == Path(REPO_BANK)
+    assert SpeechCorpus().root == Path(REPO_BANK)

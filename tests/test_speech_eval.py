@@ -10,29 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from avdiff.corpus.speech.read import REPO_BANK, SpeechBank
+from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
 from avdiff.corpus.speech.subset import is_digit_string
-from avdiff.evaluation.metrics import attributes as adherence
+from avdiff.evaluation.metrics import attributes as attribute_accuracy
 from avdiff.evaluation.metrics import speech
 from avdiff.evaluators.load import spoken_symbols
 from avdiff.media.write import Clip
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import inventory
 
 RATE = 24000
 
 
 @cache
-def bank() -> SpeechBank:
-    return SpeechBank(REPO_BANK, languages=["en"])
+def bank() -> SpeechCorpus:
+    return SpeechCorpus(REPO_BANK, languages=["en"])
 
 
 def clip_of(sound: np.ndarray, rate: int = RATE) -> Clip:
     return Clip(None, np.asarray(sound, np.float32)[None], Fraction(25), rate)
 
 
-def tiny_recogniser() -> PhoneRecogniser:
-    return PhoneRecogniser(
+def tiny_recogniser() -> PhoneRecognizer:
+    return PhoneRecognizer(
         inventory()[0], width=32, expansion=2, kernel=5, layers=1, dropout=0.0
     ).eval()
 
@@ -74,7 +74,7 @@ def test_phone_errors_are_counted_against_the_words() -> None:
 
 def test_an_untrained_recogniser_earns_little() -> None:
     one = bank()[0]
-    value = speech.score(clip_of(bank().audio(one)), one.text, "en", recogniser=tiny_recogniser())
+    value = speech.score(clip_of(bank().audio(one)), one.text, "en", recognizer=tiny_recogniser())
     assert 0 <= value < 0.5
     assert speech.score(Clip(None, None, None, None), "one") == 0.0
 
@@ -119,7 +119,7 @@ def test_noise_and_silence_have_no_pitch() -> None:
 def test_gender_by_pitch_agrees_with_the_bank() -> None:
     members = list(bank())[:40]
     right = [
-        adherence.gender_of_voice(clip_of(bank().audio(u)), u.gender).get("voice_as_told")
+        attribute_accuracy.gender_of_voice(clip_of(bank().audio(u)), u.gender).get("voice_as_told")
         for u in members
     ]
     known = [value for value in right if value is not None]

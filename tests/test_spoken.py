@@ -73,7 +73,7 @@ def test_words_are_found_where_they_are_said(spoken: tuple[Path, dict[str, dict]
         same = [(a, b) for a, b in zip(found, known, strict=False) if a.symbol == b.symbol]
         assert len(same) > 0.8 * len(found) > 8
         assert np.median([abs(a.start - b.start) for a, b in same]) < 0.03
-        assert np.mean([a.mark == b.mark for a, b in same]) > 0.9
+        assert np.mean([a.stress_tone == b.stress_tone for a, b in same]) > 0.9
 
 
 def test_words_that_are_not_said_are_refused(spoken: tuple[Path, dict[str, dict]]) -> None:

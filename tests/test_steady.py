@@ -78,13 +78,13 @@ def test_the_pipeline_steadies_by_its_own_default_and_by_the_call():
     def make(**more):
         return pipe(**call, **more, generator=torch.Generator().manual_seed(1)).frames
 
-    plain, steady = make(), make(steadiness=20.0)
+    plain, steady = make(), make(deflicker_strength=20.0)
     assert steady.diff(dim=1).abs().mean() < plain.diff(dim=1).abs().mean()
-    pipe.register_to_config(steadiness=20.0)
+    pipe.register_to_config(deflicker_strength=20.0)
     torch.testing.assert_close(make(), steady)
-    torch.testing.assert_close(make(steadiness=0.0), plain)
-    with pytest.raises(ValueError, match=r"steadiness=-1: needs a number from 0 to 255"):
-        make(steadiness=-1)
+    torch.testing.assert_close(make(deflicker_strength=0.0), plain)
+    with pytest.raises(ValueError, match=r"deflicker_strength=-1: needs a number from 0 to 255"):
+        make(deflicker_strength=-1)
 
 
 def test_given_frames_come_back_untouched():
@@ -100,7 +100,7 @@ def test_given_frames_come_back_untouched():
         num_inference_steps=2,
         output_type="pt",
         check_prompt=False,
-        steadiness=30.0,
+        deflicker_strength=30.0,
         generator=torch.Generator().manual_seed(1),
     )
     torch.testing.assert_close(out.frames[:, :5] * 2 - 1, film.transpose(1, 2), atol=1e-6, rtol=0)

@@ -69,7 +69,7 @@ def test_spectrogram_by_the_formula() -> None:
     np.testing.assert_allclose(found[:, :65], slow, atol=2e-3)
     np.testing.assert_allclose(
         found[:, 65], 4.2677393 / (2 * 4.5689974), rtol=1e-5
-    )  # zero log-mel, then normalised
+    )  # zero log-mel, then normalized
 
 
 @pytest.mark.parametrize("shape", [(36, 48), (80, 40), (32, 32)])
@@ -132,8 +132,8 @@ def saved(made: Synchformer, path: Path) -> Path:
 @pytest.mark.parametrize(("place", "late"), [(10, 0.0), (0, 2000.0), (13, -600.0)])
 def test_planted_offset_of_a_clip(tmp_path: Path, place: int, late: float) -> None:
     backend = SynchformerBackend(saved(planted(place, 10), tmp_path / "w.safetensors"), TINY)
-    judge = LipSync(backend=backend)
-    row = judge.measure(Clip(film(5.6), noise(5.6)[None], Fraction(25), 16_000)).row
+    evaluator = LipSync(backend=backend)
+    row = evaluator.measure(Clip(film(5.6), noise(5.6)[None], Fraction(25), 16_000)).row
     assert row["status"] == "ok", row["error"]
     assert row["offset_ms"] == pytest.approx(late) and row["offset_frames"] == pytest.approx(
         late / 40
@@ -145,9 +145,9 @@ def test_planted_offset_of_a_clip(tmp_path: Path, place: int, late: float) -> No
 
 def test_whole_protocol_against_its_parts(tmp_path: Path) -> None:
     backend = SynchformerBackend(saved(network(), tmp_path / "w.safetensors"), TINY)
-    judge = LipSync(backend=backend)
-    header = judge.header()
-    assert isinstance(judge.faces, WholeSource) and header["weights"] == file_hash(
+    evaluator = LipSync(backend=backend)
+    header = evaluator.header()
+    assert isinstance(evaluator.faces, WholeSource) and header["weights"] == file_hash(
         tmp_path / "w.safetensors"
     )
     assert (
@@ -156,7 +156,7 @@ def test_whole_protocol_against_its_parts(tmp_path: Path) -> None:
         and "audio late" in header["offset"]
     )
     frames, audio = film(6.2), noise(6.2)
-    measured = judge.measure(Clip(frames, audio[None], Fraction(25), 16_000))
+    measured = evaluator.measure(Clip(frames, audio[None], Fraction(25), 16_000))
     pictures = torch.stack(
         [synchformer.prepare_picture(frame, 32) for frame in frames], dim=1
     )  # (3, F, 32, 32)
@@ -206,11 +206,11 @@ def test_a_clip_at_another_rate_is_seen_at_25_fps(tmp_path: Path) -> None:
 def test_clips_that_cannot_be_measured_have_a_status(
     tmp_path: Path, seconds: float, loudness: float | None, status: str, words: str
 ) -> None:
-    judge = LipSync(
+    evaluator = LipSync(
         backend=SynchformerBackend(saved(planted(10), tmp_path / "w.safetensors"), TINY)
     )
     audio = None if loudness is None else loudness * noise(seconds)[None]
-    row = judge.measure(Clip(film(seconds), audio, Fraction(25), 16_000)).row
+    row = evaluator.measure(Clip(film(seconds), audio, Fraction(25), 16_000)).row
     assert row["status"] == status and words in row["error"]
 
 

@@ -168,10 +168,10 @@ def test_whole_protocol_on_a_cropped_clip(tmp_path: Path) -> None:
     backend = SyncNetBackend(tmp_path / "w.safetensors", cropped=True, reach=0.2)
     clip = presenter(seconds=1.4)
     frames, audio = clip["frames"][:33], clip["audio"][0]
-    judge = LipSync(backend=backend)
-    assert isinstance(judge.faces, WholeSource)
-    assert judge.header()["weights"] == syncnet.file_hash(tmp_path / "w.safetensors")
-    row = judge.measure(Clip(frames, audio[None], Fraction(25), RATE)).row
+    evaluator = LipSync(backend=backend)
+    assert isinstance(evaluator.faces, WholeSource)
+    assert evaluator.header()["weights"] == syncnet.file_hash(tmp_path / "w.safetensors")
+    row = evaluator.measure(Clip(frames, audio[None], Fraction(25), RATE)).row
     assert row["status"] == "ok", row["error"]
     crops = [np.asarray(square_of(frame)) for frame in frames]
     seen = syncnet.see_pictures(network(), crops)

@@ -9,9 +9,9 @@ from avdiff.core.memory_table import memory_tables
 from avdiff.core.moe import MoE
 from avdiff.latents import Joint
 from avdiff.models.conditions import Positions
-from avdiff.phonetics.phone import inventory
-from avdiff.phonetics.track import script_from_phones
-from avdiff.phonetics.visemes import VISEMES, Phone, viseme_of
+from avdiff.phonetics.phone import Phone, inventory
+from avdiff.phonetics.track import track_from_phones
+from avdiff.phonetics.visemes import VISEMES, viseme_of
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train import finetune
@@ -87,7 +87,7 @@ def test_memory_tables_are_averaged_and_clipped_with_the_rest(data, tmp_path):
     task.rows.step = step
     batches = loop.next_batches(None)
     loop.train_step(batches, 0.0)
-    loop.feed.close()
+    loop.loader.close()
     rows, dense = norms[0]
     total = torch.cat([g.flatten() for g in dense]).square().sum() + rows**2
     assert 0 < rows < 0.1
@@ -129,13 +129,13 @@ def test_one_branch_alone_can_leave_the_caption_unread(data, tmp_path):
 def test_heads_read_exact_labels_and_learn(data, tmp_path):
     symbols = list(inventory()[0][1:4])
     third = float(CLIP.seconds) / 3
-    script = script_from_phones(
+    track = track_from_phones(
         [[Phone(s, i * third, (i + 1) * third, 0) for i, s in enumerate(symbols)], []], CLIP
     )
-    said = phoneme_labels(script, 4)
+    said = phoneme_labels(track, 4)
     assert [inventory()[0][i] for i in said[0].unique_consecutive()] == symbols
     assert (said[1] == IGNORED).all()
-    seen = viseme_labels(script, Positions.of(CLIP))
+    seen = viseme_labels(track, Positions.of(CLIP))
     assert seen.shape == (2, CLIP.video_grid[0])
     assert [VISEMES[i] for i in seen[0].unique_consecutive()] == [viseme_of(s)[0] for s in symbols]
     _, summary = run(
@@ -275,21 +275,21 @@ def test_learned_guidance_settles_at_the_guided_estimate():
     """
     objective = Objective(ObjectiveOptions(learned_guidance={"video": 2.5}))
     clean = Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3))  # E[x|c]
-    untold, told = (
+    uncond, told = (
         Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)),
         Joint(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)),
     )
     for _ in range(60):
-        told = objective.guided(clean, told, untold)  # what minimises the loss for this goal
+        told = objective.guided(clean, told, uncond)  # what minimises the loss for this goal
     torch.testing.assert_close(told.video, 2.5 * clean.video, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(told.audio, clean.audio)
     as_v = Objective(ObjectiveOptions(learned_guidance={"video": 2.5}, prediction_type="velocity"))
     noise, told, free = (
         Joint(torch.randn(1, 2, 3), torch.randn(1, 2, 3)) for _ in range(3)
     )  # velocities
-    goal = as_v.guided(clean, told, free)
+    target = as_v.guided(clean, told, free)
     torch.testing.assert_close(
-        noise.video - goal.video, (noise.video - clean.video) + 0.6 * (told.video - free.video)
+        noise.video - target.video, (noise.video - clean.video) + 0.6 * (told.video - free.video)
     )
 
 

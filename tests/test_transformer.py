@@ -4,6 +4,7 @@ gradients, saving.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -13,8 +14,9 @@ import torch
 from avdiff.clip import ClipSpec, Clock
 from avdiff.latents import Joint
 from avdiff.models import presets
-from avdiff.models.conditions import Positions, Script, overlap_matrix, window_mask
+from avdiff.models.conditions import Positions, overlap_matrix, window_mask
 from avdiff.models.transformer import AVTransformer, clean_estimate
+from avdiff.phonetics.track import PhonemeTrack
 
 CLIP = ClipSpec(num_frames=9)
 
@@ -36,7 +38,7 @@ def make_inputs(
     g = torch.Generator().manual_seed(1)
     c = model.config
     frames = (torch.arange(clip.mel_frames) * 5 // clip.mel_frames)[None].repeat(batch, 1)
-    script = Script(
+    track = PhonemeTrack(
         torch.randint(1, 40, (batch, 5), generator=g),
         torch.randint(0, 3, (batch, 5), generator=g),
         frames,
@@ -51,7 +53,7 @@ def make_inputs(
         text=torch.randn(batch, 6, c.text_dim, generator=g),
         text_mask=torch.ones(batch, 6, dtype=torch.bool),
         positions=Positions.of(clip, start=start),
-        script=script,
+        track=track,
     )
 
 
@@ -65,8 +67,8 @@ def rows(inputs: dict, index: torch.Tensor) -> dict:
     """The same inputs with the batch reordered or cut."""
 
     def pick(x):
-        if isinstance(x, Script):
-            return Script(*(None if v is None else v[index] for v in vars(x).values()))
+        if isinstance(x, PhonemeTrack):
+            return PhonemeTrack(*(None if v is None else v[index] for v in vars(x).values()))
         return x[index] if isinstance(x, torch.Tensor) else x
 
     return {k: pick(v) for k, v in inputs.items()}
@@ -109,7 +111,7 @@ def test_fresh_model_gives_the_linear_estimate_and_ignores_its_zero_parts() -> N
 def test_cut_connections_equal_two_branches_alone() -> None:
     model = make_model()
     inputs = make_inputs(model)
-    inputs["script"] = replace(inputs["script"], video_frames=inputs["script"].frames)
+    inputs["track"] = replace(inputs["track"], video_frame_to_phone=inputs["track"].frames)
     together = run(model, inputs, isolated=True)
     alone_video = run(model, inputs, isolated=True, audio_hidden_states=None, audio_timestep=None)
     alone_audio = run(model, inputs, isolated=True, hidden_states=None, timestep=None)
@@ -124,7 +126,7 @@ def test_cut_connections_equal_two_branches_alone() -> None:
 def test_without_shared_stream_the_branches_still_meet() -> None:
     model = make_model(shared_rate=0.0, shared_layers=())
     inputs = make_inputs(model)
-    assert not any("shared" in name for name, _ in model.named_parameters())
+    assert not any(re.search(r"(^|\.)shared[._]", name) for name, _ in model.named_parameters())
     moved = run(model, inputs, audio_hidden_states=inputs["audio_hidden_states"] + 1)
     assert (moved.video - run(model, inputs).video).abs().max() > 1e-3
 
@@ -196,7 +198,7 @@ def test_noise_level_per_token_equals_per_sample_when_constant() -> None:
 def test_prepared_conditions_equal_raw_ones_and_are_made_once() -> None:
     model = make_model()
     inputs = make_inputs(model)
-    conditions = model.prepare(*(inputs[k] for k in ("text", "text_mask", "positions", "script")))
+    conditions = model.prepare(*(inputs[k] for k in ("text", "text_mask", "positions", "track")))
     given = {
         k: inputs[k] for k in ("hidden_states", "audio_hidden_states", "timestep", "audio_timestep")
     }
@@ -209,10 +211,10 @@ def test_masked_text_and_absent_script_are_not_seen() -> None:
     hidden = torch.zeros_like(inputs["text_mask"])
     blind = run(model, inputs, text_mask=hidden)
     assert_joint_close(run(model, inputs, text_mask=hidden, text=inputs["text"] + 3), blind)
-    quiet = inputs["script"].without()
+    quiet = inputs["track"].without()
     other = replace(quiet, phonemes=quiet.phonemes.flip(1))
-    assert_joint_close(run(model, inputs, script=quiet), run(model, inputs, script=other))
-    assert (run(model, inputs, script=quiet).audio - run(model, inputs).audio).abs().max() > 1e-3
+    assert_joint_close(run(model, inputs, track=quiet), run(model, inputs, track=other))
+    assert (run(model, inputs, track=quiet).audio - run(model, inputs).audio).abs().max() > 1e-3
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.evaluation.metrics.video import (
     OpeningProbe,
     best_lag,
@@ -238,7 +238,7 @@ def test_opening_probe_reads_an_opening_it_has_not_seen() -> None:
 
 
 def test_report_makes_table_and_picture() -> None:
-    made = list(samples(SpeechBank(), "test", 2, num_frames=9, size=64))
+    made = list(samples(SpeechCorpus(), "test", 2, num_frames=9, size=64))
     probe = OpeningProbe.fit((s.frames, s.points, s.opening) for s in made)
     table = video_table(tiny(), iter(made), probe)
     assert table["original"]["psnr"] > 100 and table["original"]["mouth_gradient"] == pytest.approx(

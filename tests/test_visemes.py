@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from avdiff.phonetics import visemes
-from avdiff.phonetics.visemes import PARAMS, TARGETS, VISEMES, Phone, viseme_of, viseme_track
+from avdiff.phonetics.phone import Phone
+from avdiff.phonetics.visemes import PARAMS, TARGETS, VISEMES, viseme_of, viseme_track
 
 JAW, WIDTH, ROUND, TEETH, TONGUE, TUCK = range(6)
 PHONES = [p for p in visemes.PHONE_TO_VISEME if len(p) == 1] + list(visemes.DIPHTHONGS)

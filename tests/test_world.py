@@ -1,4 +1,4 @@
-"""PromptWorld: everything that the presenter was taught passes, what lies beyond it is answered by
+"""PromptDomain: everything that the presenter was taught passes, what lies beyond it is answered by
 a sentence.
 """
 
@@ -14,11 +14,11 @@ from tiny import tiny_pipeline
 
 from avdiff import PRESENTER
 from avdiff.corpus.captions import event_captions, parse_prompt, speech_captions
-from avdiff.corpus.domain import CODES, presenter_world
+from avdiff.corpus.domain import CODES, presenter_domain
 from avdiff.corpus.events.scene import sample_event
 from avdiff.corpus.face.identity import sample_identity
 from avdiff.files import BUNDLED
-from avdiff.models.prompt_domain import PromptWorld
+from avdiff.models.prompt_domain import PromptDomain
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
 HELDOUT = BUNDLED / "prompts" / "heldout.jsonl"
@@ -35,33 +35,33 @@ WORDS = {
 
 
 @pytest.fixture(scope="module")
-def world() -> PromptWorld:
-    return presenter_world()
+def prompt_domain() -> PromptDomain:
+    return presenter_domain()
 
 
-def told(world: PromptWorld) -> dict:
+def told(prompt_domain: PromptDomain) -> dict:
     """What a world declares, without what diffusers adds."""
     return {
         key: value
-        for key, value in json.loads(world.to_json_string()).items()
+        for key, value in json.loads(prompt_domain.to_json_string()).items()
         if not key.startswith("_")
     }
 
 
-def faults(world: PromptWorld, prompts: list[str]) -> dict[str, str]:
-    found = {prompt: world.fault(*parse_prompt(prompt)) for prompt in prompts}
+def faults(prompt_domain: PromptDomain, prompts: list[str]) -> dict[str, str]:
+    found = {prompt: prompt_domain.fault(*parse_prompt(prompt)) for prompt in prompts}
     return {prompt: fault for prompt, fault in found.items() if fault}
 
 
-def test_every_held_out_prompt_passes(world) -> None:
+def test_every_held_out_prompt_passes(prompt_domain) -> None:
     prompts = [
         json.loads(line)["prompt"] for line in HELDOUT.read_text(encoding="utf8").splitlines()
     ]
-    assert len(prompts) == 232 and not faults(world, prompts)
+    assert len(prompts) == 232 and not faults(prompt_domain, prompts)
 
 
 @pytest.mark.parametrize("language", CODES)
-def test_every_form_of_caption_passes(world, language: str) -> None:
+def test_every_form_of_caption_passes(prompt_domain, language: str) -> None:
     rng = np.random.default_rng(7)
     prompts: list[str] = []
     for _ in range(150):
@@ -69,7 +69,7 @@ def test_every_form_of_caption_passes(world, language: str) -> None:
             sample_identity(rng).attributes(), WORDS[language], language, rng
         )
         prompts += event_captions(sample_event(rng, 3.0), language, rng)
-    assert len(set(prompts)) > 400 and not faults(world, prompts)
+    assert len(set(prompts)) > 400 and not faults(prompt_domain, prompts)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_every_form_of_caption_passes(world, language: str) -> None:
         'Die Frau (a woman) says "guten Tag"',
     ],
 )
-def test_free_wordings_pass(world, prompt: str) -> None:
-    assert not faults(world, [prompt])
+def test_free_wordings_pass(prompt_domain, prompt: str) -> None:
+    assert not faults(prompt_domain, [prompt])
 
 
 OUTSIDE = [
@@ -138,38 +138,40 @@ OUTSIDE = [
 ]
 
 
-def test_what_lies_outside_is_refused_in_one_sentence(world) -> None:
+def test_what_lies_outside_is_refused_in_one_sentence(prompt_domain) -> None:
     assert len(OUTSIDE) >= 40
     for prompt in OUTSIDE:
         with pytest.raises(ValueError, match=r"this model draws one .*--model.*--anyway") as caught:
-            world.check(prompt, *parse_prompt(prompt))
+            prompt_domain.check(prompt, *parse_prompt(prompt))
         assert "\n" not in str(caught.value) and prompt[:40] in str(caught.value)
 
 
-def test_given_sound_needs_no_words(world) -> None:
-    assert world.fault("A woman with red hair", None) and not world.fault(
+def test_given_sound_needs_no_words(prompt_domain) -> None:
+    assert prompt_domain.fault("A woman with red hair", None) and not prompt_domain.fault(
         "A woman with red hair", None, given=True
     )
 
 
-def test_the_embedded_model_declares_it(world) -> None:
-    assert told(PromptWorld.from_pretrained(Path(PRESENTER) / "world")) == told(world)
-    assert json.loads((Path(PRESENTER) / "model_index.json").read_text())["world"] == [
+def test_the_embedded_model_declares_it(prompt_domain) -> None:
+    assert told(PromptDomain.from_pretrained(Path(PRESENTER) / "prompt_domain")) == told(
+        prompt_domain
+    )
+    assert json.loads((Path(PRESENTER) / "model_index.json").read_text())["prompt_domain"] == [
         "avdiff",
-        "PromptWorld",
+        "PromptDomain",
     ]
 
 
-def test_pipeline_carries_and_asks_its_world(world, tmp_path: Path) -> None:
+def test_pipeline_carries_and_asks_its_world(prompt_domain, tmp_path: Path) -> None:
     pipe = tiny_pipeline()
     pipe(
         "mountains", num_inference_steps=1, seconds=0.2, height=64, width=64
     )  # no world: nothing is refused
-    pipe.register_modules(world=world)
+    pipe.register_modules(prompt_domain=prompt_domain)
     pipe.save_pretrained(tmp_path)
     pipe = AVDiffPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    assert told(pipe.world) == told(world)
+    assert told(pipe.prompt_domain) == told(prompt_domain)
     fast = dict(num_inference_steps=1, height=64, width=64, output_type="latent")
     with pytest.raises(ValueError, match="asks for 'mountains'"):
         pipe(["a drum is struck once", "mountains"], seconds=0.2, **fast)

@@ -1,1 +1,1 @@
-"""train of avdiff."""
+"""Training: what a user runs lies here, its parts in packages. Start with `finetune`."""

@@ -32,9 +32,10 @@ from torch import nn
 
 from avdiff.core.modulation import rms_norm
 from avdiff.latents import MODALITIES, Joint, per_token
-from avdiff.models.conditions import Conditions, Positions, Script
+from avdiff.models.conditions import Conditions, Positions
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.track import PhonemeTrack
 from avdiff.train import finetune
 from avdiff.train.joint.dataset import positions_of, same_shape, to_device
 from avdiff.train.joint.model_init import from_folder, from_preset
@@ -82,7 +83,7 @@ class DistillTask(finetune.FinetuneTask):
         super().__init__(recipe, transformer, text_encoder, tokenizer, train, held_out)
         self.teacher = teacher
         self.how = recipe.distillation
-        self.world = teacher.world
+        self.prompt_domain = teacher.prompt_domain
         self.bridge: nn.ModuleDict | None = None
         if self.how.feature_weight:
             self.pairs = matching_blocks(transformer, teacher.transformer)
@@ -101,7 +102,7 @@ class DistillTask(finetune.FinetuneTask):
         isolated = structure == "isolated"
         positions = positions_of(batch["clip"], str(self.device))
         alone = clean.audio is None or isolated
-        script = self._script(batch["script"], alone, self.recipe.data.video_script, side)
+        track = self._script(batch["track"], alone, self.recipe.data.video_phonemes, side)
         own = int(torch.randint(0, self.how.own_steps + 1, (), generator=side))
 
         rows = row_generators(generator, len(batch["input_ids"]))
@@ -110,12 +111,12 @@ class DistillTask(finetune.FinetuneTask):
         time = None if start is None else start / self.how.student_steps
         noised = self.objective.noised(clean, positions, rows, self.recipe.objective.tasks, time)
         if place is not None and own:
-            noised = self._rolled(batch, noised, positions, script, isolated, place, own)
-        question = self.teacher.ask(batch, positions, script, isolated)
+            noised = self._rolled(batch, noised, positions, track, isolated, place, own)
+        question = self.teacher.ask(batch, positions, track, isolated)
         with tapped(self._watched(self.teacher.transformer)) as theirs:
             target = self._target(question, noised, place)
         with tapped(self._watched(self.transformer)) as ours:
-            output, routing = self.predict(batch, noised, positions, script, isolated)
+            output, routing = self.predict(batch, noised, positions, track, isolated)
         answer = as_clean(
             output, self.recipe.objective.prediction_type, noised.noisy, noised.sigmas
         )
@@ -158,9 +159,9 @@ class DistillTask(finetune.FinetuneTask):
         floor = self.recipe.objective.loss_floor
 
         def one(
-            x: torch.Tensor, goal: torch.Tensor, level: torch.Tensor, wanted: torch.Tensor
+            x: torch.Tensor, target: torch.Tensor, level: torch.Tensor, wanted: torch.Tensor
         ) -> torch.Tensor:
-            square = (x - goal.float()).square().mean(-1) / level.clamp(min=floor)[
+            square = (x - target.float()).square().mean(-1) / level.clamp(min=floor)[
                 :, None
             ].square()  # (B, N)
             return (square * wanted).sum(1) / wanted.sum(1).clamp(min=1)
@@ -176,16 +177,16 @@ class DistillTask(finetune.FinetuneTask):
         k = self.how.teacher_substeps
         stops = [(place * k - j) / (self.how.student_steps * k) for j in range(k + 1)]
         end = self.walk(n.noisy, n.wanted, stops, asked)
-        last = self.objective.levels_at(stops[-1])
+        last = self.objective.sigmas_at(stops[-1])
 
-        def landed(
+        def implied_x0(
             z: torch.Tensor, z_end: torch.Tensor, s: torch.Tensor, s_end: torch.Tensor
         ) -> torch.Tensor:
             return z - (z_end - z) * per_token(
                 s / (s_end - s), z
             )  # x = z - s v with v = (z_end - z) / (s_end - s)
 
-        return n.noisy.map(landed, end, n.levels, last)
+        return n.noisy.map(implied_x0, end, n.levels, last)
 
     def walk(
         self,
@@ -198,8 +199,8 @@ class DistillTask(finetune.FinetuneTask):
         is no step.
         """
         for here, there in pairwise(stops):
-            s = self.objective.levels_at(here)
-            s_next = self.objective.levels_at(there)
+            s = self.objective.sigmas_at(here)
+            s_next = self.objective.sigmas_at(there)
             clean = network(tokens, mask_levels(s, tokens, wanted))
 
             def moved(
@@ -215,7 +216,7 @@ class DistillTask(finetune.FinetuneTask):
         batch: Mapping[str, Any],
         n: Noised,
         positions: Positions,
-        script: Script | None,
+        track: PhonemeTrack | None,
         isolated: bool,
         place: torch.Tensor,
         own: int,
@@ -226,22 +227,22 @@ class DistillTask(finetune.FinetuneTask):
         steps = self.how.student_steps
         stops = [(place + j).clamp(max=steps) / steps for j in range(own, -1, -1)]
         with torch.no_grad():
-            network = self._student(self._conditions(batch, positions, script), isolated)
+            network = self._student(self._conditions(batch, positions, track), isolated)
             tokens = self.walk(n.noisy, n.wanted, stops, network)
         # bf16 copies of weights made without gradients must not serve the next forward
         torch.clear_autocast_cache()
-        levels = self.objective.levels_at(stops[-1])
+        levels = self.objective.sigmas_at(stops[-1])
         levels = Joint(
             *(None if getattr(tokens, m) is None else getattr(levels, m) for m in MODALITIES)
         )
         return replace(n, noisy=tokens, levels=levels, sigmas=mask_levels(levels, tokens, n.wanted))
 
     def _conditions(
-        self, batch: Mapping[str, Any], positions: Positions, script: Script | None
+        self, batch: Mapping[str, Any], positions: Positions, track: PhonemeTrack | None
     ) -> Conditions:
         text = self.text_of(batch)
         return self.transformer.prepare(
-            text, batch["attention_mask"].bool(), positions, script, len(text)
+            text, batch["attention_mask"].bool(), positions, track, len(text)
         )
 
     def _student(self, conditions: Conditions, isolated: bool = False) -> Estimate:
@@ -260,7 +261,7 @@ class DistillTask(finetune.FinetuneTask):
         )
 
     def _features(self, ours: Any, theirs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Mean squared distance of RMS-normalised block outputs, the student's through a learned
+        """Mean squared distance of RMS-normalized block outputs, the student's through a learned
         linear map.
         """
         assert self.bridge is not None
@@ -295,12 +296,12 @@ class DistillTask(finetune.FinetuneTask):
         sums: dict[str, float] = dict.fromkeys(
             (f"{k}/{m}" for k in ("far", "plain", "size") for m in MODALITIES), 0.0
         )
-        for batch, noise, goal, plain in self._references:
+        for batch, noise, target, plain in self._references:
             positions = positions_of(batch["clip"], str(self.device))
-            script = self._script(batch["script"], goal.audio is None, 0.0, torch.Generator())
-            network = self._student(self._conditions(batch, positions, script))
+            track = self._script(batch["track"], target.audio is None, 0.0, torch.Generator())
+            network = self._student(self._conditions(batch, positions, track))
             made = self._sample(noise, network, self._shown_steps)
-            for m, x in goal.items():
+            for m, x in target.items():
                 sums[f"far/{m}"] += float((getattr(made, m) - x).square().sum())
                 sums[f"plain/{m}"] += float((getattr(plain, m) - x).square().sum())
                 sums[f"size/{m}"] += float(x.square().sum())
@@ -342,12 +343,12 @@ class DistillTask(finetune.FinetuneTask):
             batch = to_device(self.collate([self.held_out[i] for i in indices]), self.device)
             clean = Joint(batch.get("video"), batch.get("audio"))
             positions = positions_of(batch["clip"], str(self.device))
-            script = self._script(batch["script"], clean.audio is None, 0.0, torch.Generator())
+            track = self._script(batch["track"], clean.audio is None, 0.0, torch.Generator())
             noise = [torch.Generator(self.device).manual_seed(mix(i, 97)) for i in indices]
             start = self.objective.noised(clean, positions, noise, time=1.0)
             samples = []
             for guided, count in ((True, steps), (False, self._shown_steps)):
-                question = self.teacher.ask(batch, positions, script, guided=guided)
+                question = self.teacher.ask(batch, positions, track, guided=guided)
                 samples.append(self._sample(start, partial(self.teacher.estimate, question), count))
             yield batch, start, samples[0], samples[1]
 
@@ -432,7 +433,7 @@ def _refuse_misfits(
         "video_channels",
         "audio_channels",
         "num_phonemes",
-        "num_marks",
+        "num_stress_tones",
         "mels_per_token",
         "shared_rate",
     ):

@@ -22,10 +22,11 @@ from avdiff.corpus.captions import parse_prompt
 from avdiff.data.cache import CaptionFeatures, LatentCache
 from avdiff.files import RECIPES
 from avdiff.latents import MODALITIES, Joint
-from avdiff.models.conditions import Positions, Script
-from avdiff.models.prompt_domain import PromptWorld
+from avdiff.models.conditions import Positions
+from avdiff.models.prompt_domain import PromptDomain
 from avdiff.models.text_encoder import CaptionEncoder, train_caption_tokenizer
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.track import PhonemeTrack
 from avdiff.pipelines.pipeline_av import RECOMMENDED, AVDiffPipeline
 from avdiff.train.joint import lora as adapters
 from avdiff.train.joint.aux_heads import Heads
@@ -40,7 +41,7 @@ from avdiff.train.joint.dataset import (
 from avdiff.train.joint.dry_run import describe_plan
 from avdiff.train.joint.export import export, push
 from avdiff.train.joint.model_init import from_folder, from_preset, refuse_early, with_path
-from avdiff.train.joint.monitor import Watch
+from avdiff.train.joint.monitor import LearningMonitor
 from avdiff.train.joint.objective import (
     BUCKETS,
     LossBalance,
@@ -52,7 +53,7 @@ from avdiff.train.joint.objective import (
     supervised,
 )
 from avdiff.train.joint.teacher import tapped
-from avdiff.train.joint.validation_clips import Samples, available_judges
+from avdiff.train.joint.validation_clips import Samples, available_evaluators
 from avdiff.train.loop.config import help_text, list_recipes, load_options, to_toml
 from avdiff.train.loop.dataloader import mix
 from avdiff.train.loop.fit import FitOptions, FitSummary, Loss, Task, fit, row_generators
@@ -73,7 +74,7 @@ class FinetuneTask(Task):
 
     groups: list[tuple[Any, ...]]
     collate: Collate
-    world: PromptWorld | None = None  # of the exported pipeline
+    prompt_domain: PromptDomain | None = None  # of the exported pipeline
 
     def __init__(
         self,
@@ -107,10 +108,10 @@ class FinetuneTask(Task):
         if self.heads is not None:
             self.modules["heads"] = self.heads
         self.ema_modules = ("transformer", "text_encoder")
-        self.dataset = clips = TrainingClips(train, recipe.data, transformer.config.event_script)
+        self.dataset = clips = TrainingClips(train, recipe.data, transformer.config.onset_track)
         self.groups = clips.groups()
         self.held_out = (
-            None if held_out is None else TrainingClips(held_out, None, clips.event_script)
+            None if held_out is None else TrainingClips(held_out, None, clips.onset_track)
         )
         self._choose_weights()
         kept = not any(p.requires_grad for p in text_encoder.parameters())
@@ -121,10 +122,10 @@ class FinetuneTask(Task):
         self.rows = self._row_optimizer()
         trained = {adapters.branch_of(n) for n, p in self._named() if p.requires_grad} - {"other"}
         unlearned = {m for m in MODALITIES if m not in taught(recipe.objective)}
-        self.watch = Watch(taught(recipe.objective), sorted(trained - unlearned))
+        self.watch = LearningMonitor(taught(recipe.objective), sorted(trained - unlearned))
         prompts = recipe.samples.sample_prompts
         self.samples = (
-            Samples(Path(recipe.training.output_dir), prompts, available_judges())
+            Samples(Path(recipe.training.output_dir), prompts, available_evaluators())
             if prompts
             else None
         )
@@ -144,19 +145,19 @@ class FinetuneTask(Task):
         rows = row_generators(generator, len(first))
         noised = self.objective.noised(clean, positions, rows, tasks)
         alone = clean.audio is None or structure == "isolated"
-        script = self._script(batch["script"], alone, self.recipe.data.video_script, side)
+        track = self._script(batch["track"], alone, self.recipe.data.video_phonemes, side)
         with tapped(self._read_blocks()) as seen:
             output, routing = self.predict(
-                batch, noised, positions, script, structure == "isolated", self._unread(rows)
+                batch, noised, positions, track, structure == "isolated", self._unread(rows)
             )
-        goal = clean
+        target = clean
         if self.recipe.objective.learned_guidance:
             with torch.no_grad():
-                untold, _ = self.predict(
-                    batch, noised, positions, script, structure == "isolated", told=False
+                uncond, _ = self.predict(
+                    batch, noised, positions, track, structure == "isolated", told=False
                 )
-            goal = self.objective.guided(clean, output, untold)
-        losses = self.objective.row_losses(output, goal, noised)
+            target = self.objective.guided(clean, output, uncond)
+        losses = self.objective.row_losses(output, target, noised)
         only = self.recipe.objective.modalities
         learned: dict[str, torch.Tensor] = {m: loss for m, loss in losses.items() if m in only}
         means = {m: loss.mean() for m, loss in learned.items()}
@@ -170,7 +171,7 @@ class FinetuneTask(Task):
         if (
             self.heads is not None
             and seen
-            and (named := self.heads(*seen[0], batch["script"], positions))
+            and (named := self.heads(*seen[0], batch["track"], positions))
         ):
             total = total + self.heads.total(named)
             parts = parts | named
@@ -192,7 +193,7 @@ class FinetuneTask(Task):
         batch: Mapping[str, Any],
         n: Noised,
         positions: Positions,
-        script: Script | None,
+        track: PhonemeTrack | None,
         isolated: bool = False,
         unread: Joint[torch.Tensor] | None = None,
         told: bool = True,
@@ -204,8 +205,8 @@ class FinetuneTask(Task):
         mask = batch["attention_mask"].bool()
         if not told:
             mask = torch.zeros_like(mask)
-            script = None if script is None else script.without()
-        conditions = self.transformer.prepare(text, mask, positions, script, len(text))
+            track = None if track is None else track.without()
+        conditions = self.transformer.prepare(text, mask, positions, track, len(text))
         out = self.transformer(
             hidden_states=n.noisy.video,
             audio_hidden_states=n.noisy.audio,
@@ -239,19 +240,19 @@ class FinetuneTask(Task):
         ), structure
 
     def _script(
-        self, script: Script, alone: bool, warped: float, side: torch.Generator
-    ) -> Script | None:
+        self, track: PhonemeTrack, alone: bool, warped: float, side: torch.Generator
+    ) -> PhonemeTrack | None:
         """Words on the clock. The video branch reads them straight only when it hears nothing
         (`alone`), else warped in a share of the micro-batches: lips follow sound, not script.
         """
         if self.transformer.config.num_phonemes == 0:
             return None
         if alone:
-            return replace(script, video_frames=script.frames)
+            return replace(track, video_frame_to_phone=track.frames)
         return (
-            script
+            track
             if float(torch.rand((), generator=side)) < warped
-            else replace(script, video_frames=None)
+            else replace(track, video_frame_to_phone=None)
         )
 
     # ------------------------------------------------------------------------------ what is trained
@@ -356,7 +357,7 @@ class FinetuneTask(Task):
         return self.watch.read(values)
 
     def validate(self) -> dict[str, float]:
-        """Held-out losses, then sample clips and what the judges say of them."""
+        """Held-out losses, then sample clips and what the evaluators say of them."""
         judged = {} if self.samples is None else self.samples.make(self)
         self.last_metrics = self.held_out_losses() | judged
         return self.last_metrics
@@ -373,14 +374,14 @@ class FinetuneTask(Task):
             batch = to_device(self.collate([self.held_out[i] for i in indices]), self.device)
             clean = Joint(batch.get("video"), batch.get("audio"))
             positions = positions_of(batch["clip"], str(self.device))
-            script = self._script(batch["script"], clean.audio is None, 0.0, torch.Generator())
+            track = self._script(batch["track"], clean.audio is None, 0.0, torch.Generator())
             for bucket in range(BUCKETS):
                 time = (bucket + 0.5) / BUCKETS
                 generators = [
                     torch.Generator(self.device).manual_seed(mix(i, bucket)) for i in indices
                 ]
                 noised = self.objective.noised(clean, positions, generators, time=time)
-                output, _ = self.predict(batch, noised, positions, script)
+                output, _ = self.predict(batch, noised, positions, track)
                 for m, loss in self.objective.row_losses(output, clean, noised).items():
                     for key in (m, f"{m}/t{time:.1f}"):
                         entry = sums.setdefault(key, [0.0, 0.0])

@@ -69,7 +69,7 @@ class DataOptions:
     """Cache folders that are only measured on."""
     caption_dropout: float = 0.1
     """Share of rows that lose their description: what guidance compares with."""
-    script_dropout: float = 0.1
+    phoneme_dropout: float = 0.1
     """Share of rows that lose the spoken words."""
     text_dropout: float = 0.05
     """Share of rows that lose both."""
@@ -77,7 +77,7 @@ class DataOptions:
     """Share of rows whose picture alone does not follow the description."""
     audio_caption_dropout: float = 0.0
     """Share of rows whose sound alone does not follow the description."""
-    video_script: float = 0.5
+    video_phonemes: float = 0.5
     """Share of micro-batches with sound in which the video branch reads the words too, warped by up
     to 80 ms.
     """
@@ -200,7 +200,7 @@ class DistillOptions:
     data_weight: float = 0.0
     """Share of the plain loss on the data, for size and guidance."""
     feature_weight: float = 0.0
-    """Weight of the distance between the normalised outputs of matching blocks."""
+    """Weight of the distance between the normalized outputs of matching blocks."""
     start_from_teacher: bool = True
     """A student from a preset starts with those weights of the teacher's that fit."""
 
@@ -277,9 +277,9 @@ class Recipe:
                 )
         for name in (
             "caption_dropout",
-            "script_dropout",
+            "phoneme_dropout",
             "text_dropout",
-            "video_script",
+            "video_phonemes",
             "video_caption_dropout",
             "audio_caption_dropout",
         ):

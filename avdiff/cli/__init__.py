@@ -1,1 +1,1 @@
-"""avdiff/cli"""
+"""The command line `avdiff ...`; commands import what they need when they run. See `main`."""

@@ -273,12 +273,12 @@ def bank(
     'avdiff[bank]').
     """
     from avdiff.corpus.speech.build import SURE, build_bank, certify
-    from avdiff.corpus.speech.synthesis import Synthesiser, Voices
+    from avdiff.corpus.speech.synthesis import Synthesizer, Voices
 
     _check_rank(rank, ranks)
     codes = _codes(languages)
     held = build_bank(
-        folder, Synthesiser(Voices(voices)), count, codes, seed, rank, ranks, _progress("speaking")
+        folder, Synthesizer(Voices(voices)), count, codes, seed, rank, ranks, _progress("speaking")
     )
     print(f"{folder}: {held} utterances")
     if not any(folder.glob("*.tar")):
@@ -302,10 +302,12 @@ def report(
     """Measure the presenter corpus: mouths in the pixels, onsets, phone times against the sound,
     speed.
     """
-    from avdiff.corpus.speech.read import SpeechBank
+    from avdiff.corpus.speech.read import SpeechCorpus
     from avdiff.evaluation.corpus_report import measure_corpus, print_report, save_report
 
-    measured = measure_corpus(SpeechBank(bank, decoded=True), count, split, seed, _codes(languages))
+    measured = measure_corpus(
+        SpeechCorpus(bank, decoded=True), count, split, seed, _codes(languages)
+    )
     print_report(measured)
     if json_file is not None:
         save_report(measured, json_file)

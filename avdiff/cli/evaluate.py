@@ -65,8 +65,9 @@ def lipsync(
     backend: Annotated[
         str,
         typer.Option(
-            help="lip_network, syncnet for LSE-C and LSE-D, or synchformer for DeSync (both need --weights). "
-            "Never compare numbers of two backends. Synchformer judges whole pictures and any "
+            help="lip_network, syncnet for LSE-C and LSE-D, or synchformer for DeSync (both need "
+            "--weights). "
+            "Never compare numbers of two backends. Synchformer evaluators whole pictures and any "
             "sound of 4.8 s or more, in steps of 200 ms, which are too coarse for lips."
         ),
     ] = "lip_network",
@@ -75,8 +76,8 @@ def lipsync(
         typer.Option(
             help="SyncNet's weights (.safetensors, or syncnet_v2.model), or Synchformer's "
             "(.safetensors, or MMAudio's synchformer_state_dict.pth). Synchformer's own .pt must "
-            "be converted once, where omegaconf is installed, and runs code of its authors when it is read: "
-            + CONVERSION
+            "be converted once, where omegaconf is installed, and runs code of its "
+            "authors when it is read: " + CONVERSION
         ),
     ] = None,
     quirks: Annotated[
@@ -102,7 +103,7 @@ def lipsync(
     faces: Annotated[
         str, typer.Option(help="auto, mesh (filmed faces), reader (drawn presenters).")
     ] = "auto",
-    judges: Annotated[
+    evaluators: Annotated[
         Path | None,
         typer.Option(help="Folder with lip_network and face_reader; default those bundled."),
     ] = None,
@@ -143,29 +144,29 @@ def lipsync(
         "cropped": cropped,
         "reach": reach,
     }
-    judge = LipSync(landmarker, faces, backend, judges, **options)
-    if judge.faces.name == "reader":
+    evaluator = LipSync(landmarker, faces, backend, evaluators, **options)
+    if evaluator.faces.name == "reader":
         _warn(
             "only the reader of drawn presenters is here: do not rely on numbers of filmed faces "
             "(--landmarker download, and pip install 'avdiff[eval]')"
         )
-    found = judge.rows(files, jobs, _progress(len(files)))
+    found = evaluator.rows(files, jobs, _progress(len(files)))
     rows = [clip.row for clip in found]
     for row in rows:
         if row["status"] == "ok":
             row["offset_abs_frames"] = abs(row["offset_frames"])
             row["within_1_frame"] = float(row["offset_abs_frames"] <= 1)
     rows = face_rows(rows) if per_face else rows
-    header = judge.header()
+    header = evaluator.header()
     summary = write_reports(rows, header, json, csv, html, "offset_abs_frames", "Lip-sync")
-    columns = COLUMNS[judge.backend.name]
+    columns = COLUMNS[evaluator.backend.name]
     _print_table(rows, columns | {"face_coverage": "face", "speech_coverage": "speech"})
     shown = {
         key: summary["numbers"][key] for key in (*columns, *SUMMED) if key in summary["numbers"]
     }
     print_summary(summary | {"numbers": shown}, header)
     if self_test:
-        _self_test(judge, [clip for clip in found if clip.audio is not None])
+        _self_test(evaluator, [clip for clip in found if clip.audio is not None])
     for path in (json, csv, html):
         if path is not None:
             print(path)
@@ -211,7 +212,7 @@ def _verdict(rows: list[dict[str, Any]], limit: float | None) -> int:
     return int(limit is not None and (not offsets or max(offsets) > limit))
 
 
-def _self_test(judge: LipSync, clips: list[Measured]) -> None:
+def _self_test(evaluator: LipSync, clips: list[Measured]) -> None:
     """Recovery of planted shifts, and true against swapped sound, on stdout."""
     from rich.console import Console
     from rich.table import Table
@@ -222,22 +223,22 @@ def _self_test(judge: LipSync, clips: list[Measured]) -> None:
     if not clips:
         console.print("self-test: no clip could be measured")
         return
-    marks = recovery([shift_clip(clip, judge.backend) for clip in clips])
+    metrics = recovery([shift_clip(clip, evaluator.backend) for clip in clips])
     table = Table(
         "shift, frames", "absolute, within 1", "relative to the clip's own zero, within 1"
     )
-    for shift, (absolute, relative) in marks["by_shift"].items():
+    for shift, (absolute, relative) in metrics["by_shift"].items():
         table.add_row(f"{shift:+d}", f"{absolute:.1%}", f"{relative:.1%}")
     for within in (1, 2):
         table.add_row(
             f"all, within {within}",
-            str(marks[f"absolute_{within}"]),
-            str(marks[f"relative_{within}"]),
+            str(metrics[f"absolute_{within}"]),
+            str(metrics[f"relative_{within}"]),
         )
     console.print(f"self-test on {len(clips)} clips, 95 % intervals over clips", markup=False)
     console.print(table)
     if len(clips) > 1:
-        for name, value in swap_auc(clips, judge.backend).items():
+        for name, value in swap_auc(clips, evaluator.backend).items():
             told = "at lag 0" if name == "auc_zero" else "at the best lag"
             console.print(f"true against swapped sound, {told}: AUC {value}", markup=False)
 

@@ -44,8 +44,8 @@ def _reports(parser: argparse.ArgumentParser) -> None:
 
 def _judges(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--judges",
-        help="folder with recogniser, face_reader and lip_network; default: those bundled",
+        "--evaluators",
+        help="folder with recognizer, face_reader and lip_network; default: those bundled",
     )
 
 
@@ -76,14 +76,18 @@ def _all(arguments: list[str]) -> int:
         prompts = load_prompts()
     else:
         prompts = load_prompts(options.prompts) if options.prompts else []
-    by = suite.Judges.from_folder(options.judges) if options.judges else suite.Judges.bundled()
+    by = (
+        suite.Evaluators.from_folder(options.evaluators)
+        if options.evaluators
+        else suite.Evaluators.bundled()
+    )
     rows = [
         suite.measure_file(file, suite.find_wish(file, prompts), by, options.mos)
         for file in track(files, "measuring", transient=True)
     ]
     for row in rows:
         row.pop("id", None)  # several clips may come from one prompt: here the file is the name
-    facts = suite.header(options.judges)
+    facts = suite.header(options.evaluators)
     summary = report.write_reports(rows, facts, options.json, options.csv, options.html)
     report.print_rows(rows, ["mouth_r", "offset_ms", "phone_errors", "phones", "peak"])
     report.print_summary(summary, facts)
@@ -122,7 +126,11 @@ def _fidelity(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the distances")
     _judges(parser)
     options = parser.parse_args(arguments)
-    by = suite.Judges.from_folder(options.judges) if options.judges else suite.Judges.bundled()
+    by = (
+        suite.Evaluators.from_folder(options.evaluators)
+        if options.evaluators
+        else suite.Evaluators.bundled()
+    )
 
     def clips(folder: Path) -> Iterator[Clip]:
         for file in clip_files([folder]):
@@ -156,7 +164,11 @@ def _coupling(arguments: list[str]) -> int:
         if not equals:
             raise ValueError(f"{arm!r}: needs NAME=FOLDER, such as cut=runs/coupling/cut")
         folders[name] = Path(folder)
-    by = suite.Judges.from_folder(options.judges) if options.judges else suite.Judges.bundled()
+    by = (
+        suite.Evaluators.from_folder(options.evaluators)
+        if options.evaluators
+        else suite.Evaluators.bundled()
+    )
     coupling.print_couplings(coupling.measure_arms(folders, by))
     return 0
 

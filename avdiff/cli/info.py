@@ -43,12 +43,12 @@ BUNDLED_NETWORKS = {  # folder in avdiff/bundled -> what it is for
     "vae": "pictures to latents and back",
     "audio_vae": "sound to latents and back",
     "vocoder": "mel to sound",
-    "reader/words": "letters to phonemes",
-    "reader/times": "phonemes to seconds",
-    "recogniser": "judge: which phones are heard",
-    "face_reader": "judge: who and what mouth is seen",
-    "lip_network": "judge: whether lips fit the sound",
-    "impact_reader": "judge: which frames show an impact",
+    "g2p/pronouncer": "letters to phonemes",
+    "g2p/duration_predictor": "phonemes to seconds",
+    "recognizer": "evaluator: which phones are heard",
+    "face_reader": "evaluator: who and what mouth is seen",
+    "lip_network": "evaluator: whether lips fit the sound",
+    "contact_detector": "evaluator: which frames show an impact",
 }
 
 

@@ -39,9 +39,9 @@ PASSED_ON = {
         "avdiff.train.codecs.train_codec",
         "Train or fine-tune a codec (see avdiff train-codec --help).",
     ),
-    "train-judge": (
+    "train-evaluator": (
         "avdiff.train.evaluators.train_evaluator",
-        "Train a judge: recogniser, face reader or lip network.",
+        "Train a evaluator: recognizer, face reader or lip network.",
     ),
     "train-reader": ("avdiff.train.g2p.train_g2p", "Train the pronunciation reader."),
 }
@@ -100,7 +100,7 @@ class Sampling:
     num_inference_steps: int | None
     guidance_scale: float | None
     audio_guidance_scale: float | None
-    steadiness: float | None
+    deflicker_strength: float | None
     generate_video: bool | None
     generate_audio: bool | None
     check_prompt: bool | None = None
@@ -154,7 +154,7 @@ def generate(
             help="Text guidance of the sound; 1 is none.",
         ),
     ] = None,
-    steadiness: Annotated[
+    deflicker_strength: Annotated[
         float | None,
         typer.Option(
             help="Changes of a pixel, of 255, that count as flicker and are averaged away."
@@ -212,7 +212,7 @@ def generate(
         steps,
         guidance,
         audio_guidance,
-        steadiness,
+        deflicker_strength,
         *(False if left_out else None for left_out in (no_video, no_audio, anyway)),
     )
     pipe = load_pipeline(model, device)
@@ -350,7 +350,7 @@ def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any
 
     import torch
 
-    from avdiff.cli.generate_inputs import continue_clip, given_parts
+    from avdiff.cli.generate_inputs import conditioning_from_files, continue_clip
     from avdiff.media.write import write_clip
 
     seed = secrets.randbits(31) if wish.seed is None else wish.seed
@@ -362,7 +362,7 @@ def make(pipe: Any, wish: Wish, sampling: Sampling, model: str) -> dict[str, Any
     }
     if str(wish.output).lower().endswith((".wav", ".m4a")):
         arguments["generate_video"] = False
-    given = given_parts(pipe, wish, arguments)
+    given = conditioning_from_files(pipe, wish, arguments)
     facts = {"model": model, "seed": seed, "prompt": wish.prompt, "avdiff": avdiff.__version__}
     start = time.perf_counter()
     if wish.extend is not None:

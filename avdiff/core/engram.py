@@ -175,7 +175,7 @@ def compress_vocabulary(tokenizer: TextTokenizer) -> tuple[np.ndarray, int]:
     from tokenizers import Regex
     from tokenizers import normalizers as n
 
-    normalise = n.Sequence(
+    normalize = n.Sequence(
         [
             n.NFKC(),
             n.NFD(),
@@ -194,7 +194,7 @@ def compress_vocabulary(tokenizer: TextTokenizer) -> tuple[np.ndarray, int]:
         key = (
             tokenizer.convert_ids_to_tokens(token)
             if "\ufffd" in text
-            else normalise.normalize_str(text) or text
+            else normalize.normalize_str(text) or text
         )
         table[token] = keys.setdefault(key, len(keys))
     return table, len(keys)

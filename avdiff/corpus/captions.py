@@ -286,7 +286,7 @@ def _event_caption(event: Event, language: str, rng: np.random.Generator) -> str
         **{f"size_{key}": value for key, value in sizes.items()},
         "color": forms.get("c", ""),
         "size": sizes.get("c", ""),
-        "times": table["times"][len(event.impacts) - 1],
+        "times": table["times"][len(event.contacts) - 1],
     }
     for name, key in (
         ("ball", event.material),

@@ -31,12 +31,18 @@ from avdiff.corpus.face.presenter import (
     render_face,
     sample_identity,
 )
-from avdiff.corpus.speech.concatenate import Passage, Piece, choose_pieces, join_pieces, tile
+from avdiff.corpus.speech.concatenate import (
+    Concatenation,
+    UtteranceSegment,
+    choose_pieces,
+    join_pieces,
+    tile,
+)
 from avdiff.corpus.speech.read import (
     LANGUAGES,
     SAMPLE_RATE,
     SPLITS,
-    SpeechBank,
+    SpeechCorpus,
     Utterance,
     normalised_text,
 )
@@ -114,7 +120,7 @@ class PresenterCorpus(Dataset):
     (1, samples).
 
     Args:
-        bank: a `SpeechBank` (any split), or the folder of one; None as in `SpeechBank`.
+        bank: a `SpeechCorpus` (any split), or the folder of one; None as in `SpeechCorpus`.
         split: "train", "val", "test" or "test_voices": sentences and presenters of one are in no
             other, and the voices of the last are in no other.
         languages: codes to keep; None keeps all that the bank holds.
@@ -128,7 +134,7 @@ class PresenterCorpus(Dataset):
 
     def __init__(
         self,
-        bank: SpeechBank | str | os.PathLike[str] | None = None,
+        bank: SpeechCorpus | str | os.PathLike[str] | None = None,
         split: str = "train",
         languages: Sequence[str] | None = None,
         length: int = 10_000,
@@ -143,7 +149,7 @@ class PresenterCorpus(Dataset):
                 f"options and {', '.join(changes)} given: needs either the record or single options"
             )
         self.options = options or CorpusOptions(**changes)
-        self.bank = bank if isinstance(bank, SpeechBank) else SpeechBank(bank)
+        self.bank = bank if isinstance(bank, SpeechCorpus) else SpeechCorpus(bank)
         self.split = split
         self.length = length
         self.seed = seed
@@ -216,7 +222,7 @@ class PresenterCorpus(Dataset):
                 [lip_points(identity, m, p) for m, p in zip(mouth, poses, strict=True)]
             ),
             "attributes": attributes,
-            "impacts": (),
+            "contacts": (),
             "fps": clip.fps,
         }
         if self.options.audio and not self.options.still:
@@ -236,7 +242,7 @@ class PresenterCorpus(Dataset):
             )
         return item
 
-    def _passage(self, rng: np.random.Generator, plan: Plan) -> tuple[Passage, ClipSpec]:
+    def _passage(self, rng: np.random.Generator, plan: Plan) -> tuple[Concatenation, ClipSpec]:
         """Sentences of one voice, and the clip that holds them; sound and phones reach
         `SPARE_SECONDS` further.
         """
@@ -259,7 +265,7 @@ class PresenterCorpus(Dataset):
 
     def _pieces(
         self, rng: np.random.Generator, plan: Plan, room: float
-    ) -> tuple[list[Piece], list[float], float]:
+    ) -> tuple[list[UtteranceSegment], list[float], float]:
         """Sentences of one voice, the pause before each, and their length together."""
         for _ in range(
             100
@@ -299,7 +305,7 @@ class PresenterCorpus(Dataset):
             "caption": captions[int(phrase.integers(len(captions)))],
             "phones": (),
             "attributes": event.attributes(),
-            "impacts": event.impacts,
+            "contacts": event.contacts,
             "fps": clip.fps,
         }
         if self.options.audio and not self.options.still:
@@ -315,9 +321,9 @@ class PresenterCorpus(Dataset):
 
 
 def split_utterances(
-    bank: SpeechBank, split: str, languages: Sequence[str] | None = None
+    bank: SpeechCorpus, split: str, languages: Sequence[str] | None = None
 ) -> list[Utterance]:
-    """Utterances of a split whose normalised text is in no earlier split (train before val, test,
+    """Utterances of a split whose normalized text is in no earlier split (train before val, test,
     test_voices).
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from avdiff.corpus.captions import phrases
-from avdiff.models.prompt_domain import PromptWorld, caption_words
+from avdiff.models.prompt_domain import PromptDomain, caption_words
 
 ABOUT = (
     "draws one cartoon presenter who says the words in quotes (English, Spanish, French, Hindi, "
@@ -93,10 +93,10 @@ FOREIGN = (
 )
 
 
-def presenter_world() -> PromptWorld:
+def presenter_domain() -> PromptDomain:
     """What the presenter knows."""
     vocabulary = {code: " ".join(caption_words(_texts(phrases(code)))) for code in CODES}
-    return PromptWorld(ABOUT, vocabulary, FILLER, PEOPLE, OBJECTS, ACTIONS, FOREIGN, SCRIPTS)
+    return PromptDomain(ABOUT, vocabulary, FILLER, PEOPLE, OBJECTS, ACTIONS, FOREIGN, SCRIPTS)
 
 
 def _texts(table: Any) -> Iterator[str]:

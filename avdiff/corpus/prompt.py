@@ -14,9 +14,9 @@ from functools import cache
 
 import numpy as np
 
-from avdiff.corpus.events.scene import MOST_IMPACTS, sample_event, stroke_phones
+from avdiff.corpus.events.scene import MAX_CONTACTS, onset_phones, sample_event
 from avdiff.files import BUNDLED
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
 
 BALLS = re.compile(
     r"\b(?:balls?|marbles?|pelota|bola|canica|balle|boule|bille|palla|biglia)\b|गेंद|गोली|ボール|玉|球"
@@ -48,7 +48,7 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text).casefold().replace("ँ", "ं")
 
 
-def strokes_told(description: str) -> int | None:
+def onsets_in_caption(description: str) -> int | None:
     """How often the caption of an event says that it sounds; None if it does not say."""
     text = _plain(description)
     found = NUMBER.search(text)
@@ -57,7 +57,7 @@ def strokes_told(description: str) -> int | None:
     return next((n for pattern, n in _counts() if pattern.search(text)), None)
 
 
-def event_script(description: str, seconds: float, seed: int) -> tuple[Phone, ...]:
+def onset_track(description: str, seconds: float, seed: int) -> tuple[Phone, ...]:
     """Strokes of an event on the clock of a clip, as many as its caption tells, or as chance has
     it.
 
@@ -68,16 +68,16 @@ def event_script(description: str, seconds: float, seed: int) -> tuple[Phone, ..
     Raises:
         ValueError: more strokes than fit into the clip, or than any event has.
     """
-    count = strokes_told(description)
+    count = onsets_in_caption(description)
     kind = "ball" if BALLS.search(_plain(description)) else "drum"
     rng = np.random.default_rng(seed)
     for _ in range(TRIES):
-        impacts = sample_event(rng, seconds, kind).impacts
-        if count is None or len(impacts) == count:
-            return stroke_phones(impacts)
+        contacts = sample_event(rng, seconds, kind).contacts
+        if count is None or len(contacts) == count:
+            return onset_phones(contacts)
     most = (
-        f"at most {MOST_IMPACTS} strokes are known"
-        if (count or 0) > MOST_IMPACTS
+        f"at most {MAX_CONTACTS} strokes are known"
+        if (count or 0) > MAX_CONTACTS
         else "ask for a longer clip"
     )
     raise ValueError(f"{count} strokes do not fit into a clip of {seconds:.1f} s: {most}")

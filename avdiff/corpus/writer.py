@@ -28,7 +28,7 @@ PLAIN = (
     "split",
     "index",
     "attributes",
-    "impacts",
+    "contacts",
 )
 
 
@@ -113,6 +113,6 @@ def _write_table(target: Path, records: dict[int, dict[str, Any]]) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     """Write aside, then rename: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf8")
-    os.replace(aside, path)
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary_path.write_text(text, encoding="utf8")
+    os.replace(temporary_path, path)

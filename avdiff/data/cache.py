@@ -23,9 +23,9 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
 from avdiff.corpus.captions import parse_prompt
-from avdiff.latents import MODALITIES, normalise_latents, pack_audio, pack_video
+from avdiff.latents import MODALITIES, normalize_latents, pack_audio, pack_video
 from avdiff.media.write import MediaError
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
 
 SHARD = 64  # samples in a file: about 1.5 MB for the presenter
 FORMAT = 1
@@ -40,7 +40,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Codecs:
-    """The frozen networks that turn a clip into packed, normalised latents and, with `text`,
+    """The frozen networks that turn a clip into packed, normalized latents and, with `text`,
     captions into features.
     """
 
@@ -60,10 +60,10 @@ class Codecs:
         if video is not None:
             x = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
             z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode().float()
-            out["video"] = pack_video(normalise_latents(z, self.vae), self.patch).half()
+            out["video"] = pack_video(normalize_latents(z, self.vae), self.patch).half()
         if audio is not None:
             z = self.audio_vae.encode(self.audio_vae.mel(audio)).latent_dist.mode().float()
-            out["audio"] = pack_audio(normalise_latents(z, self.audio_vae)).half()
+            out["audio"] = pack_audio(normalize_latents(z, self.audio_vae)).half()
         return out
 
     def fingerprint(self) -> dict[str, str]:
@@ -190,11 +190,11 @@ def write_cache(
             tensor, record = _encode_one(sample, codecs)
             tensors |= {f"{index}/{name}": value for name, value in tensor.items()}
             records.append({"index": index, **record})
-        aside = folder / f".{table.stem}.{os.getpid()}"
-        save_file(tensors, aside)
-        os.replace(aside, table.with_suffix(".safetensors"))
-        aside.write_text(json.dumps(records, ensure_ascii=False))
-        os.replace(aside, table)
+        temporary_path = folder / f".{table.stem}.{os.getpid()}"
+        save_file(tensors, temporary_path)
+        os.replace(temporary_path, table.with_suffix(".safetensors"))
+        temporary_path.write_text(json.dumps(records, ensure_ascii=False))
+        os.replace(temporary_path, table)
     return folder
 
 
@@ -223,10 +223,10 @@ def cache_presenters(
             and `write_cache`.
     """
     from avdiff.corpus.dataset import PresenterCorpus
-    from avdiff.corpus.speech.read import SpeechBank
+    from avdiff.corpus.speech.read import SpeechCorpus
 
     codecs = model if isinstance(model, Codecs) else load_codecs(model)
-    speech = SpeechBank(bank, decoded=True)
+    speech = SpeechCorpus(bank, decoded=True)
     corpus = PresenterCorpus(
         speech,
         split,
@@ -256,9 +256,9 @@ def _claim(folder: Path, made_by: dict[str, Any]) -> None:
     """Write the cache's fingerprint, or compare it with the one that is there."""
     manifest = folder / "cache.json"
     if not manifest.is_file():
-        aside = folder / f".cache.{os.getpid()}"
-        aside.write_text(json.dumps(made_by, indent=1, sort_keys=True))
-        os.replace(aside, manifest)
+        temporary_path = folder / f".cache.{os.getpid()}"
+        temporary_path.write_text(json.dumps(made_by, indent=1, sort_keys=True))
+        os.replace(temporary_path, manifest)
     check_fingerprint(folder, made_by)
 
 
@@ -296,7 +296,7 @@ def _encode_one(
         "language",
         "kind",
         "attributes",
-        "impacts",
+        "contacts",
         "split",
         "sample_rate",
     )

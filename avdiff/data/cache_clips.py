@@ -17,7 +17,7 @@ from avdiff.data.cache import Codecs, LatentCache, load_codecs, write_cache
 from avdiff.data.check import check_folder, checked_clips, save_report
 from avdiff.data.clip_table import ClipTable, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
-from avdiff.latents import denormalise_latents, unpack_audio, unpack_video
+from avdiff.latents import denormalize_latents, unpack_audio, unpack_video
 from avdiff.media.write import write_clip
 
 
@@ -134,7 +134,7 @@ def decode_cache(
         frames = None
         sound = None
         if "video" in item:
-            z = denormalise_latents(
+            z = denormalize_latents(
                 unpack_video(item["video"][None], codecs.patch, clip.video_grid), codecs.vae
             )
             frames = (
@@ -142,7 +142,7 @@ def decode_cache(
             ).numpy() / 2
         if "audio" in item:
             packed = unpack_audio(item["audio"][None], codecs.audio_vae.config.latent_channels)
-            z = denormalise_latents(packed, codecs.audio_vae)
+            z = denormalize_latents(packed, codecs.audio_vae)
             sound = vocoder(codecs.audio_vae.decode(z).sample)[0, :, : clip.num_samples].numpy()
         path = out / f"{index:06d}.{'wav' if frames is None else 'mp4'}"
         write_clip(path, frames, None if frames is None else clip.fps, sound, clip.sample_rate)

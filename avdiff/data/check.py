@@ -306,6 +306,6 @@ def checked_clips(
 def save_report(report: FolderReport, path: str | os.PathLike[str]) -> None:
     """Write the JSON, aside first."""
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(report.as_json() + "\n", encoding="utf8")
-    os.replace(aside, target)
+    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary_path.write_text(report.as_json() + "\n", encoding="utf8")
+    os.replace(temporary_path, target)

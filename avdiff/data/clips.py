@@ -26,7 +26,7 @@ from avdiff.data.clip_table import PICTURE_SUFFIXES, ClipEntry, find_clips
 from avdiff.data.forced_alignment import phones_of_clip
 from avdiff.media.frames import read_sound
 from avdiff.media.write import MediaError, MediaInfo, probe, read_clip
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
 
 SILENT_RMS = 10 ** (-60 / 20)  # under this level a sound is no sound
 # channels in FFmpeg's order FL FR FC LFE BL BR (SL SR); ITU-R BS.775 weights, scaled to a sum of 1
@@ -232,7 +232,7 @@ class RealClips(Dataset):
             "split": str(entry.extra.get("split", "train")),
             "text": "",
             "phones": (),
-            "impacts": (),
+            "contacts": (),
             "attributes": {},
         }
         own = None

@@ -1,5 +1,5 @@
 """Words of a real clip on its clock: the quoted words are pronounced and aligned with the sound by
-the recogniser.
+the recognizer.
 
 Only so can training on a user's clips tell the model what is said when; without it a fine-tuned
 voice would babble.
@@ -11,8 +11,7 @@ import numpy as np
 
 from avdiff.evaluators.load import edit_distance, phone_times, recognise, spoken_symbols
 from avdiff.g2p.pronounce import read
-from avdiff.phonetics.phone import SILENCE, phone_id
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import SILENCE, Phone, phone_id
 
 UNLIKE = 0.8  # phone error rate above which the sound does not say these words
 

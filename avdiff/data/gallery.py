@@ -17,7 +17,7 @@ from PIL import Image
 
 from avdiff.data.clip_table import find_clips
 from avdiff.media.write import MediaError, contact_sheet, read_clip, spectrogram_picture
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
 
 # pixels
 WIDTH = 960
@@ -45,9 +45,9 @@ def write_gallery(
     )
     text = "\n".join([head, f"<h1>{html.escape(title)}</h1>", *sections]) + "\n"
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf8")
-    os.replace(aside, target)
+    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary_path.write_text(text, encoding="utf8")
+    os.replace(temporary_path, target)
     return len(sections)
 
 
@@ -150,6 +150,6 @@ def _curve(item: dict[str, Any], seconds: float) -> str:
                 f'<text x="{middle:.1f}" y="57" font-size="10" '
                 f'text-anchor="middle">{html.escape(phone[0])}</text>'
             )
-    for time in item.get("impacts") or ():
+    for time in item.get("contacts") or ():
         drawn.append(f'<path d="M{time / seconds * WIDTH:.1f} 0V{CURVE}" stroke="#36c"/>')
     return f'<svg viewBox="0 0 {WIDTH} {CURVE}">{"".join(drawn)}</svg>' if drawn else ""

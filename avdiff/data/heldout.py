@@ -25,11 +25,10 @@ from avdiff.corpus.captions import event_captions, join_sentences, phrases, spee
 from avdiff.corpus.dataset import split_utterances
 from avdiff.corpus.events.scene import KINDS, sample_event
 from avdiff.corpus.face import identity as looks
-from avdiff.corpus.speech.read import LANGUAGES, SpeechBank, Utterance, normalised_text
+from avdiff.corpus.speech.read import LANGUAGES, SpeechCorpus, Utterance, normalised_text
 from avdiff.files import BUNDLED
 from avdiff.g2p.pronounce import read
-from avdiff.phonetics.phone import inventory, phone_id
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone, inventory, phone_id
 
 FILE = BUNDLED / "prompts" / "heldout.jsonl"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -79,7 +78,7 @@ class Prompt:
             event. language: code.
         prompt: what a generator is given. text: words to be said, "" for events. seconds: natural
             length of the clip.
-        phones: what a recogniser should hear, without silence. attributes: the whole look, as the
+        phones: what a recognizer should hear, without silence. attributes: the whole look, as the
             corpus names it.
         told: attributes that the prompt speaks of, "value" or "presence": only these can be asked
             of a picture.
@@ -99,7 +98,7 @@ class Prompt:
     gender: str = ""
     source: list[str] = field(default_factory=list)
     seed: int = 0
-    impacts: int = 0
+    contacts: int = 0
 
 
 def symbols(phones: Sequence[Phone]) -> list[str]:
@@ -179,7 +178,7 @@ def speech_prompt(
     )
 
 
-def from_bank(rng: np.random.Generator, bank: SpeechBank, language: str) -> Iterator[Prompt]:
+def from_bank(rng: np.random.Generator, bank: SpeechCorpus, language: str) -> Iterator[Prompt]:
     """Sentences and passages of the bank's test split, no text twice."""
     unique: dict[str, Utterance] = {}
     for utterance in split_utterances(bank, "test", [language]):
@@ -260,11 +259,11 @@ def events(rng: np.random.Generator, language: str, first: int) -> Iterator[Prom
             round(seconds, 2),
             attributes=event.attributes(),
             seed=int(rng.integers(1 << 31)),
-            impacts=len(event.impacts),
+            contacts=len(event.contacts),
         )
 
 
-def make_prompts(bank: SpeechBank, seed: int = 2026) -> list[Prompt]:
+def make_prompts(bank: SpeechCorpus, seed: int = 2026) -> list[Prompt]:
     """All prompts: a function of the bank and the seed.
 
     Raises:
@@ -320,14 +319,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", default=str(FILE))
     options = parser.parse_args(None if arguments is None else list(arguments))
-    prompts = make_prompts(SpeechBank(options.bank, decoded=True))
+    prompts = make_prompts(SpeechCorpus(options.bank, decoded=True))
     target = Path(options.output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(
+    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary_path.write_text(
         "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in prompts), encoding="utf8"
     )
-    os.replace(aside, target)
+    os.replace(temporary_path, target)
     print(f"{len(prompts)} prompts: {target}")
 
 

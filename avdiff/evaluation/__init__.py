@@ -1,1 +1,4 @@
-"""Measurements of media files: they read files and judges, never a model that generates."""
+"""Measurements of media files.
+
+Reads files and evaluator networks, never a model that generates. Start with `suite`.
+"""

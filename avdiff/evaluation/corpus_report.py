@@ -26,7 +26,7 @@ from avdiff.corpus.face.presenter import (
     mouth_opening_from_pixels,
     sample_identity,
 )
-from avdiff.corpus.speech.read import SPLITS, SpeechBank
+from avdiff.corpus.speech.read import SPLITS, SpeechCorpus
 from avdiff.corpus.speech.subset import is_digit_string
 from avdiff.corpus.speech.timing import best_shift
 from avdiff.phonetics.visemes import viseme_of
@@ -51,10 +51,10 @@ class CorpusReport:
     mouth_best_lag: int | None = None
     bilabials: int = 0
     bilabials_closed: float | None = None
-    impacts: int = 0
+    contacts: int = 0
     onset_within_5ms: float | None = None
     onset_worst_ms: float | None = None
-    impacts_seen: float | None = None
+    contacts_seen: float | None = None
     clips_per_cpu_second: float | None = None
     seconds_of_clips: float = 0.0
     voices: dict[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class CorpusReport:
 
 
 def measure_corpus(
-    bank: SpeechBank,
+    bank: SpeechCorpus,
     count: int,
     split: str = "train",
     seed: int = 0,
@@ -101,7 +101,7 @@ def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
             mouths.add(presenter(corpus, item), item)
         else:
             errors += _onset_errors(item)
-            seen += _impacts_seen(item)
+            seen += _contacts_seen(item)
     report.clips_per_cpu_second = len(corpus) / spent
     report.speech_clips = len(mouths.by_clip)
     report.bilabials = len(mouths.closed)
@@ -116,11 +116,11 @@ def _measure_clips(corpus: PresenterCorpus, report: CorpusReport) -> None:
     if mouths.closed:
         report.bilabials_closed = float(np.mean(mouths.closed))
     if errors:
-        report.impacts = len(errors)
+        report.contacts = len(errors)
         report.onset_within_5ms = float(np.mean(np.abs(errors) <= ONSET))
         report.onset_worst_ms = 1000 * float(np.abs(errors).max())
     if seen:
-        report.impacts_seen = float(np.mean(seen))
+        report.contacts_seen = float(np.mean(seen))
 
 
 class _Mouths:
@@ -173,26 +173,26 @@ def _onset_errors(item: dict[str, Any]) -> list[float]:
 
     sound = item["audio"][0].numpy()
     rate = item["sample_rate"]
-    return [onset_seconds(sound, time, rate) - time for time in item["impacts"]]
+    return [onset_seconds(sound, time, rate) - time for time in item["contacts"]]
 
 
-def _impacts_seen(item: dict[str, Any]) -> list[bool]:
+def _contacts_seen(item: dict[str, Any]) -> list[bool]:
     """Whether each impact is seen in the pixels within half a frame; [] without the impact reader's
     weights.
     """
-    from avdiff.evaluation.metrics.events import load_reader, match, visual_impacts
+    from avdiff.evaluation.metrics.events import load_reader, match, visual_contacts
 
     fps = float(item["fps"])
     try:
         reader = load_reader()
     except ValueError:
         return []
-    found = visual_impacts(item["video"].numpy(), fps, reader)
-    met = {i for i, _ in match(np.array(item["impacts"]), found, 0.5 / fps)}
-    return [i in met for i in range(len(item["impacts"]))]
+    found = visual_contacts(item["video"].numpy(), fps, reader)
+    met = {i for i, _ in match(np.array(item["contacts"]), found, 0.5 / fps)}
+    return [i in met for i in range(len(item["contacts"]))]
 
 
-def voice_shifts(bank: SpeechBank, languages: Sequence[str] | None = None) -> dict[str, float]:
+def voice_shifts(bank: SpeechCorpus, languages: Sequence[str] | None = None) -> dict[str, float]:
     """ "language voice" -> milliseconds by which its labels should come later; a blend counts as
     its first voice.
     """
@@ -209,8 +209,8 @@ def voice_shifts(bank: SpeechBank, languages: Sequence[str] | None = None) -> di
     }
 
 
-def _measure_digits(bank: SpeechBank, most: int, report: CorpusReport) -> None:
-    """Words that a recogniser with a digit grammar gets wrong; left out where pocketsphinx is not
+def _measure_digits(bank: SpeechCorpus, most: int, report: CorpusReport) -> None:
+    """Words that a recognizer with a digit grammar gets wrong; left out where pocketsphinx is not
     installed.
     """
     from avdiff.evaluation.metrics.audio import DigitReader, word_errors
@@ -243,9 +243,9 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
         ("  worst clip", told(report.mouth_r_lowest), ""),
         ("  best lag, frames", told(report.mouth_best_lag, "d"), "0"),
         (f"bilabials closed, of {report.bilabials}", told(report.bilabials_closed), "0.98"),
-        (f"event onsets within 5 ms, of {report.impacts}", told(report.onset_within_5ms), "1.0"),
+        (f"event onsets within 5 ms, of {report.contacts}", told(report.onset_within_5ms), "1.0"),
         ("  worst, ms", told(report.onset_worst_ms, ".1f"), "5"),
-        ("  impacts seen within half a frame", told(report.impacts_seen), "0.98"),
+        ("  impacts seen within half a frame", told(report.contacts_seen), "0.98"),
         (
             f"phone labels against sound, {len(report.voices)} voices, mean shift, ms",
             f"{shifts.mean():+.1f}",
@@ -275,11 +275,11 @@ def print_report(report: CorpusReport) -> None:
 def save_report(report: CorpusReport, path: str | os.PathLike[str]) -> None:
     """Write the JSON, aside first."""
     target = Path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(
+    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary_path.write_text(
         json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf8"
     )
-    os.replace(aside, target)
+    os.replace(temporary_path, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args(arguments)
     report = measure_corpus(
-        SpeechBank(options.bank, decoded=True),
+        SpeechCorpus(options.bank, decoded=True),
         options.count,
         options.split,
         options.seed,

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from avdiff.evaluation.metrics.visual_speech import known_truth
+from avdiff.evaluation.metrics.visual_speech import visual_speech
 from avdiff.evaluation.report.report import Difference, Estimate, Row, column, compare, interval
-from avdiff.evaluation.suite import Judges
+from avdiff.evaluation.suite import Evaluators
 from avdiff.media.write import Clip, read_clip
 
 KEY = "mouth_r"
@@ -45,13 +45,13 @@ def swapped(clips: Sequence[Clip]) -> list[Clip]:
     return mixed
 
 
-def arm_rows(clips: Mapping[str, Clip], by: Judges) -> list[dict[str, Any]]:
+def arm_rows(clips: Mapping[str, Clip], by: Evaluators) -> list[dict[str, Any]]:
     """Known-truth rows of an arm: clip name -> clip."""
     rows = []
     for name, clip in clips.items():
         row: dict[str, Any] = {"id": name, "status": "ok", "error": ""}
         try:
-            row |= known_truth(clip, reader=by.face_reader, recogniser=by.recogniser)
+            row |= visual_speech(clip, reader=by.face_reader, recognizer=by.recognizer)
         except ValueError as error:
             row |= {"status": "error", "error": str(error)}
         rows.append(row)
@@ -94,14 +94,14 @@ def couplings(arms: Mapping[str, Sequence[Row]], whole: str = "whole") -> list[C
 
 
 def measure_arms(
-    folders: Mapping[str, Path], by: Judges | None = None, whole: str = "whole"
+    folders: Mapping[str, Path], by: Evaluators | None = None, whole: str = "whole"
 ) -> list[Coupling]:
     """Arms on disk: name -> folder of clips; `swapped` is made from the arm with all links.
 
     Raises:
         ValueError: a folder without clips, or as `couplings`.
     """
-    by = by or Judges.bundled()
+    by = by or Evaluators.bundled()
     arms: dict[str, list[dict[str, Any]]] = {}
     for name, folder in folders.items():
         files = sorted(folder.glob("*.mp4"))

@@ -5,11 +5,11 @@
 Numbers of this kind depend on the features and on how many clips there are, so they are never given
 alone: beside the distance of made to real stands that of real to real, with as many clips, and each
     has an interval. Too few clips are
-refused. Feature spaces, all of frozen judges or plain statistics:
+refused. Feature spaces, all of frozen evaluators or plain statistics:
 
 - looks: the face reader's deepest map, mean over the picture and over eight pictures of the clip.
 - motion: mean and spread over time of the lip network's vectors of the lips.
-- speech: mean and spread over time of the recogniser's last hidden layer.
+- speech: mean and spread over time of the recognizer's last hidden layer.
 - mel: mean and spread over time of 100 log-mel bands: no network.
 
 Each is brought to 32 numbers by a fixed random projection (seed 0), so that a covariance can be
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from avdiff.evaluation.metrics.visual_speech import frame_times
-from avdiff.evaluation.suite import Judges
+from avdiff.evaluation.suite import Evaluators
 from avdiff.evaluators.load import as_waveform, read_faces
 from avdiff.media.write import Clip
 from avdiff.models.codecs.mel import LogMel
@@ -47,7 +47,7 @@ def _over_time(values: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def looks(clip: Clip, by: Judges) -> np.ndarray:
+def looks(clip: Clip, by: Evaluators) -> np.ndarray:
     """Of the face reader."""
     assert clip.frames is not None
     chosen = clip.frames[np.linspace(0, len(clip.frames) - 1, PICTURES).round().astype(int)]
@@ -62,7 +62,7 @@ def looks(clip: Clip, by: Judges) -> np.ndarray:
 
 
 @torch.no_grad()
-def motion(clip: Clip, by: Judges) -> np.ndarray:
+def motion(clip: Clip, by: Evaluators) -> np.ndarray:
     """Of the lip network."""
     assert clip.frames is not None and clip.fps is not None
     points = read_faces(clip.frames, by.face_reader).points
@@ -74,23 +74,23 @@ def motion(clip: Clip, by: Judges) -> np.ndarray:
 
 
 @torch.no_grad()
-def speech(clip: Clip, by: Judges) -> np.ndarray:
-    """Of the recogniser."""
-    judge = by.recogniser
+def speech(clip: Clip, by: Evaluators) -> np.ndarray:
+    """Of the recognizer."""
+    evaluator = by.recognizer
     assert clip.audio is not None and clip.sample_rate is not None
     kept: list[Tensor] = []
-    hook = judge.fine_out.register_forward_hook(
+    hook = evaluator.fine_out.register_forward_hook(
         lambda _module, _inputs, output: kept.append(output)
     )
     try:
-        judge.listen(as_waveform(clip.audio, clip.sample_rate, judge.config.sample_rate))
+        evaluator.listen(as_waveform(clip.audio, clip.sample_rate, evaluator.config.sample_rate))
     finally:
         hook.remove()
     return _over_time(kept[0][0])
 
 
 @torch.no_grad()
-def mel(clip: Clip, by: Judges) -> np.ndarray:
+def mel(clip: Clip, by: Evaluators) -> np.ndarray:
     """Of no network."""
     assert clip.audio is not None and clip.sample_rate is not None
     wave = as_waveform(clip.audio, clip.sample_rate, 24000)
@@ -99,7 +99,7 @@ def mel(clip: Clip, by: Judges) -> np.ndarray:
     return _over_time(LogMel(24000, 960, 240, 100)(whole[None])[0])
 
 
-SPACES: dict[str, Callable[[Clip, Judges], np.ndarray]] = {
+SPACES: dict[str, Callable[[Clip, Evaluators], np.ndarray]] = {
     "looks": looks,
     "motion": motion,
     "speech": speech,
@@ -108,7 +108,7 @@ SPACES: dict[str, Callable[[Clip, Judges], np.ndarray]] = {
 
 
 def features(
-    clips: Iterable[Clip], by: Judges, spaces: Iterable[str] = tuple(SPACES)
+    clips: Iterable[Clip], by: Evaluators, spaces: Iterable[str] = tuple(SPACES)
 ) -> dict[str, np.ndarray]:
     """Features of each space: name -> (clips that have it, D). A clip without the modality, or a
     face, is left out.

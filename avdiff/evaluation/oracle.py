@@ -1,9 +1,9 @@
 """What a perfect generator would score: the corpus draws and says the held-out prompts itself.
 
-The clips are measured by the same judges as a generator's, so whatever they read wrong shows here.
-Digit strings and GRID commands have no recording in the bank and so no clip; a prompt's colours are
-drawn as the plain colour of their name, and events have strokes at other times than anybody asked
-for, but as many.
+The clips are measured by the same evaluators as a generator's, so whatever they read wrong shows
+here. Digit strings and GRID commands have no recording in the bank and so no clip; a prompt's
+colours are drawn as the plain colour of their name, and events have strokes at other times than
+anybody asked for, but as many.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from avdiff.corpus.events.sound import event_audio
 from avdiff.corpus.face import identity as looks
 from avdiff.corpus.face.presenter import Identity, pose_track, render_face, sample_identity
 from avdiff.corpus.speech.concatenate import cut_piece, join_pieces
-from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechBank
+from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechCorpus
 from avdiff.data.heldout import Prompt
 from avdiff.media.write import Clip
 from avdiff.phonetics.visemes import viseme_track
@@ -73,7 +73,7 @@ def event_of(prompt: Prompt) -> Event:
     wanted = prompt.attributes
     for _ in range(TRIES):
         event = sample_event(rng, prompt.seconds, wanted["event"])
-        if len(event.impacts) == prompt.impacts and event.material == wanted["material"]:
+        if len(event.contacts) == prompt.contacts and event.material == wanted["material"]:
             return replace(
                 event,
                 color=wanted["color"],
@@ -85,11 +85,11 @@ def event_of(prompt: Prompt) -> Event:
                 floor=wanted.get("floor", event.floor),
             )
     raise ValueError(
-        f"prompt {prompt.id}: no scene of {prompt.impacts} strokes in {prompt.seconds} s was drawn"
+        f"prompt {prompt.id}: no scene of {prompt.contacts} strokes in {prompt.seconds} s was drawn"
     )
 
 
-def truth_clip(prompt: Prompt, bank: SpeechBank) -> Clip | None:
+def truth_clip(prompt: Prompt, bank: SpeechCorpus) -> Clip | None:
     """The corpus clip of a prompt, 128 pixels and 25 fps; None for words that the bank does not
     hold.
     """

@@ -14,55 +14,56 @@ from pathlib import Path
 from typing import Any
 
 from avdiff.data.heldout import Prompt
-from avdiff.evaluation.metrics import attributes as adherence
+from avdiff.evaluation.metrics import attributes as attribute_accuracy
 from avdiff.evaluation.metrics import events, speech
-from avdiff.evaluation.metrics import visual_speech as known_truth
-from avdiff.evaluators import load as judges
+from avdiff.evaluation.metrics import visual_speech as visual_speech
+from avdiff.evaluators import load as evaluators
 from avdiff.media.write import Clip, read_clip
-from avdiff.models.evaluators.contact_detector import ImpactReader
+from avdiff.models.evaluators.contact_detector import ContactDetector
 from avdiff.models.evaluators.face_reader import FaceReader
 from avdiff.models.evaluators.lip_network import LipNetwork
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 
 LONGEST = 60.0  # seconds of a file that are measured
 LEAST_FACE = 0.5  # share of pictures with a face, below which a clip counts as without
 
 
 @dataclass(frozen=True)
-class Judges:
-    """The frozen judges; `bundled()` are those that ship."""
+class Evaluators:
+    """The frozen evaluators; `bundled()` are those that ship."""
 
-    recogniser: PhoneRecogniser
+    recognizer: PhoneRecognizer
     face_reader: FaceReader
     lip_network: LipNetwork
-    impact_reader: ImpactReader
+    contact_detector: ContactDetector
 
     @classmethod
-    def bundled(cls) -> Judges:
+    def bundled(cls) -> Evaluators:
         """Raises ValueError where one has no weights."""
-        return cls.from_folder(judges.BUNDLED)
+        return cls.from_folder(evaluators.BUNDLED)
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Judges:
-        """Judges saved in folder/recogniser, folder/face_reader, folder/lip_network and
-        folder/impact_reader.
+    def from_folder(cls, folder: str | Path) -> Evaluators:
+        """Evaluators saved in folder/recognizer, folder/face_reader, folder/lip_network and
+        folder/contact_detector.
         """
         place = Path(folder)
         return cls(
-            judges.load("recogniser", place / "recogniser"),
-            judges.load("face_reader", place / "face_reader"),
-            judges.load("lip_network", place / "lip_network"),
-            events.load_reader(place / "impact_reader"),
+            evaluators.load("recognizer", place / "recognizer"),
+            evaluators.load("face_reader", place / "face_reader"),
+            evaluators.load("lip_network", place / "lip_network"),
+            events.load_reader(place / "contact_detector"),
         )
 
 
 def header(folder: str | Path | None = None) -> dict[str, str]:
-    """Facts that a report begins with: version and the weights of the judges."""
+    """Facts that a report begins with: version and the weights of the evaluators."""
     from avdiff import __version__
 
-    place = Path(folder) if folder else judges.BUNDLED
+    place = Path(folder) if folder else evaluators.BUNDLED
     found = {
-        name: judges.weight_hash(name, place / name) for name in (*judges.JUDGES, "impact_reader")
+        name: evaluators.weight_hash(name, place / name)
+        for name in (*evaluators.EVALUATORS, "contact_detector")
     }
     return {
         "avdiff": __version__,
@@ -72,7 +73,7 @@ def header(folder: str | Path | None = None) -> dict[str, str]:
 
 
 def measure_clip(
-    clip: Clip, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False
+    clip: Clip, wish: Prompt | None = None, by: Evaluators | None = None, mos: bool = False
 ) -> dict[str, Any]:
     """Every measure that the clip and the wish allow, as one flat dict without `file`.
 
@@ -82,7 +83,7 @@ def measure_clip(
     Args:
         mos: predict opinion scores too (needs the package speechmos).
     """
-    by = by or Judges.bundled()
+    by = by or Evaluators.bundled()
     row: dict[str, Any] = {"status": "ok", "error": ""}
     if clip.audio is not None and clip.audio.size:
         row |= speech.voice(clip)
@@ -98,41 +99,43 @@ def measure_clip(
         row["status"] = "no_sound" if row["status"] == "ok" else "error"
     if wish is not None and wish.kind == "event":
         return row | (
-            events.events(clip, wish.impacts, by.impact_reader) if row["status"] == "ok" else {}
+            events.events(clip, wish.contacts, by.contact_detector) if row["status"] == "ok" else {}
         )
     return row | _speaker(clip, wish, by, row)
 
 
-def _speaker(clip: Clip, wish: Prompt | None, by: Judges, row: dict[str, Any]) -> dict[str, Any]:
+def _speaker(
+    clip: Clip, wish: Prompt | None, by: Evaluators, row: dict[str, Any]
+) -> dict[str, Any]:
     """Measures of somebody who speaks."""
     found: dict[str, Any] = {}
     phones = None
     reading = None
     if row["status"] in ("ok", "no_picture"):
-        phones = known_truth.hear(clip, by.recogniser)
+        phones = visual_speech.hear(clip, by.recognizer)
         if wish is not None and wish.text:
             found |= speech.speech(
-                clip, wish.text, wish.language, wish.phones, phones, by.recogniser
+                clip, wish.text, wish.language, wish.phones, phones, by.recognizer
             )
-            found |= adherence.gender_of_voice(clip, wish.gender)
+            found |= attribute_accuracy.gender_of_voice(clip, wish.gender)
     if row["status"] in ("ok", "no_sound"):
         assert clip.frames is not None
-        reading = judges.read_faces(clip.frames, by.face_reader)
+        reading = evaluators.read_faces(clip.frames, by.face_reader)
         share = float((reading.face > 0.5).mean())
         if share < LEAST_FACE:
             found |= {"status": "no_face", "face_share": share}
         else:
-            found |= known_truth.steadiness(clip, reading, by.face_reader)
+            found |= visual_speech.deflicker_strength(clip, reading, by.face_reader)
         if wish is not None:
-            found |= adherence.adherence(reading, wish.attributes, wish.told)
+            found |= attribute_accuracy.attribute_accuracy(reading, wish.attributes, wish.told)
     if (
         row["status"] == "ok"
         and "status" not in found
         and reading is not None
         and phones is not None
     ):
-        if any(phone.symbol != known_truth.SILENCE for phone in phones):
-            found |= known_truth.known_truth(clip, reading, phones) | _sync(
+        if any(phone.symbol != visual_speech.SILENCE for phone in phones):
+            found |= visual_speech.visual_speech(clip, reading, phones) | _sync(
                 clip, reading, by.lip_network
             )
         else:
@@ -140,14 +143,14 @@ def _speaker(clip: Clip, wish: Prompt | None, by: Judges, row: dict[str, Any]) -
     return found
 
 
-def _sync(clip: Clip, reading: judges.FaceReading, network: LipNetwork) -> dict[str, Any]:
+def _sync(clip: Clip, reading: evaluators.FaceReading, network: LipNetwork) -> dict[str, Any]:
     """Offset by the lip network, {} for a clip that is too short."""
     assert clip.audio is not None and clip.sample_rate is not None and clip.fps is not None
-    reach = min(judges.REACH, 0.45 * clip.audio.shape[-1] / clip.sample_rate)
+    reach = min(evaluators.REACH, 0.45 * clip.audio.shape[-1] / clip.sample_rate)
     try:
-        curve = judges.sync_curve(
+        curve = evaluators.sync_curve(
             reading.points,
-            known_truth.frame_times(clip),
+            visual_speech.frame_times(clip),
             clip.audio,
             clip.sample_rate,
             reach,
@@ -166,7 +169,7 @@ def _sync(clip: Clip, reading: judges.FaceReading, network: LipNetwork) -> dict[
 
 
 def measure_file(
-    path: str | Path, wish: Prompt | None = None, by: Judges | None = None, mos: bool = False
+    path: str | Path, wish: Prompt | None = None, by: Evaluators | None = None, mos: bool = False
 ) -> dict[str, Any]:
     """The row of a file; one that cannot be read or measured has status "error" and says why."""
     row: dict[str, Any] = {"file": str(path)}
@@ -178,13 +181,13 @@ def measure_file(
         return row | {"status": "error", "error": str(error)}
 
 
-def score(clip: Clip, wish: Prompt, by: Judges | None = None) -> float:
+def score(clip: Clip, wish: Prompt, by: Evaluators | None = None) -> float:
     """Reward of a whole clip, 0 to 1: words, lips and looks in equal parts; for an event, sound
     against picture.
     """
-    by = by or Judges.bundled()
+    by = by or Evaluators.bundled()
     if wish.kind == "event":
-        return events.score(clip, wish.impacts, by.impact_reader)
+        return events.score(clip, wish.contacts, by.contact_detector)
     row = measure_clip(clip, wish, by)
     said = max(0.0, 1 - row["phone_errors"] / row["phones"]) if row.get("phones") else 0.0
     lips = row.get("mouth_r", math.nan)

@@ -1,4 +1,4 @@
-"""The three judges as measurements use them: phones that are heard, what a drawn face shows,
+"""The three evaluators as measurements use them: phones that are heard, what a drawn face shows,
 whether lips fit sound.
 
     phones = phone_times(audio, 24000)                     # tuple of timed phones, silence included
@@ -6,8 +6,8 @@ whether lips fit sound.
     attributes curve = sync_curve(reading.points, times, audio, 24000)
     curve.offset                                           # seconds; positive: the audio is late
 
-Weights are loaded once from `avdiff/bundled/<judge>`; a judge may also be given. Nothing here knows
-a generator.
+Weights are loaded once from `avdiff/bundled/<evaluator>`; a evaluator may also be given. Nothing
+here knows a generator.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from torchaudio.functional import forced_align, resample
 from avdiff.files import BUNDLED
 from avdiff.models.evaluators.face_reader import FaceReader, to_pictures
 from avdiff.models.evaluators.lip_network import RATE, LipNetwork, lips_on_clock
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
-from avdiff.phonetics.phone import SILENCE, inventory, phone_id
-from avdiff.phonetics.visemes import Phone
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
+from avdiff.phonetics.phone import SILENCE, Phone, inventory, phone_id
 
-JUDGES: dict[str, type[Any]] = {
-    "recogniser": PhoneRecogniser,
+EVALUATORS: dict[str, type[Any]] = {
+    "recognizer": PhoneRecognizer,
     "face_reader": FaceReader,
     "lip_network": LipNetwork,
 }
@@ -44,30 +43,33 @@ REACH = 0.6  # s; 15 frames at 25 fps, as SyncNet's command line searches
 # ------------------------------------------------------------------------------------------ weights
 @cache
 def load(name: str, folder: str | Path | None = None) -> Any:
-    """A judge, ready to use, fp32 in eval mode; the same object at each call.
+    """A evaluator, ready to use, fp32 in eval mode; the same object at each call.
 
     Args:
-        name: recogniser, face_reader or lip_network. folder: of other weights than the bundled
+        name: recognizer, face_reader or lip_network. folder: of other weights than the bundled
             ones.
 
     Raises:
-        ValueError: an unknown judge, or no weights there.
+        ValueError: an unknown evaluator, or no weights there.
     """
-    if name not in JUDGES:
-        raise ValueError(f"name={name!r}: needs one of {', '.join(JUDGES)}")
+    if name not in EVALUATORS:
+        raise ValueError(f"name={name!r}: needs one of {', '.join(EVALUATORS)}")
     place = Path(folder) if folder else BUNDLED / name
     if not (place / "config.json").is_file():
         raise ValueError(
             f"{name}: no weights in {place}; train them with "
-            f"avdiff.train.evaluators.train_evaluator --judge {name}"
+            f"avdiff.train.evaluators.train_evaluator --evaluator {name}"
         )
     return (
-        JUDGES[name].from_pretrained(place, torch_dtype=torch.float32).eval().requires_grad_(False)
+        EVALUATORS[name]
+        .from_pretrained(place, torch_dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
     )
 
 
 def weight_hash(name: str, folder: str | Path | None = None) -> str:
-    """First 12 hex digits of the SHA-256 of a judge's weights, for the header of a report."""
+    """First 12 hex digits of the SHA-256 of a evaluator's weights, for the header of a report."""
     place = Path(folder) if folder else BUNDLED / name
     files = sorted(place.glob("*.safetensors"))
     if not files:
@@ -162,18 +164,18 @@ def as_waveform(audio: np.ndarray, sample_rate: int, wanted: int) -> Tensor:
 
 
 def recognise(
-    audio: np.ndarray, sample_rate: int, recogniser: PhoneRecogniser | None = None
+    audio: np.ndarray, sample_rate: int, recognizer: PhoneRecognizer | None = None
 ) -> list[str]:
     """Phones heard in audio (S,) or (channels, S): base symbols without stress, tone, length or
     silence.
     """
-    judge = recogniser or load("recogniser")
-    found = judge.listen(as_waveform(audio, sample_rate, judge.config.sample_rate))
-    return [judge.config.phones[label] for label in best_phones(found)]
+    evaluator = recognizer or load("recognizer")
+    found = evaluator.listen(as_waveform(audio, sample_rate, evaluator.config.sample_rate))
+    return [evaluator.config.phones[label] for label in best_phones(found)]
 
 
 def spoken_symbols(phones: Iterable[Phone]) -> list[str]:
-    """Timed phones -> what the recogniser should hear: symbols of the inventory, silence
+    """Timed phones -> what the recognizer should hear: symbols of the inventory, silence
     dropped.
     """
     names = inventory()[0]
@@ -184,7 +186,7 @@ def phone_times(
     audio: np.ndarray,
     sample_rate: int,
     phones: Sequence[str] | None = None,
-    recogniser: PhoneRecogniser | None = None,
+    recognizer: PhoneRecognizer | None = None,
 ) -> tuple[Phone, ...]:
     """When each phone sounds.
 
@@ -197,21 +199,22 @@ def phone_times(
         neighbours, others silence.
 
     Raises:
-        ValueError: a symbol that the recogniser does not know, or more phones than the audio can
+        ValueError: a symbol that the recognizer does not know, or more phones than the audio can
             hold.
     """
-    judge = recogniser or load("recogniser")
-    names = list(judge.config.phones)
-    wave = as_waveform(audio, sample_rate, judge.config.sample_rate)
-    found = judge.listen(wave)
+    evaluator = recognizer or load("recognizer")
+    names = list(evaluator.config.phones)
+    wave = as_waveform(audio, sample_rate, evaluator.config.sample_rate)
+    found = evaluator.listen(wave)
     for symbol in phones or ():
         if symbol not in names:
-            raise ValueError(f"phones: {symbol!r} is not in the recogniser's inventory")
+            raise ValueError(f"phones: {symbol!r} is not in the recognizer's inventory")
     ids = best_phones(found) if phones is None else [i for i in map(names.index, phones) if i]
     spans = [
-        (first / judge.frame_rate, last / judge.frame_rate) for first, last in align(found, ids)
+        (first / evaluator.frame_rate, last / evaluator.frame_rate)
+        for first, last in align(found, ids)
     ]
-    return _tile([names[i] for i in ids], spans, len(wave) / judge.config.sample_rate)
+    return _tile([names[i] for i in ids], spans, len(wave) / evaluator.config.sample_rate)
 
 
 def _tile(
@@ -268,11 +271,11 @@ def read_faces(
         raise ValueError(
             f"frames has shape {frames.shape} and type {frames.dtype}: needs uint8 (F, H, W, 3)"
         )
-    judge = reader or load("face_reader")
+    evaluator = reader or load("face_reader")
     parts = [
-        judge(
+        evaluator(
             to_pictures(
-                torch.from_numpy(np.ascontiguousarray(frames[i : i + batch])).to(judge.device)
+                torch.from_numpy(np.ascontiguousarray(frames[i : i + batch])).to(evaluator.device)
             )
         )
         for i in range(0, len(frames), batch)
@@ -293,12 +296,12 @@ def read_faces(
         values[~seen] = np.nan
     attributes = {}
     certainty = {}
-    for name, values in judge.config.attributes.items():
+    for name, values in evaluator.config.attributes.items():
         logits = torch.cat([place.attributes[name] for place, _ in parts])[torch.from_numpy(seen)]
         if len(logits):  # pictures vote with their log probabilities
             likely = logits.log_softmax(-1).mean(0).softmax(-1)
             attributes[name], certainty[name] = values[int(likely.argmax())], float(likely.max())
-    names = judge.config.visemes
+    names = evaluator.config.visemes
     shown = tuple(names[int(v)] if s else "" for v, s in zip(viseme, seen, strict=True))
     return FaceReading(face, box, points, shape, shown, attributes, certainty)
 
@@ -398,9 +401,9 @@ def sync_curve(
         ValueError: shapes that do not fit, lips seen for less than 0.4 s, or a reach that the clip
             is too short for.
     """
-    judge = network or load("lip_network")
-    wave = as_waveform(audio, sample_rate, judge.config.sample_rate)
-    step = judge.config.sample_rate // RATE
+    evaluator = network or load("lip_network")
+    wave = as_waveform(audio, sample_rate, evaluator.config.sample_rate)
+    step = evaluator.config.sample_rate // RATE
     frames = len(wave) // step
     steps = round(reach * RATE)
     lips, seen = lips_on_clock(points, times, frames / RATE)
@@ -411,10 +414,14 @@ def sync_curve(
             f"and twice the reach of {reach} s in all"
         )
     with torch.no_grad():
-        mask = torch.from_numpy(seen)[None].to(judge.device)
-        shown = judge.see(torch.from_numpy(lips)[None].to(judge.device), mask)[0].cpu().numpy()
+        mask = torch.from_numpy(seen)[None].to(evaluator.device)
+        shown = (
+            evaluator.see(torch.from_numpy(lips)[None].to(evaluator.device), mask)[0].cpu().numpy()
+        )
         heard = (
-            judge.hear(judge.mel_frontend(wave[None, : frames * step].to(judge.device)))[0]
+            evaluator.hear(
+                evaluator.mel_frontend(wave[None, : frames * step].to(evaluator.device))
+            )[0]
             .cpu()
             .numpy()
         )

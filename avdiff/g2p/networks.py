@@ -16,9 +16,9 @@ from avdiff.g2p.lexicon import LANGUAGES
 from avdiff.phonetics.phone import phone_id
 
 if TYPE_CHECKING:
-    from avdiff.models.g2p.networks import PhoneTimer, PronunciationReader
+    from avdiff.models.g2p.networks import DurationPredictor, Pronouncer
 
-FOLDER = BUNDLED / "reader"
+FOLDER = BUNDLED / "g2p"
 BATCH = 128  # words read at once
 LONGEST = 40  # letters; longer strings are no words and are read in parts
 KEPT = 50_000  # remembered words
@@ -33,8 +33,8 @@ class Networks:
             experiments).
     """
 
-    words: PronunciationReader
-    times: PhoneTimer
+    words: Pronouncer
+    times: DurationPredictor
     memory: bool = True
     _known: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
 
@@ -45,12 +45,14 @@ class Networks:
         """Load `folder`/words and `folder`/times, or the two folders given."""
         import torch
 
-        from avdiff.models.g2p.networks import PhoneTimer, PronunciationReader
+        from avdiff.models.g2p.networks import DurationPredictor, Pronouncer
 
-        reader = PronunciationReader.from_pretrained(
-            words or folder / "words", torch_dtype=torch.float32
+        reader = Pronouncer.from_pretrained(
+            words or folder / "pronouncer", torch_dtype=torch.float32
         )
-        timer = PhoneTimer.from_pretrained(times or folder / "times", torch_dtype=torch.float32)
+        timer = DurationPredictor.from_pretrained(
+            times or folder / "duration_predictor", torch_dtype=torch.float32
+        )
         return cls(reader.eval(), timer.eval())
 
     def spell(self, words: Sequence[str], language: str) -> list[str]:
@@ -93,9 +95,9 @@ class Networks:
         import torch
 
         ids = torch.tensor([[phone_id(symbol) for symbol, _ in phones]])
-        marks = torch.tensor([[mark for _, mark in phones]])
+        stress_tones = torch.tensor([[mark for _, mark in phones]])
         with torch.no_grad():
-            log = self.times(ids, marks, torch.tensor([LANGUAGES.index(language)]))
+            log = self.times(ids, stress_tones, torch.tensor([LANGUAGES.index(language)]))
         return log[0].exp().double().clamp(0.02, 1.0).numpy()
 
 

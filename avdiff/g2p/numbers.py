@@ -232,14 +232,14 @@ def split_decimal(text: str, language: str) -> tuple[str, str]:
     """Digits before and after the decimal mark; "1.234,5" and "1,234.5" are told apart by their
     marks.
     """
-    marks = [c for c in text if not c.isdigit()]
+    stress_tones = [c for c in text if not c.isdigit()]
     tail = len(text) - 1 - max(text.rfind("."), text.rfind(","))
     decimal = "," if language in _COMMA_DECIMAL else "."
     is_decimal = (
-        bool(marks)
-        and marks[-1] in ".,"
-        and marks.count(marks[-1]) == 1
-        and (tail != 3 or len(set(marks)) > 1 or (marks[-1] == decimal))
+        bool(stress_tones)
+        and stress_tones[-1] in ".,"
+        and stress_tones.count(stress_tones[-1]) == 1
+        and (tail != 3 or len(set(stress_tones)) > 1 or (stress_tones[-1] == decimal))
     )
     if not is_decimal:
         return "".join(c for c in text if c.isdigit()), ""

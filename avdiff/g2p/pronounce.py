@@ -19,9 +19,9 @@ from avdiff.g2p.cjk import read_chinese, read_kana, segment_chinese, segment_jap
 from avdiff.g2p.connected_speech import Spoken, following_class, link
 from avdiff.g2p.lexicon import english_plural, load_lexicon
 from avdiff.g2p.networks import Networks, default_networks
-from avdiff.g2p.normalise import LATIN, Piece, check_language, split_text
-from avdiff.phonetics.phone import SILENCE, parse_ipa
-from avdiff.phonetics.visemes import Phone
+from avdiff.g2p.normalize import LATIN, TextPiece, check_language, split_text
+from avdiff.phonetics.phone import SILENCE, Phone
+from avdiff.phonetics.tokens import parse_ipa
 
 _SCRIPTS = ("LATIN", "DEVANAGARI", "HIRAGANA", "KATAKANA", "CJK")
 SPELT = (*LATIN, "hi")  # languages whose unknown words the network reads
@@ -195,7 +195,7 @@ def read(
 
 
 def pronounce(
-    pieces: Sequence[Piece], language: str, networks: Networks
+    pieces: Sequence[TextPiece], language: str, networks: Networks
 ) -> list[tuple[list[Spoken], str]]:
     """Pieces -> groups of linked words, each with the pause that follows it ("" at the end)."""
     groups: list[tuple[list[str], str]] = []

@@ -13,7 +13,7 @@ LOADABLE_CLASSES.setdefault(
     {
         "ModelMixin": ["save_pretrained", "from_pretrained"],
         "SchedulerMixin": ["save_pretrained", "from_pretrained"],
-        "PromptWorld": ["save_pretrained", "from_pretrained"],
+        "PromptDomain": ["save_pretrained", "from_pretrained"],
     },
 )
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["avdiff"])

@@ -88,7 +88,7 @@ class Branch(nn.Module):
         heard = self.cross_attn(query, sources, query_time, source_times, window)
         return (self.cross_gate if partner_gate is None else self.cross_gate + partner_gate) * heard
 
-    def feed(
+    def loader(
         self, x: torch.Tensor, modulation: Modulation
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Feed-forward, dense or MoE, with its routing statistics."""
@@ -126,11 +126,11 @@ class SharedStream(nn.Module):
         """shared (B, N_s, D), normed (shared, video, audio) snapshots -> updated stream and routing
         statistics.
         """
-        phases = (conditions.tick_time, conditions.video_time, conditions.audio_time)
+        phases = (conditions.shared_rope, conditions.video_time_rope, conditions.audio_rope)
         shared = shared + self.attn(
             normed[0],
             normed,
-            conditions.tick_time,
+            conditions.shared_rope,
             phases,
             joined_window(conditions, "shared", normed),
         )
@@ -184,20 +184,20 @@ class DualBlock(nn.Module):
         shared, video, audio.
         """
         video = hidden_states
-        audio, shared = split_ticks(encoder_hidden_states, conditions.num_ticks)
+        audio, shared = split_shared(encoder_hidden_states, conditions.num_shared)
         c = conditions
         stats = []
 
         if self.memory is not None and c.memory is not None and encoder_hidden_states is not None:
             recalled = self.memory(encoder_hidden_states, c.memory[self.layer])
             encoder_hidden_states = encoder_hidden_states + recalled
-            audio, shared = split_ticks(encoder_hidden_states, c.num_ticks)
+            audio, shared = split_shared(encoder_hidden_states, c.num_shared)
 
         if video is not None:
             assert video_step is not None
             v_attn, v_ff = self.video.modulation(video_step.rows)
             video = video + (
-                v_attn.gate * self.video.self_attn(v_attn(video), query_phases=c.video_phases)
+                v_attn.gate * self.video.self_attn(v_attn(video), query_phases=c.video_rope)
             ).to(video.dtype)
             if self.video.text_attn is not None:
                 video = video + self.video.text_attn(
@@ -207,7 +207,7 @@ class DualBlock(nn.Module):
             assert audio_step is not None
             a_attn, a_ff = self.audio.modulation(audio_step.rows)
             audio = audio + (
-                a_attn.gate * self.audio.self_attn(a_attn(audio), query_phases=c.audio_time)
+                a_attn.gate * self.audio.self_attn(a_attn(audio), query_phases=c.audio_rope)
             ).to(audio.dtype)
             if self.audio.text_attn is not None:
                 audio = audio + self.audio.text_attn(
@@ -220,12 +220,24 @@ class DualBlock(nn.Module):
             nv, na, ns = (None if x is None else rms_norm(x) for x in (video, audio, shared))
             if video is not None and nv is not None and video_step is not None:
                 heard = self._meet(
-                    "video", nv, (na, ns), c.video_time, (c.audio_time, c.tick_time), c, video_step
+                    "video",
+                    nv,
+                    (na, ns),
+                    c.video_time_rope,
+                    (c.audio_rope, c.shared_rope),
+                    c,
+                    video_step,
                 )
                 video = video if heard is None else video + heard.to(video.dtype)
             if audio is not None and na is not None and audio_step is not None:
                 heard = self._meet(
-                    "audio", na, (nv, ns), c.audio_time, (c.video_time, c.tick_time), c, audio_step
+                    "audio",
+                    na,
+                    (nv, ns),
+                    c.audio_rope,
+                    (c.video_time_rope, c.shared_rope),
+                    c,
+                    audio_step,
                 )
                 audio = audio if heard is None else audio + heard.to(audio.dtype)
             if self.shared is not None and shared is not None:
@@ -233,10 +245,10 @@ class DualBlock(nn.Module):
                 stats.append(routing)
 
         if video is not None:
-            video, routing = self.video.feed(video, v_ff)
+            video, routing = self.video.loader(video, v_ff)
             stats.append(routing)
         if audio is not None:
-            audio, routing = self.audio.feed(audio, a_ff)
+            audio, routing = self.audio.loader(audio, a_ff)
             stats.append(routing)
 
         tail = [x for x in (audio, shared) if x is not None]
@@ -273,13 +285,13 @@ class DualBlock(nn.Module):
         )
 
 
-def split_ticks(
-    x: torch.Tensor | None, ticks: int
+def split_shared(
+    x: torch.Tensor | None, num_shared: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Split audio + shared ticks (B, N_a + N_s, D); either part may be empty and is then None."""
-    if x is None or ticks == 0:
+    if x is None or num_shared == 0:
         return x, None
-    return (x[:, :-ticks] if x.shape[1] > ticks else None), x[:, -ticks:]
+    return (x[:, :-num_shared] if x.shape[1] > num_shared else None), x[:, -num_shared:]
 
 
 def joined_window(

@@ -7,7 +7,7 @@ video, audio and the shared stream, F latent frames, L caption tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,7 @@ class Positions:
 
     video: torch.Tensor
     audio: torch.Tensor
-    ticks: torch.Tensor
+    shared: torch.Tensor
     grid: tuple[int, int, int]
 
     @classmethod
@@ -42,9 +42,9 @@ class Positions:
         """Positions of a clip that begins at `start` seconds."""
         video = clip.video_positions()
         audio = clip.audio_positions()
-        ticks = clip.tick_positions()
+        shared = clip.shared_positions()
         video[:, 0] += start
-        return cls(video, audio + start, ticks + start, clip.video_grid).to(device)
+        return cls(video, audio + start, shared + start, clip.video_grid).to(device)
 
     def to(self, device: torch.device | str) -> Positions:
         """Copy on another device."""
@@ -52,53 +52,8 @@ class Positions:
             self,
             video=self.video.to(device),
             audio=self.audio.to(device),
-            ticks=self.ticks.to(device),
+            shared=self.shared.to(device),
         )
-
-
-@dataclass(frozen=True)
-class Script:
-    """Spoken words on the clock.
-
-    Args:
-        phonemes: (B, P) inventory ids, 0 is silence. marks: (B, P) stress and tone marks, 0 is
-            none.
-        frames: (B, M) which phoneme sounds in each mel frame, an index into P.
-        video_frames: as `frames` for the video branch, warped or not; None keeps the script from
-            the video branch.
-        present: (B,) bool, False where a sample has no script (sounds, or text dropout).
-    """
-
-    phonemes: torch.Tensor
-    marks: torch.Tensor
-    frames: torch.Tensor
-    present: torch.Tensor
-    video_frames: torch.Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Script:
-        """Copy on another device."""
-        return replace(
-            self,
-            **{
-                f.name: v.to(device)
-                for f in fields(self)
-                if (v := getattr(self, f.name)) is not None
-            },
-        )
-
-    def without(self) -> Script:
-        """The same batch with no words: what the unconditional guidance pass sees."""
-        return replace(self, present=torch.zeros_like(self.present))
-
-    @staticmethod
-    def cat(scripts: list[Script]) -> Script:
-        """Join batches that share P and M."""
-
-        def join(name: str) -> Any:
-            values = [getattr(s, name) for s in scripts]
-            return None if values[0] is None else torch.cat(values)
-
-        return Script(*(join(f.name) for f in fields(Script)))
 
 
 @dataclass(frozen=True)
@@ -119,15 +74,15 @@ class Conditions:
 
     text: torch.Tensor
     text_mask: torch.Tensor
-    video_phases: torch.Tensor
-    video_time: torch.Tensor
-    audio_time: torch.Tensor
-    tick_time: torch.Tensor
+    video_rope: torch.Tensor
+    video_time_rope: torch.Tensor
+    audio_rope: torch.Tensor
+    shared_rope: torch.Tensor
     windows: dict[str, tuple[torch.Tensor, ...]]
-    video_script: torch.Tensor | None
-    sound_script: torch.Tensor | None
+    video_phonemes: torch.Tensor | None
+    audio_phonemes: torch.Tensor | None
     memory: dict[int, MemoryRead] | None
-    num_ticks: int
+    num_shared: int
     caption_masks: Joint[torch.Tensor] | None = (
         None  # in place of `text_mask` where the branches do not read alike
     )
@@ -174,32 +129,32 @@ class Conditions:
             first,
             text=rows([pad(p.text, 1) for p in parts]),
             text_mask=rows([pad(p.text_mask, 3) for p in parts]),
-            video_script=rows([p.video_script for p in parts]),
-            sound_script=rows([p.sound_script for p in parts]),
+            video_phonemes=rows([p.video_phonemes for p in parts]),
+            audio_phonemes=rows([p.audio_phonemes for p in parts]),
             memory=memory,
         )
 
-    def narrowed(self, audio: bool, ticks: bool) -> Conditions:
+    def narrowed(self, audio: bool, shared: bool) -> Conditions:
         """The same conditions for a forward without the audio branch or without the shared
         stream.
         """
-        keep_ticks = self.num_ticks if ticks else 0
-        if audio and keep_ticks == self.num_ticks:
+        keep_shared = self.num_shared if shared else 0
+        if audio and keep_shared == self.num_shared:
             return self
         tokens = self.windows["audio"][0].shape[2]
 
-        kept = slice(0 if audio else tokens, tokens + keep_ticks)
-        sound = None if self.sound_script is None else self.sound_script[:, kept]
+        kept = slice(0 if audio else tokens, tokens + keep_shared)
+        sound = None if self.audio_phonemes is None else self.audio_phonemes[:, kept]
         memory = self.memory
         if memory is not None:
             memory = {
                 i: replace(r, keys=r.keys[:, kept], values=r.values[:, kept])
                 for i, r in memory.items()
             }
-        return replace(self, sound_script=sound, memory=memory, num_ticks=keep_ticks)
+        return replace(self, audio_phonemes=sound, memory=memory, num_shared=keep_shared)
 
 
-def beside(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def same_device(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x where the weight is: an offloaded model rests elsewhere (on "meta" until its own hook
     fetches it).
     """

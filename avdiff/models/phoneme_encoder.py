@@ -9,7 +9,9 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from avdiff.models.conditions import Positions, Script, beside, overlap_matrix
+from avdiff.models.conditions import Positions, overlap_matrix, same_device
+from avdiff.phonetics.phone import ONSET_ID
+from avdiff.phonetics.track import PhonemeTrack
 
 
 class ConvBlock(nn.Module):
@@ -30,72 +32,67 @@ class ConvBlock(nn.Module):
         return x + self.contract(F.gelu(self.expand(h)))
 
 
-STROKE_ID = (
-    127  # the phoneme that stands for a stroke: far behind the inventory, which grows at its end
-)
-
-
-class ScriptEncoder(nn.Module):
+class PhonemeEncoder(nn.Module):
     """Encodes phonemes in context and lays them on the clock.
 
     Each audio token sees the phonemes of its own mel frames (their order kept by concatenation),
     and for each frame how far into the phoneme it is and how long the phoneme lasts.
 
     Args:
-        event_script: the script may hold strokes of events (number `STROKE_ID`); these the video
+        onset_track: the script may hold strokes of events (number `ONSET_ID`); these the video
             branch always reads.
     """
 
     def __init__(
         self,
         num_phonemes: int,
-        num_marks: int,
+        num_stress_tones: int,
         dim: int,
         mels_per_token: int,
         audio_dim: int,
         video_dim: int,
         blocks: int = 3,
-        event_script: bool = False,
+        onset_track: bool = False,
     ) -> None:
         super().__init__()
         self.mels_per_token = mels_per_token
-        self.event_script = event_script
+        self.onset_track = onset_track
         self.symbol = nn.Embedding(num_phonemes, dim)
-        self.mark = nn.Embedding(num_marks, dim)
+        self.stress_tone = nn.Embedding(num_stress_tones, dim)
         self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(blocks))
         self.to_audio = nn.Linear(mels_per_token * (dim + 2), audio_dim, bias=False)
-        self.to_ticks = nn.Linear(mels_per_token * (dim + 2), audio_dim, bias=False)
+        self.to_shared = nn.Linear(mels_per_token * (dim + 2), audio_dim, bias=False)
         self.to_video = nn.Linear(mels_per_token * (dim + 2), video_dim, bias=False)
 
     def forward(
-        self, script: Script, positions: Positions
+        self, track: PhonemeTrack, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """-> features for audio tokens and ticks (B, N_a + N_s, D_a), and for video tokens (B, N_v,
         D_v) or None.
         """
-        x = self.symbol(beside(self.symbol.weight, script.phonemes))  # (B, P, D)
-        x = x + self.mark(beside(self.mark.weight, script.marks))
-        script = script.to(x.device)
+        x = self.symbol(same_device(self.symbol.weight, track.phonemes))  # (B, P, D)
+        x = x + self.stress_tone(same_device(self.stress_tone.weight, track.stress_tones))
+        track = track.to(x.device)
         positions = positions.to(x.device)
         for block in self.blocks:
             x = block(x)
         seconds = positions.audio[:, 0]
-        per_token = self._on_clock(x, script.frames, script.present)  # (B, N_a, mels * (D + 2))
-        ticks = overlap_matrix(positions.ticks[:, 0], seconds).to(x) @ per_token
-        sound = torch.cat([self.to_audio(per_token), self.to_ticks(ticks)], dim=1)
-        frames = script.video_frames
-        present = script.present
-        if self.event_script:  # lips follow the sound, but strikers see their strokes
-            struck = present & (script.phonemes == STROKE_ID).any(1)
+        per_token = self._on_clock(x, track.frames, track.present)  # (B, N_a, mels * (D + 2))
+        shared = overlap_matrix(positions.shared[:, 0], seconds).to(x) @ per_token
+        sound = torch.cat([self.to_audio(per_token), self.to_shared(shared)], dim=1)
+        frames = track.video_frame_to_phone
+        present = track.present
+        if self.onset_track:  # lips follow the sound, but strikers see their strokes
+            struck = present & (track.phonemes == ONSET_ID).any(1)
             present = struck if frames is None else present
             frames = (
-                script.frames
+                track.frames
                 if frames is None
-                else torch.where(struck[:, None], script.frames, frames)
+                else torch.where(struck[:, None], track.frames, frames)
             )
         if frames is None:
             return sound, None
-        if frames is not script.frames or present is not script.present:
+        if frames is not track.frames or present is not track.present:
             per_token = self._on_clock(x, frames, present)
         _, rows, columns = positions.grid
         frame_seconds = positions.video[:: rows * columns, 0]

@@ -26,7 +26,7 @@ def tiny() -> dict[str, Any]:
         shared_layers=(0,),
         shared_hidden=32,
         shared_experts=4,
-        script_dim=16,
+        phoneme_dim=16,
         memory_layers=(0,),
         memory_rows=64,
         memory_heads=2,
@@ -38,7 +38,7 @@ def presenter() -> dict[str, Any]:
     """The embedded default: what two CPU cores can train and run (the class defaults, and events
     with a script).
     """
-    return dict(event_script=True)
+    return dict(onset_track=True)
 
 
 def base() -> dict[str, Any]:
@@ -61,7 +61,7 @@ def base() -> dict[str, Any]:
         shared_layers=(2, 8, 14),
         shared_hidden=1024,
         shared_experts=8,
-        script_dim=512,
+        phoneme_dim=512,
         memory_layers=(1,),
         memory_rows=65536,
         memory_heads=8,
@@ -90,7 +90,7 @@ def large() -> dict[str, Any]:
         shared_layers=tuple(range(2, 30, 6)),
         shared_hidden=1024,
         shared_experts=8,
-        script_dim=1024,
+        phoneme_dim=1024,
         memory_layers=(1,),
         memory_rows=262144,
         memory_heads=8,

@@ -1,4 +1,4 @@
-"""PromptWorld: what a pipeline can draw and say, declared in its own folder.
+"""PromptDomain: what a pipeline can draw and say, declared in its own folder.
 
 A prompt beyond it is answered by a sentence in place of a clip of mush.
 
@@ -25,7 +25,7 @@ _TOKEN = re.compile(
 )
 
 
-class PromptWorld(ConfigMixin):
+class PromptDomain(ConfigMixin):
     """The world of a pipeline, as word lists joined by spaces; characters in place of words for
     Chinese and Japanese.
 
@@ -38,7 +38,7 @@ class PromptWorld(ConfigMixin):
         scripts: first words of Unicode names of the letters that can be spoken, such as LATIN.
     """
 
-    config_name = "world_config.json"
+    config_name = "prompt_domain_config.json"
 
     @register_to_config
     def __init__(
@@ -63,7 +63,7 @@ class PromptWorld(ConfigMixin):
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike[str], subfolder: str | None = None, **options: Any
-    ) -> PromptWorld:
+    ) -> PromptDomain:
         """Read what `save_pretrained` wrote, from a folder or a hub name."""
         config, _ = cls.load_config(path, subfolder=subfolder, return_unused_kwargs=True, **options)
         return cls.from_config(config)

@@ -37,9 +37,11 @@ from avdiff.core.engram import Engram, MemoryRead, NgramHash
 from avdiff.core.modulation import TimestepEmbedding, rms_norm
 from avdiff.core.rope import rotary_phases
 from avdiff.latents import Joint, per_token
-from avdiff.models.blocks import Branch, DualBlock, SharedStream, StepRows, split_ticks
-from avdiff.models.conditions import Conditions, Positions, Script, window_mask
-from avdiff.models.phoneme_encoder import STROKE_ID, ScriptEncoder
+from avdiff.models.blocks import Branch, DualBlock, SharedStream, StepRows, split_shared
+from avdiff.models.conditions import Conditions, Positions, window_mask
+from avdiff.models.phoneme_encoder import PhonemeEncoder
+from avdiff.phonetics.phone import ONSET_ID
+from avdiff.phonetics.track import PhonemeTrack
 
 
 @dataclass
@@ -65,8 +67,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         shared_rate: ticks per second of the shared stream, 0 for none. shared_layers: blocks that
             update it.
         shared_hidden, shared_experts, top_k: its feed-forward.
-        num_phonemes, num_marks, script_dim: the script; 0 phonemes for a model without one.
-        event_script: whether events have a script too, of their strokes (`STROKE_ID`).
+        num_phonemes, num_stress_tones, phoneme_dim: the script; 0 phonemes for a model without one.
+        onset_track: whether events have a script too, of their strokes (`ONSET_ID`).
         mels_per_token: mel frames of an audio token, the resolution of the script.
         memory_layers: blocks with an Engram over phoneme n-grams; memory_rows: rows per head,
             memory_orders: longest n-gram, memory_heads, memory_head_dim: its size.
@@ -112,8 +114,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         shared_experts: int = 8,
         top_k: int = 2,
         num_phonemes: int = 128,
-        num_marks: int = 8,
-        script_dim: int = 128,
+        num_stress_tones: int = 8,
+        phoneme_dim: int = 128,
         mels_per_token: int = 4,
         memory_layers: tuple[int, ...] = (1,),
         memory_rows: int = 2048,
@@ -122,11 +124,11 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         memory_head_dim: int = 16,
         window: float | None = 0.2,
         cross_modal: bool = True,
-        event_script: bool = False,
+        onset_track: bool = False,
     ) -> None:
         super().__init__()
-        if event_script and num_phonemes <= STROKE_ID:
-            raise ValueError(f"num_phonemes={num_phonemes}: event_script needs {STROKE_ID + 1}")
+        if onset_track and num_phonemes <= ONSET_ID:
+            raise ValueError(f"num_phonemes={num_phonemes}: onset_track needs {ONSET_ID + 1}")
         bad = [i for i in (*shared_layers, *memory_layers) if not 0 <= i < num_layers]
         if bad:
             raise ValueError(
@@ -143,15 +145,15 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         self.proj_in_video = nn.Linear(video_channels, video_dim)
         self.proj_in_audio = nn.Linear(audio_channels, audio_dim)
         self.text_register = nn.Parameter(torch.randn(1, 1, text_dim))
-        self.script_encoder = (
-            ScriptEncoder(
+        self.phoneme_encoder = (
+            PhonemeEncoder(
                 num_phonemes,
-                num_marks,
-                script_dim,
+                num_stress_tones,
+                phoneme_dim,
                 mels_per_token,
                 audio_dim,
                 video_dim,
-                event_script=event_script,
+                onset_track=onset_track,
             )
             if num_phonemes
             else None
@@ -164,17 +166,17 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         )
         # The gate of what a branch hears follows the noise level of the partner, in the width of
         # the listener.
-        self.hears = nn.ModuleDict(
+        self.cross_gate_proj = nn.ModuleDict(
             {"video": nn.Linear(audio_dim, video_dim), "audio": nn.Linear(video_dim, audio_dim)}
         )
-        self.tick_time = (
+        self.shared_time_proj = (
             nn.ModuleDict(
                 {"video": nn.Linear(video_dim, audio_dim), "audio": nn.Linear(audio_dim, audio_dim)}
             )
             if shared
             else None
         )
-        self.tick_start = nn.Parameter(torch.zeros(1, 1, audio_dim)) if shared else None
+        self.shared_init = nn.Parameter(torch.zeros(1, 1, audio_dim)) if shared else None
 
         def branch(
             dim: int, heads: int, partner: int, hidden: int, experts: int, layer: int
@@ -202,7 +204,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                 memory=Engram(
                     audio_dim,
                     NgramHash(
-                        num_phonemes * num_marks,
+                        num_phonemes * num_stress_tones,
                         memory_rows,
                         memory_orders,
                         memory_heads,
@@ -252,7 +254,12 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=1.0)
-        for head in (self.hears, self.out_modulation, self.proj_out_video, self.proj_out_audio):
+        for head in (
+            self.cross_gate_proj,
+            self.out_modulation,
+            self.proj_out_video,
+            self.proj_out_audio,
+        ):
             for p in head.parameters():
                 nn.init.zeros_(p)
 
@@ -263,7 +270,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         text: torch.Tensor | None,
         text_mask: torch.Tensor | None,
         positions: Positions,
-        script: Script | None = None,
+        track: PhonemeTrack | None = None,
         batch_size: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Conditions:
@@ -277,7 +284,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             attention_kwargs: "scale" of a LoRA, as in `forward`.
         """
         batch = batch_size or next(
-            x.shape[0] for x in (text, None if script is None else script.phonemes) if x is not None
+            x.shape[0] for x in (text, None if track is None else track.phonemes) if x is not None
         )
         device = (
             positions.video.device
@@ -288,47 +295,47 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             assert text_mask is not None
             register = torch.cat([register, text.to(register.dtype)], dim=1)
             mask = torch.cat([mask, text_mask.bool()], dim=1)
-        if self.tick_time is None:
-            positions = replace(positions, ticks=positions.ticks[:0])
+        if self.shared_time_proj is None:
+            positions = replace(positions, shared=positions.shared[:0])
         video_s = positions.video[:, 0]
         audio_s = positions.audio[:, 0]
-        tick_s = positions.ticks[:, 0]
+        shared_s = positions.shared[:, 0]
         w = self.config.window
         e = self.config.dim_head
         windows = {
-            "video": (window_mask(video_s, audio_s, w), window_mask(video_s, tick_s, w)),
-            "audio": (window_mask(audio_s, video_s, w), window_mask(audio_s, tick_s, w)),
+            "video": (window_mask(video_s, audio_s, w), window_mask(video_s, shared_s, w)),
+            "audio": (window_mask(audio_s, video_s, w), window_mask(audio_s, shared_s, w)),
             "shared": (
-                window_mask(tick_s, tick_s, None),
-                window_mask(tick_s, video_s, w),
-                window_mask(tick_s, audio_s, w),
+                window_mask(shared_s, shared_s, None),
+                window_mask(shared_s, video_s, w),
+                window_mask(shared_s, audio_s, w),
             ),
         }
         sound = video = memory = None
-        if script is not None:
-            if self.script_encoder is None:
+        if track is not None:
+            if self.phoneme_encoder is None:
                 raise ValueError(
                     "script was given, but this model has num_phonemes=0 and cannot read one"
                 )
-            sound, video = self.script_encoder(script, positions)
+            sound, video = self.phoneme_encoder(track, positions)
             sound = sound.to(device)
             video = None if video is None else video.to(device)
-            memory = self._recall(script, positions)
+            memory = self._recall(track, positions)
         return Conditions(
             register,
             mask[:, None, None],
             rotary_phases(positions.video, e),
             rotary_phases(positions.video[:, :1], e),
             rotary_phases(positions.audio, e),
-            rotary_phases(positions.ticks, e),
+            rotary_phases(positions.shared, e),
             windows,
             video,
             sound,
             memory,
-            len(tick_s),
+            len(shared_s),
         )
 
-    def _recall(self, script: Script, positions: Positions) -> dict[int, MemoryRead] | None:
+    def _recall(self, track: PhonemeTrack, positions: Positions) -> dict[int, MemoryRead] | None:
         """Engram read by layer: that of the marked phoneme at the midpoint of each audio token and
         tick.
         """
@@ -337,12 +344,12 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         }
         if not layers:
             return None
-        marked = script.phonemes + self.config.num_phonemes * script.marks
-        marked = marked * script.present[:, None].to(marked.dtype)
+        marked = track.phonemes + self.config.num_phonemes * track.stress_tones
+        marked = marked * track.present[:, None].to(marked.dtype)
         mels = self.config.mels_per_token
-        middle = script.frames[:, mels // 2 :: mels]  # (B, N_a)
+        middle = track.frames[:, mels // 2 :: mels]  # (B, N_a)
         nearest = (
-            (positions.ticks[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)
+            (positions.shared[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)
         )  # (N_s,)
         index = torch.cat([middle, middle[:, nearest]], dim=1)
         return {i: engram.lookup(marked).at(index) for i, engram in layers.items()}
@@ -357,7 +364,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         text: torch.Tensor | None = None,
         text_mask: torch.Tensor | None = None,
         positions: Positions | None = None,
-        script: Script | None = None,
+        track: PhonemeTrack | None = None,
         conditions: Conditions | None = None,
         isolated: bool = False,
         attention_kwargs: dict[str, Any] | None = None,
@@ -388,9 +395,10 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         if conditions is None:
             if positions is None:
                 raise ValueError("needs positions, or conditions made by prepare()")
-            conditions = self.prepare(text, text_mask, positions, script, batch)
+            conditions = self.prepare(text, text_mask, positions, track, batch)
         c = conditions.narrowed(
-            audio=audio_hidden_states is not None, ticks=self.tick_time is not None and not isolated
+            audio=audio_hidden_states is not None,
+            shared=self.shared_time_proj is not None and not isolated,
         )
         working = self.proj_in_video.weight.dtype
         video = None if hidden_states is None else self.proj_in_video(hidden_states.to(working))
@@ -408,12 +416,12 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         )  # `time` stays in fp32, what reads it may not
         steps = self._step_rows(embedded)
 
-        sound, shared = split_ticks(c.sound_script, c.num_ticks)
-        if video is not None and c.video_script is not None:
-            video = video + c.video_script.to(video.dtype)
+        sound, shared = split_shared(c.audio_phonemes, c.num_shared)
+        if video is not None and c.video_phonemes is not None:
+            video = video + c.video_phonemes.to(video.dtype)
         if audio is not None and sound is not None:
             audio = audio + sound.to(audio.dtype)
-        audio = self._append_ticks(audio, shared, embedded, c.num_ticks, batch)
+        audio = self._append_shared(audio, shared, embedded, c.num_shared, batch)
 
         routing: list[torch.Tensor] = []
         for block in self.transformer_blocks:
@@ -425,7 +433,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             video, audio, *stats = outputs
             routing += [s for s in stats if s is not None]  # a block that a cache skipped has none
 
-        audio, _ = split_ticks(audio, c.num_ticks)
+        audio, _ = split_shared(audio, c.num_shared)
         if video is not None and embedded.video is not None:
             video = self.proj_out_video(self._modulate_out("video", video, embedded.video[0]))
             video = clean_estimate(hidden_states, video, timestep)
@@ -445,7 +453,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             return (
                 None
                 if partner is None
-                else self.hears[listener](partner[0].mean(dim=1, keepdim=True))
+                else self.cross_gate_proj[listener](partner[0].mean(dim=1, keepdim=True))
             )
 
         v = embedded.video
@@ -455,24 +463,24 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             None if a is None else StepRows(a[1], gate("audio", v)),
         )
 
-    def _append_ticks(
+    def _append_shared(
         self,
         audio: torch.Tensor | None,
-        script: torch.Tensor | None,
+        track: torch.Tensor | None,
         embedded: Joint,
-        ticks: int,
+        num_shared: int,
         batch: int,
     ) -> torch.Tensor | None:
         """Start the shared stream from the script and both noise levels, and hang it behind the
         audio tokens.
         """
-        if ticks == 0 or self.tick_start is None or self.tick_time is None:
+        if num_shared == 0 or self.shared_init is None or self.shared_time_proj is None:
             return audio
-        shared = self.tick_start.expand(batch, ticks, -1)
-        if script is not None:
-            shared = shared + script.to(shared.dtype)
+        shared = self.shared_init.expand(batch, num_shared, -1)
+        if track is not None:
+            shared = shared + track.to(shared.dtype)
         for name, (embedding, _) in embedded.items():
-            shared = shared + self.tick_time[name](embedding.mean(dim=1, keepdim=True))
+            shared = shared + self.shared_time_proj[name](embedding.mean(dim=1, keepdim=True))
         return shared if audio is None else torch.cat([audio, shared.to(audio.dtype)], dim=1)
 
     def _modulate_out(self, name: str, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:

@@ -3,22 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from avdiff.clip import ClipSpec
-from avdiff.models.conditions import Script
-from avdiff.phonetics.phone import phone_id
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import SILENCE, Phone, phone_id
 
 
-def script_from_phones(
+@dataclass(frozen=True)
+class PhonemeTrack:
+    """Spoken words on the clock.
+
+    Args:
+        phonemes: (B, P) inventory ids, 0 is silence. marks: (B, P) stress and tone marks, 0 is
+            none.
+        frames: (B, M) which phoneme sounds in each mel frame, an index into P.
+        video_frames: as `frames` for the video branch, warped or not; None keeps the script from
+            the video branch.
+        present: (B,) bool, False where a sample has no script (sounds, or text dropout).
+    """
+
+    phonemes: torch.Tensor
+    stress_tones: torch.Tensor
+    frames: torch.Tensor
+    present: torch.Tensor
+    video_frame_to_phone: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> PhonemeTrack:
+        """Copy on another device."""
+        return replace(
+            self,
+            **{
+                f.name: v.to(device)
+                for f in fields(self)
+                if (v := getattr(self, f.name)) is not None
+            },
+        )
+
+    def without(self) -> PhonemeTrack:
+        """The same batch with no words: what the unconditional guidance pass sees."""
+        return replace(self, present=torch.zeros_like(self.present))
+
+    @staticmethod
+    def cat(tracks: list[PhonemeTrack]) -> PhonemeTrack:
+        """Join batches that share P and M."""
+
+        def join(name: str) -> Any:
+            values = [getattr(s, name) for s in tracks]
+            return None if values[0] is None else torch.cat(values)
+
+        return PhonemeTrack(*(join(f.name) for f in fields(PhonemeTrack)))
+
+
+def track_from_phones(
     phones: Sequence[Sequence[Phone]],
     clip: ClipSpec,
     video_warps: Sequence[np.ndarray] | None = None,
     to_video: bool = False,
-) -> Script:
+) -> PhonemeTrack:
     """Lay timed phones of B clips on the clip's mel frames.
 
     Args:
@@ -36,12 +81,12 @@ def script_from_phones(
     rows = [_with_silence(p, float(middles[-1]) + 1.0) for p in phones]
     width = max(len(row) for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
-    marks = np.zeros_like(ids)
+    stress_tones = np.zeros_like(ids)
     frames = []
     video = []
     for i, row in enumerate(rows):
         ids[i, : len(row)] = [phone_id(p.symbol) for p in row]
-        marks[i, : len(row)] = [p.mark for p in row]
+        stress_tones[i, : len(row)] = [p.stress_tone for p in row]
         starts = np.array([p.start for p in row])
         frames.append(_index_at(starts, middles))
         video.append(
@@ -55,9 +100,9 @@ def script_from_phones(
         if to_video
         else None
     )
-    return Script(
+    return PhonemeTrack(
         torch.from_numpy(ids),
-        torch.from_numpy(marks),
+        torch.from_numpy(stress_tones),
         sounding,
         torch.tensor([len(p) > 0 for p in phones]),
         seen,
@@ -75,11 +120,11 @@ def _with_silence(phones: Sequence[Phone], end: float) -> list[Phone]:
     now = 0.0
     for phone in phones:
         if phone.start > now + 0.005:
-            row.append(Phone("", now, phone.start, 0))
+            row.append(Phone(SILENCE, now, phone.start, 0))
         row.append(phone)
         now = phone.end
     if now < end:
-        row.append(Phone("", now, end, 0))
+        row.append(Phone(SILENCE, now, end, 0))
     return row
 
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from avdiff.phonetics.phone import Phone
+
 PARAMS = ("jaw", "width", "round", "teeth", "tongue", "tuck")
 VISEMES = ("sil", "PP", "FF", "TH", "DD", "kk", "CH", "SS", "nn", "RR", "aa", "E", "ih", "oh", "ou")
 VOWELS = frozenset(("aa", "E", "ih", "oh", "ou"))
@@ -141,17 +143,6 @@ _TOUCH = 0.035
 _STRESS = {0: 0.90, 1: 1.08, 2: 1.0}  # unstressed vowels are smaller; tones count as full vowels
 
 
-class Phone(NamedTuple):
-    """One timed phone: `symbol` base IPA, `start`/`end` in seconds, `mark` 0 none, 1 primary, 2
-    secondary stress, 3-6 the tones → ↗ ↓ ↘, on the vowel that carries it.
-    """
-
-    symbol: str
-    start: float
-    end: float
-    mark: int = 0
-
-
 def viseme_of(symbol: str) -> tuple[str, ...]:
     """Viseme classes of a phone symbol: one, or two for a diphthong. What follows the base symbol
     is ignored.
@@ -195,8 +186,8 @@ def _pulls(phones: Sequence[Phone]) -> list[_Pull]:
             pulls.append(_Pull("sil", start, end, strength, 1.0))
             continue
         # the first half of a diphthong is the longer one
-        cuts = (start, end) if len(names) == 1 else (start, start + 0.58 * (end - start), end)
-        for name, left, right in zip(names, cuts[:-1], cuts[1:], strict=True):
+        fsdp = (start, end) if len(names) == 1 else (start, start + 0.58 * (end - start), end)
+        for name, left, right in zip(names, fsdp[:-1], fsdp[1:], strict=True):
             jaw = _STRESS.get(mark, 1.0) if name in VOWELS else 1.0
             pulls.append(_Pull(name, left, right, _STRENGTH[name], jaw))
     pulls.append(_Pull("sil", phones[-1].end if phones else 0.0, 1e3, _STRENGTH["sil"], 1.0))

@@ -30,8 +30,9 @@ from timing import spread
 from avdiff.clip import ClipSpec
 from avdiff.core.engram import Engram, NgramHash
 from avdiff.models import presets
-from avdiff.models.conditions import Positions, Script
+from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.track import PhonemeTrack
 
 CHANNELS, ORDERS, HEADS, STEPS, PHONEMES = 64, 3, 8, 8, 60
 BLOCK = 2**26  # bytes written at a time
@@ -67,12 +68,12 @@ def build(file: Path, hashing: NgramHash) -> AVTransformer:
     return model.eval()
 
 
-def prompt(clip: ClipSpec, seed: int) -> Script:
+def prompt(clip: ClipSpec, seed: int) -> PhonemeTrack:
     """60 random phonemes, evenly over the clip."""
     draw = torch.Generator().manual_seed(seed)
     frames = torch.arange(clip.mel_frames) * PHONEMES // clip.mel_frames
     ids = torch.randint(1, 100, (1, PHONEMES), generator=draw)
-    return Script(ids, torch.zeros_like(ids), frames[None], torch.ones(1, dtype=torch.bool))
+    return PhonemeTrack(ids, torch.zeros_like(ids), frames[None], torch.ones(1, dtype=torch.bool))
 
 
 def seconds(function: Callable[[], Any]) -> float:

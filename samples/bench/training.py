@@ -98,7 +98,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         try:
             return measure(loop, clips, rounds)
         finally:
-            loop.feed.close()
+            loop.loader.close()
 
 
 def measure(loop: Run, clips: int, rounds: int) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from avdiff.corpus.events.scene import sample_event
 from avdiff.corpus.events.sound import event_audio
-from avdiff.corpus.speech.read import SpeechBank, Utterance
+from avdiff.corpus.speech.read import SpeechCorpus, Utterance
 from avdiff.evaluation.metrics.audio import (
     DIGITS,
     DigitReader,
@@ -38,7 +38,7 @@ from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.vocoder import AVVocoder
 
 RATE = 24000
-NOISES = (0.0, 0.1, 0.15, 0.2, 0.3)  # s.d. added to normalised latents
+NOISES = (0.0, 0.1, 0.15, 0.2, 0.3)  # s.d. added to normalized latents
 ORIGINAL = "original"
 TRUE = "vocoder"
 TRUE_CONTROL = "Griffin-Lim"
@@ -55,7 +55,7 @@ def routes(vae: AVAudioVAE, vocoder: AVVocoder) -> dict[str, Route]:
 
     def noisy(level: float) -> Route:
         def run(sound: Tensor) -> Tensor:
-            z = vae.normalise(vae.encode(vae.mel(sound)).latent_dist.mode())
+            z = vae.normalize(vae.encode(vae.mel(sound)).latent_dist.mode())
             z = z + level * torch.randn(
                 z.shape, generator=torch.Generator().manual_seed(sound.shape[-1])
             )
@@ -104,7 +104,7 @@ def quality(ways: dict[str, Route], utterances: Sequence[Utterance]) -> dict[str
 def digit_strings(bank: str | None, splits: Sequence[str | None]) -> Iterator[Utterance]:
     """English utterances that are strings of digits."""
     for split in splits:
-        for utterance in SpeechBank(bank, split):
+        for utterance in SpeechCorpus(bank, split):
             if utterance.lang == "en" and all(
                 word in DIGITS for word in utterance.text.lower().split()
             ):
@@ -129,7 +129,7 @@ def digit_errors(
 
 
 @torch.no_grad()
-def impact_errors(way: Route, count: int, seed: int = 5) -> np.ndarray:
+def contact_errors(way: Route, count: int, seed: int = 5) -> np.ndarray:
     """How far (s) the rise of energy moves at impacts of `count` drawn scenes, relative to the
     original's.
 
@@ -141,9 +141,9 @@ def impact_errors(way: Route, count: int, seed: int = 5) -> np.ndarray:
         event = sample_event(np.random.default_rng([seed, k]), 3.0)
         sound = event_audio(event, 3 * RATE, RATE)
         made = way(whole_tokens(sound))[0, 0].numpy()
-        for impact in event.impacts:
-            if 0.1 < impact < 2.8 and abs(onset_seconds(sound, impact) - impact) <= 0.005:
-                off.append(onset_seconds(made, impact) - onset_seconds(sound, impact))
+        for contact in event.contacts:
+            if 0.1 < contact < 2.8 and abs(onset_seconds(sound, contact) - contact) <= 0.005:
+                off.append(onset_seconds(made, contact) - onset_seconds(sound, contact))
     return np.abs(np.array(off))
 
 
@@ -236,20 +236,20 @@ def audio_report(
 ) -> str:
     """Write audio.md, audio.json and audio.png; returns the Markdown."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    held = [u for split in ("test", "test_voices") for u in SpeechBank(bank, split)]
+    held = [u for split in ("test", "test_voices") for u in SpeechCorpus(bank, split)]
     chosen = [held[int(k)] for k in np.linspace(0, len(held) - 1, min(clips, len(held)))]
     ways = routes(vae, vocoder)
     sounds = [u.bank.audio(u) for u in chosen[:: max(1, len(chosen) // 3)][:3]]
     sounds.append(event_audio(sample_event(np.random.default_rng(3), 3.0), 3 * RATE, RATE))
-    aside = output_dir / f".audio.{os.getpid()}.png"
-    picture(vae, vocoder, sounds).save(aside)
-    os.replace(aside, output_dir / "audio.png")
+    temporary_path = output_dir / f".audio.{os.getpid()}.png"
+    picture(vae, vocoder, sounds).save(temporary_path)
+    os.replace(temporary_path, output_dir / "audio.png")
     table = quality(ways, chosen)
     strings = list(digit_strings(bank, digits))[:most_digits]
     errors = digit_errors({k: w for k, w in ways.items() if "Lim" not in k}, strings)
-    late = impact_errors(ways[f"VAE + vocoder, noise {0.0:g}"], 40)
+    late = contact_errors(ways[f"VAE + vocoder, noise {0.0:g}"], 40)
     facts = cost(vae, vocoder) | {
-        "impacts": float(len(late)),
+        "contacts": float(len(late)),
         "impact error ms, median": 1000 * float(np.median(late)),
         "impact error ms, 90 %": 1000 * float(np.quantile(late, 0.9)),
     }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from avdiff.corpus.speech.read import SpeechBank, Utterance
+from avdiff.corpus.speech.read import SpeechCorpus, Utterance
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.pitch import hertz_bin
 from avdiff.models.codecs.vocoder import AVVocoder, Pitch
@@ -42,7 +42,7 @@ class SoundSegments(Dataset[Tensor]):
 
     def __init__(
         self,
-        bank: SpeechBank,
+        bank: SpeechCorpus,
         samples: int,
         events: EventSource | None = None,
         event_share: float = 0.12,
@@ -99,7 +99,7 @@ class SoundSegments(Dataset[Tensor]):
         return varied.astype(np.float32)
 
 
-def held_out(bank: SpeechBank, samples: int, count: int) -> Tensor:
+def held_out(bank: SpeechCorpus, samples: int, count: int) -> Tensor:
     """The middle pieces of `count` utterances spread over the bank: (count, 1, samples), short ones
     padded.
     """

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.models.codecs.pitch import BINS, BINS_PER_OCTAVE, bin_hertz, smooth_path
 
 WINDOW, LONGEST_LAG, BAND = (
@@ -45,7 +45,7 @@ class PitchTrack(NamedTuple):
 
 
 def periodicity(sound: Tensor, hop: int, rate: int = 24000) -> tuple[Tensor, Tensor]:
-    """Sound (B, S) -> normalised autocorrelation on the grid (B, T, BINS) and loudness (B, T) in
+    """Sound (B, S) -> normalized autocorrelation on the grid (B, T, BINS) and loudness (B, T) in
     dB, T = S / hop.
     """
     side = (WINDOW - hop) // 2
@@ -138,12 +138,12 @@ class PitchBank:
         bank: the utterances. cache_dir: folder for the tracks; default ~/.cache/avdiff/bank.
     """
 
-    def __init__(self, bank: SpeechBank, cache_dir: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, bank: SpeechCorpus, cache_dir: str | os.PathLike[str] | None = None) -> None:
         folder = Path(cache_dir or Path.home() / ".cache" / "avdiff" / "bank")
         path = folder / f"{bank.fingerprint}.pitch.npz"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            whole = SpeechBank(bank.root, decoded=True, cache_dir=folder)
+            whole = SpeechCorpus(bank.root, decoded=True, cache_dir=folder)
             _write(path, whole)
         with np.load(path, allow_pickle=False) as stored:
             self._starts = {
@@ -165,7 +165,7 @@ class PitchBank:
         )
 
 
-def _write(path: Path, bank: SpeechBank) -> None:
+def _write(path: Path, bank: SpeechCorpus) -> None:
     """Track the whole bank, utterances of like length together (about a minute of one core per hour
     of speech).
     """

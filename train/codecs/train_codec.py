@@ -22,7 +22,7 @@ import torch
 
 from avdiff.corpus.events.scene import sample_event
 from avdiff.corpus.events.sound import event_audio
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
@@ -64,7 +64,7 @@ class CodecOptions:
     decoded_share: float = 0.6
     """Vocoder only: that share."""
     latent_noise: float = 0.3
-    """Largest s.d. of the noise added to normalised latents in training: what makes the latent
+    """Largest s.d. of the noise added to normalized latents in training: what makes the latent
     space smooth.
     """
     size: int = 128
@@ -95,7 +95,7 @@ class CodecRecipe:
 
 class PresenterVideoTask(VideoVAETask):
     """`VideoVAETask` whose export carries the latents' statistics, so that callers can
-    normalise.
+    normalize.
     """
 
     def save(self, directory: Path) -> None:
@@ -177,7 +177,7 @@ def _video(recipe: CodecRecipe) -> Task:
         folder = cache / f"{split}-{o.size}-{o.clip_frames}-{count}"
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            bank = SpeechBank(o.bank, split)
+            bank = SpeechCorpus(o.bank, split)
             FrameStore.build(
                 folder, corpus_clips(bank, seed, split, o.clip_frames, o.size, o.event_share), count
             )
@@ -216,7 +216,7 @@ def _segments(recipe: CodecRecipe) -> tuple[SoundSegments, torch.Tensor, Any]:
     o = recipe.data
     samples = max(960 * 8, round(o.segment_seconds * RATE / 960) * 960)
     banks: list[Any] = [
-        SpeechBank(o.bank, split, decoded=True)
+        SpeechCorpus(o.bank, split, decoded=True)
         if o.data is None
         else OwnBank(_named(OwnClips(o.data, split, "audio"), split))
         for split in ("train", "val")

@@ -32,7 +32,7 @@ from avdiff.corpus.face.presenter import (
     render_face,
     sample_identity,
 )
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.evaluation.metrics.video import (
     OpeningProbe,
     best_lag,
@@ -44,7 +44,7 @@ from avdiff.evaluation.metrics.video import (
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.phonetics.visemes import viseme_track
 
-NOISES = (0.0, 0.1, 0.15, 0.2, 0.3)  # s.d. added to normalised latents
+NOISES = (0.0, 0.1, 0.15, 0.2, 0.3)  # s.d. added to normalized latents
 FPS = 25
 
 
@@ -60,7 +60,7 @@ class Sample:
 
 
 def samples(
-    bank: SpeechBank, split: str, count: int, num_frames: int = 49, size: int = 128
+    bank: SpeechCorpus, split: str, count: int, num_frames: int = 49, size: int = 128
 ) -> Iterator[Sample]:
     """Presenters of a split speaking its sentences; a function of the split and the number."""
     for index in range(count):
@@ -107,7 +107,7 @@ def shrunk(frames: np.ndarray, values: int) -> np.ndarray:
 def round_trips(
     vae: AVVideoVAE, frames: np.ndarray, noises: Sequence[float], seed: int
 ) -> list[np.ndarray]:
-    """The clip encoded once and decoded with each s.d. of noise on its normalised latents."""
+    """The clip encoded once and decoded with each s.d. of noise on its normalized latents."""
     z = vae.encode(to_tensor(frames)).latent_dist.mode()
     noise = torch.randn(
         z.shape, generator=torch.Generator().manual_seed(seed)
@@ -207,9 +207,9 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
+    temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary_path.write_text(text)
+    os.replace(temporary_path, path)
 
 
 def video_report(
@@ -219,9 +219,9 @@ def video_report(
     output_dir.mkdir(parents=True, exist_ok=True)
     probe = OpeningProbe.fit(
         (s.frames, s.points, s.opening)
-        for s in samples(SpeechBank(bank, "train"), "train", 150, 25)
+        for s in samples(SpeechCorpus(bank, "train"), "train", 150, 25)
     )
-    test = SpeechBank(bank, "test")
+    test = SpeechCorpus(bank, "test")
     table = video_table(vae, samples(test, "test", clips, num_frames), probe)
     price = cost(vae)
     text = (
@@ -238,9 +238,9 @@ def video_report(
         output_dir / "video.md",
         f"Held-out presenters and sentences, {clips} clips of {num_frames} frames\n\n{text}",
     )
-    aside = output_dir / f".video.{os.getpid()}.png"
-    picture(vae, list(samples(test, "test", 8, 9))).save(aside)
-    os.replace(aside, output_dir / "video.png")
+    temporary_path = output_dir / f".video.{os.getpid()}.png"
+    picture(vae, list(samples(test, "test", 8, 9))).save(temporary_path)
+    os.replace(temporary_path, output_dir / "video.png")
     return text
 
 

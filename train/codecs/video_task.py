@@ -21,7 +21,7 @@ from torch import Tensor
 from avdiff.corpus.events.drawing import render_event
 from avdiff.corpus.events.scene import sample_event
 from avdiff.corpus.face.presenter import lip_points, pose_track, render_face, sample_identity
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.evaluation.metrics.video import gradient_energy, mouth_boxes, psnr
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.phonetics.visemes import viseme_track
@@ -33,7 +33,7 @@ FPS = 25
 
 # ---------------------------------------------------------------------------------------- the clips
 def speech_clip(
-    bank: SpeechBank, seed: int, split: str, num_frames: int, size: int
+    bank: SpeechCorpus, seed: int, split: str, num_frames: int, size: int
 ) -> dict[str, np.ndarray]:
     """Frames of a presenter who says part of an utterance of the bank; a function of the seed.
 
@@ -66,8 +66,8 @@ def event_clip(seed: int, num_frames: int, size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, 8])
     event = sample_event(rng, float(rng.uniform(2, 4)))
     middle = (
-        float(rng.choice(np.asarray(event.impacts))) + float(rng.normal(0, 0.2))
-        if event.impacts
+        float(rng.choice(np.asarray(event.contacts))) + float(rng.normal(0, 0.2))
+        if event.contacts
         else 1.0
     )
     times = np.maximum(middle + (np.arange(num_frames) - num_frames / 2) / FPS, 0)
@@ -78,7 +78,7 @@ def event_clip(seed: int, num_frames: int, size: int) -> dict[str, np.ndarray]:
 
 
 def corpus_clips(
-    bank: SpeechBank, seed: int, split: str, num_frames: int, size: int, event_share: float = 0.12
+    bank: SpeechCorpus, seed: int, split: str, num_frames: int, size: int, event_share: float = 0.12
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless clips of a split, presenters and, by `event_share`, sounding objects."""
     while True:
@@ -137,14 +137,17 @@ class FrameStore:
         whole.
         """
         target = Path(folder)
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        aside.mkdir(parents=True)
-        with open(aside / "clips.u8", "wb") as pictures, open(aside / "boxes.f32", "wb") as boxes:
+        temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary_path.mkdir(parents=True)
+        with (
+            open(temporary_path / "clips.u8", "wb") as pictures,
+            open(temporary_path / "boxes.f32", "wb") as boxes,
+        ):
             for _, clip in zip(range(count), clips, strict=False):
                 pictures.write(clip["video"].tobytes())
                 boxes.write(mouth_boxes(clip["lip_points"]).tobytes())
-        (aside / "shape.json").write_text(json.dumps([count, *clip["video"].shape]))
-        os.replace(aside, target)
+        (temporary_path / "shape.json").write_text(json.dumps([count, *clip["video"].shape]))
+        os.replace(temporary_path, target)
 
 
 # ----------------------------------------------------------------------------------------- the task

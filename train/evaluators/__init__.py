@@ -1,1 +1,1 @@
-"""train/evaluators"""
+"""Training of the evaluator networks. Start with `train_evaluator`."""

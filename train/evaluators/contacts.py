@@ -1,6 +1,7 @@
 """Train the impact reader on drawn events, on the fly: minutes on one core.
 
-    python -m avdiff.train.evaluators.contacts --output avdiff/bundled/impact_reader [--steps 2000]
+    python -m avdiff.train.evaluators.contacts --output avdiff/bundled/contact_detector [--steps
+    2000]
 
 Scenes of the seed's own stream, degraded as a codec or a generator would: blur, noise, contrast,
 and the flicker of codecs that code pictures in pairs.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from avdiff.corpus.events.drawing import render_event
 from avdiff.corpus.events.scene import sample_event
-from avdiff.models.evaluators.contact_detector import FPS, SIDE, ImpactReader, bumps, peaks
+from avdiff.models.evaluators.contact_detector import FPS, SIDE, ContactDetector, bumps, peaks
 
 SECONDS = 2.0  # of a training clip
 WITHIN = 0.5 / FPS  # half a picture
@@ -32,7 +33,7 @@ def draw(
     event = sample_event(rng, seconds, kind)
     frames = [render_event(event, (i + 0.5) / FPS, SIDE) for i in range(round(seconds * FPS))]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1, list(
-        event.impacts
+        event.contacts
     )
 
 
@@ -67,7 +68,7 @@ def degraded(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    reader: ImpactReader, count: int = 120, seed: int = 7, spoil: bool = False
+    reader: ContactDetector, count: int = 120, seed: int = 7, spoil: bool = False
 ) -> dict[str, float]:
     """Held-out scenes of 3 s: share of impacts found within half a picture and one, false ones,
     clips counted right.
@@ -75,15 +76,15 @@ def measure(
     found = near = total = extra = counted = 0
     for index in range(count):
         rng = np.random.default_rng([seed, index])
-        pictures, impacts = draw(rng, 3.0)
+        pictures, contacts = draw(rng, 3.0)
         pictures = degraded(pictures, rng) if spoil else pictures
         seen = np.array(peaks(reader(pictures[None])[0].sigmoid()))
-        away = np.abs(np.array(impacts)[:, None] - seen[None]).min(1, initial=np.inf)
-        total += len(impacts)
+        away = np.abs(np.array(contacts)[:, None] - seen[None]).min(1, initial=np.inf)
+        total += len(contacts)
         found += int((away <= WITHIN).sum())
         near += int((away <= 2 * WITHIN).sum())
-        extra += max(0, len(seen) - len(impacts))
-        counted += len(seen) == len(impacts)
+        extra += max(0, len(seen) - len(contacts))
+        counted += len(seen) == len(contacts)
     return {
         "within_half_picture": found / total,
         "within_a_picture": near / total,
@@ -105,7 +106,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
     )
     options = parser.parse_args(None if arguments is None else list(arguments))
     torch.manual_seed(options.seed)
-    reader = ImpactReader()
+    reader = ContactDetector()
     optimizer = torch.optim.AdamW(reader.parameters(), options.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.learning_rate, max(20, options.steps), pct_start=0.1
@@ -114,7 +115,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
         rng = np.random.default_rng([options.seed, 1, step])
         rows = [draw(rng, SECONDS) for _ in range(options.batch)]
         pictures = torch.stack([degraded(x, rng) for x, _ in rows])
-        target = torch.stack([bumps(impacts, pictures.shape[1]) for _, impacts in rows])
+        target = torch.stack([bumps(contacts, pictures.shape[1]) for _, contacts in rows])
         loss = F.binary_cross_entropy_with_logits(reader(pictures), target)
         optimizer.zero_grad()
         loss.backward()
@@ -124,13 +125,13 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
         if step % 50 == 49:
             print(f"step {step + 1}/{options.steps} loss {loss.item():.4f}", flush=True)
     reader.eval()
-    marks = measure(reader, options.scenes)
-    marks |= {
+    metrics = measure(reader, options.scenes)
+    metrics |= {
         f"spoilt_{key}": value for key, value in measure(reader, options.scenes, spoil=True).items()
     }
     reader.save_pretrained(options.output)
-    print(json.dumps(marks))
-    return marks
+    print(json.dumps(metrics))
+    return metrics
 
 
 if __name__ == "__main__":

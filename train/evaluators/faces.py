@@ -23,7 +23,7 @@ from avdiff.corpus.events.scene import sample_event
 from avdiff.corpus.face import identity as looks
 from avdiff.corpus.face.mouth import CANVAS, HEAD_SCALE, MOUTH, MOUTH_DEPTH, head_matrix, parallax
 from avdiff.corpus.face.presenter import Identity, Pose, lip_points, render_face, sample_identity
-from avdiff.corpus.speech.read import SpeechBank
+from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.evaluators.face_reader import SIDE, FaceReader, Mouth, Place, to_pictures
 from avdiff.phonetics.visemes import PARAMS, TARGETS, VISEMES, viseme_track
@@ -100,7 +100,7 @@ def attribute_ids(identity: Identity) -> np.ndarray:
 
 
 def draw_face(
-    rng: np.random.Generator, bank: SpeechBank | None, identity: Identity
+    rng: np.random.Generator, bank: SpeechCorpus | None, identity: Identity
 ) -> dict[str, np.ndarray]:
     """One picture with its truth: a mouth from speech in most cases, else any shape; any pose."""
     if bank is not None and rng.random() < 0.6:
@@ -177,7 +177,7 @@ class FaceStore:
         folder: str | os.PathLike[str],
         count: int,
         split: str,
-        bank: SpeechBank | None,
+        bank: SpeechCorpus | None,
         seed: int,
         event_share: float = 0.06,
         faces_each: int = 3,
@@ -186,11 +186,11 @@ class FaceStore:
         when it is whole.
         """
         target = Path(folder)
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        aside.mkdir(parents=True)
+        temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary_path.mkdir(parents=True)
         rng = np.random.default_rng([seed, looks.SPLITS.index(split)])
         rows: list[dict[str, np.ndarray]] = []
-        with open(aside / "pictures.u8", "wb") as pictures:
+        with open(temporary_path / "pictures.u8", "wb") as pictures:
             for index in range(count):
                 if index % faces_each == 0:
                     identity = sample_identity(rng, split=split)
@@ -203,10 +203,10 @@ class FaceStore:
                 rows.append(row)
         save_file(
             {name: np.stack([row[name] for row in rows]) for name in rows[0]},
-            aside / "truth.safetensors",
+            temporary_path / "truth.safetensors",
         )
-        (aside / "shape.json").write_text(json.dumps(count))
-        os.replace(aside, target)
+        (temporary_path / "shape.json").write_text(json.dumps(count))
+        os.replace(temporary_path, target)
 
 
 # -------------------------------------------------------------------------------------- degradation

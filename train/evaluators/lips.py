@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from avdiff.corpus.augment import add_room
 from avdiff.corpus.face.mouth import GAP
 from avdiff.corpus.face.presenter import Identity, sample_identity
-from avdiff.corpus.speech.concatenate import Passage, cut_piece, join_pieces
-from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechBank, Utterance
+from avdiff.corpus.speech.concatenate import Concatenation, cut_piece, join_pieces
+from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechCorpus, Utterance
 from avdiff.evaluators.load import lag_curve
 from avdiff.models.evaluators.lip_network import RATE, LipNetwork, lag_scores, lips_on_clock
 from avdiff.phonetics.visemes import viseme_track
@@ -184,7 +184,7 @@ class LipPairs(Dataset[Pair]):
 
     def __init__(
         self,
-        bank: SpeechBank,
+        bank: SpeechCorpus,
         frames: int = 100,
         reach: int = 40,
         split: str = "train",
@@ -217,7 +217,7 @@ class LipPairs(Dataset[Pair]):
         sound = torch.from_numpy(self.heard(rng, passage.audio))
         return Pair(sound, torch.from_numpy(features), torch.from_numpy(seen), torch.tensor(lag))
 
-    def passage(self, rng: np.random.Generator, seconds: float) -> Passage:
+    def passage(self, rng: np.random.Generator, seconds: float) -> Concatenation:
         """Sentences of one voice that fill `seconds`; the first may have begun before."""
         first = self.bank[int(rng.integers(len(self.bank)))]
         others = self.by_voice[first.lang, first.voice]
@@ -352,7 +352,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out_clips(
-    bank: SpeechBank,
+    bank: SpeechCorpus,
     split: str,
     count: int,
     seconds: float = 3.0,

@@ -1,5 +1,5 @@
-"""Training of the phone recogniser: augmented speech with the phone of every frame, and
-`RecogniserTask`.
+"""Training of the phone recognizer: augmented speech with the phone of every frame, and
+`RecognizerTask`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from avdiff.corpus.augment import SNR_DB, add_room, coloured_noise, draw_plan, shift_pitch
-from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechBank, Utterance
+from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechCorpus, Utterance
 from avdiff.evaluators.load import best_phones, phone_error_rate
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.vocoder import AVVocoder
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import encode_phones, phones_on_frames
 from avdiff.train.loop.task import Loss, Task
 
@@ -95,7 +95,7 @@ class SpokenSegments(Dataset[Heard]):
     """
 
     def __init__(
-        self, bank: SpeechBank, seconds: float = 4.0, augment_share: float = 0.6, size: int = 4096
+        self, bank: SpeechCorpus, seconds: float = 4.0, augment_share: float = 0.6, size: int = 4096
     ) -> None:
         self.bank = bank
         self.frames = 2 * round(seconds * RATE / 2)
@@ -156,11 +156,11 @@ class SpokenSegments(Dataset[Heard]):
         )
 
 
-class RecogniserTask(Task):
-    """Trains `PhoneRecogniser`: cross-entropy on every frame and CTC on the row of phones.
+class RecognizerTask(Task):
+    """Trains `PhoneRecognizer`: cross-entropy on every frame and CTC on the row of phones.
 
     Args:
-        recogniser: model. dataset: segments. held_out: bank whose sentences validate.
+        recognizer: model. dataset: segments. held_out: bank whose sentences validate.
         vae, vocoder: frozen codecs that a share of rows goes through (the vocoder in a third of
             those), or None.
         codec_share: that share. ctc_weight: weight of CTC, which is a mean over phones. mask: most
@@ -170,16 +170,16 @@ class RecogniserTask(Task):
 
     def __init__(
         self,
-        recogniser: PhoneRecogniser,
+        recognizer: PhoneRecognizer,
         dataset: SpokenSegments,
-        held_out: SpeechBank,
+        held_out: SpeechCorpus,
         vae: AVAudioVAE | None = None,
         vocoder: AVVocoder | None = None,
         codec_share: float = 0.25,
         ctc_weight: float = 0.5,
         mask: tuple[int, int] = (16, 14),
     ) -> None:
-        self.recogniser = recogniser
+        self.recognizer = recognizer
         self.dataset = dataset
         self.held_out = held_out
         self.vae = vae
@@ -187,7 +187,7 @@ class RecogniserTask(Task):
         self.ctc_weight = ctc_weight
         self.mask = mask
         self.codec_share = codec_share if vae is not None else 0.0
-        self.modules = {"recogniser": recogniser}
+        self.modules = {"recognizer": recognizer}
         for codec in (vae, vocoder):
             if codec is not None:
                 codec.requires_grad_(False).eval()
@@ -204,8 +204,8 @@ class RecogniserTask(Task):
 
     def loss(self, batch: Heard, phase: str, generator: torch.Generator) -> Loss:
         with torch.no_grad():
-            mel = self.vary(self.coded(self.recogniser.mel(batch.sound), generator), generator)
-        found = self.recogniser(mel)  # (B, T, P)
+            mel = self.vary(self.coded(self.recognizer.mel(batch.sound), generator), generator)
+        found = self.recognizer(mel)  # (B, T, P)
         frame = F.nll_loss(found.transpose(1, 2), batch.phones, reduction="none").mean(dim=1)
         rows = [sequence(labels.tolist()) for labels in batch.phones]
         lengths = torch.tensor([len(row) for row in rows])
@@ -243,7 +243,7 @@ class RecogniserTask(Task):
             if voiced and self.vocoder is not None:
                 sound = self.vocoder(decoded[:voiced])[:, 0]
                 decoded = torch.cat(
-                    [self.recogniser.mel_frontend(sound)[:, None], decoded[voiced:]]
+                    [self.recognizer.mel_frontend(sound)[:, None], decoded[voiced:]]
                 )
         return torch.cat([decoded[:, 0].float(), mel[through:]])
 
@@ -282,12 +282,12 @@ class RecogniserTask(Task):
         chosen = [
             u for k, u in enumerate(self.held_out) if k % max(1, len(self.held_out) // 160) == 0
         ]
-        return measure_recogniser(self.recogniser, chosen)
+        return measure_recogniser(self.recognizer, chosen)
 
 
 @torch.no_grad()
 def measure_recogniser(
-    recogniser: PhoneRecogniser,
+    recognizer: PhoneRecognizer,
     utterances: Sequence[Utterance],
     snr: float | None = None,
     seed: int = 0,
@@ -307,9 +307,9 @@ def measure_recogniser(
             power = float(np.sqrt(np.mean(sound**2))) * 10 ** (-snr / 20)
             sound = sound + coloured_noise(rng, len(sound), SAMPLE_RATE) * np.float32(power)
         if mels is None:
-            found = recogniser.listen(torch.from_numpy(sound).to(recogniser.device))
+            found = recognizer.listen(torch.from_numpy(sound).to(recognizer.device))
         else:
-            found = recogniser(mels(utterance))[0, : len(sound) // recogniser.samples_per_frame]
+            found = recognizer(mels(utterance))[0, : len(sound) // recognizer.samples_per_frame]
         wanted = [i for i in encode_phones(utterance.phones)[0].tolist() if i]
         rows.setdefault(utterance.lang, []).append((wanted, best_phones(found)))
     rates = {f"per_{language}": phone_error_rate(pairs) for language, pairs in sorted(rows.items())}

@@ -1,7 +1,7 @@
-"""A judge's marks on the test splits, which nobody trains on: what its model card prints.
+"""A evaluator's marks on the test splits, which nobody trains on: what its model card prints.
 
-python -m avdiff.train.evaluators.train_evaluator --judge recogniser --measure
-avdiff/bundled/recogniser --output_dir runs/marks
+python -m avdiff.train.evaluators.train_evaluator --evaluator recognizer --measure
+avdiff/bundled/recognizer --output_dir runs/marks
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from avdiff.corpus.augment import coloured_noise
 from avdiff.corpus.dataset import split_utterances
 from avdiff.corpus.face.presenter import lip_points, pose_track, render_face, sample_identity
-from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechBank, Utterance
+from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechCorpus, Utterance
 from avdiff.evaluators.load import align, read_faces, sync_curve
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
 from avdiff.models.evaluators.face_reader import SIDE, FaceReader, to_pictures
 from avdiff.models.evaluators.lip_network import LipNetwork
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import SILENCE, encode_phones
 from avdiff.phonetics.visemes import viseme_track
 from avdiff.train.evaluators.faces import degraded, draw_event, draw_face, measure_reader
@@ -36,26 +36,26 @@ PICTURES = 900
 CLIPS = 150
 
 
-def measure_judge(
+def measure_evaluator(
     name: str,
-    judge: Any,
+    evaluator: Any,
     bank: str | None,
     audio_vae: AVAudioVAE | None = None,
     vocoder: AVVocoder | None = None,
     video_vae: AVVideoVAE | None = None,
 ) -> dict[str, Any]:
-    """Marks of one judge: nested dicts of numbers; rates and accuracies are shares."""
-    if name == "recogniser":
-        return recogniser_marks(judge, SpeechBank(bank, decoded=True), audio_vae, vocoder)
+    """Marks of one evaluator: nested dicts of numbers; rates and accuracies are shares."""
+    if name == "recognizer":
+        return recogniser_marks(evaluator, SpeechCorpus(bank, decoded=True), audio_vae, vocoder)
     if name == "face_reader":
-        return reader_marks(judge, SpeechBank(bank, decoded=True), video_vae)
-    return lip_marks(judge, SpeechBank(bank, "test", decoded=True))
+        return reader_marks(evaluator, SpeechCorpus(bank, decoded=True), video_vae)
+    return lip_marks(evaluator, SpeechCorpus(bank, "test", decoded=True))
 
 
 class _Coded:
     """A bank whose audio went through the codecs; stands in for the bank of an utterance."""
 
-    def __init__(self, bank: SpeechBank, vae: AVAudioVAE, vocoder: AVVocoder | None) -> None:
+    def __init__(self, bank: SpeechCorpus, vae: AVAudioVAE, vocoder: AVVocoder | None) -> None:
         self.bank = bank
         self.vae = vae
         self.vocoder = vocoder
@@ -71,8 +71,8 @@ class _Coded:
 
 
 def recogniser_marks(
-    judge: PhoneRecogniser,
-    bank: SpeechBank,
+    evaluator: PhoneRecognizer,
+    bank: SpeechCorpus,
     vae: AVAudioVAE | None = None,
     vocoder: AVVocoder | None = None,
 ) -> dict[str, Any]:
@@ -80,38 +80,40 @@ def recogniser_marks(
     speed.
     """
     test, voices = (split_utterances(bank, split) for split in ("test", "test_voices"))
-    marks: dict[str, Any] = {
-        "test": measure_recogniser(judge, test),
-        "test_voices": measure_recogniser(judge, voices),
+    metrics: dict[str, Any] = {
+        "test": measure_recogniser(evaluator, test),
+        "test_voices": measure_recogniser(evaluator, voices),
     }
-    marks["noise"] = {f"{snr:g} dB": measure_recogniser(judge, test, snr) for snr in SNRS}
+    metrics["noise"] = {f"{snr:g} dB": measure_recogniser(evaluator, test, snr) for snr in SNRS}
     if vae is not None:
         coded = _Coded(bank, vae, None)
-        marks["audio_vae"] = measure_recogniser(judge, test, mels=coded.mel)
+        metrics["audio_vae"] = measure_recogniser(evaluator, test, mels=coded.mel)
         if vocoder is not None:
-            marks["vocoder"] = measure_recogniser(judge, test, mels=_Coded(bank, vae, vocoder).mel)
-    marks["times"] = time_errors(judge, test)
+            metrics["vocoder"] = measure_recogniser(
+                evaluator, test, mels=_Coded(bank, vae, vocoder).mel
+            )
+    metrics["times"] = time_errors(evaluator, test)
     seconds = sum(u.duration for u in test[:100])
     sounds = [torch.from_numpy(bank.audio(u)) for u in test[:100]]
     began = time.perf_counter()
     for sound in sounds:
-        judge.listen(sound)
-    marks["times_real_time"] = seconds / (time.perf_counter() - began)
-    return marks
+        evaluator.listen(sound)
+    metrics["times_real_time"] = seconds / (time.perf_counter() - began)
+    return metrics
 
 
 @torch.no_grad()
-def time_errors(judge: PhoneRecogniser, utterances: list[Utterance]) -> dict[str, float]:
+def time_errors(evaluator: PhoneRecognizer, utterances: list[Utterance]) -> dict[str, float]:
     """Milliseconds between aligned and true starts of the phones of known sentences: median, 90th
     percentile, bias.
     """
     errors: list[float] = []
     for utterance in utterances:
-        found = judge.listen(torch.from_numpy(utterance.bank.audio(utterance)))
+        found = evaluator.listen(torch.from_numpy(utterance.bank.audio(utterance)))
         spoken = [phone for phone in utterance.phones if phone.symbol != SILENCE]
         spans = align(found, encode_phones(spoken)[0].tolist())
         errors += [
-            (first / judge.frame_rate - phone.start) * 1000
+            (first / evaluator.frame_rate - phone.start) * 1000
             for (first, _), phone in zip(spans, spoken, strict=True)
         ]
     away = np.abs(errors)
@@ -123,11 +125,11 @@ def time_errors(judge: PhoneRecogniser, utterances: list[Utterance]) -> dict[str
 
 
 def reader_marks(
-    judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None = None
+    evaluator: FaceReader, bank: SpeechCorpus, vae: AVVideoVAE | None = None
 ) -> dict[str, Any]:
     """Held-out presenters: clean, degraded and after the codec; whole clips; speed."""
     rng = np.random.default_rng(2026)
-    spoken = SpeechBank(bank.root, "test", decoded=True)
+    spoken = SpeechCorpus(bank.root, "test", decoded=True)
     rows = [
         draw_event(rng)
         if k % 16 == 15
@@ -136,27 +138,31 @@ def reader_marks(
     ]
     pictures = to_pictures(torch.from_numpy(np.stack([row.pop("picture") for row in rows])))
     truth = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    marks: dict[str, Any] = {"clean": measure_reader(judge, pictures, truth)}
+    metrics: dict[str, Any] = {"clean": measure_reader(evaluator, pictures, truth)}
     for strength in SHARES:
         x = degraded(pictures, torch.Generator().manual_seed(1), strength)
-        marks[f"degraded {strength:g}"] = measure_reader(judge, x, truth)
+        metrics[f"degraded {strength:g}"] = measure_reader(evaluator, x, truth)
     if vae is not None:
         with torch.no_grad():
             coded = torch.cat(
                 [vae(x[:, :, None]).sample[:, :, 0].clamp(-1, 1) for x in pictures.split(32)]
             )
-        marks["video_vae"] = measure_reader(judge, coded, truth)
-    marks["clips"] = clip_marks(judge, spoken, vae)
+        metrics["video_vae"] = measure_reader(evaluator, coded, truth)
+    metrics["clips"] = clip_marks(evaluator, spoken, vae)
     began = time.perf_counter()
     with torch.no_grad():
-        judge(pictures[:256])
-    marks["pictures_a_second"] = 256 / (time.perf_counter() - began)
-    return marks
+        evaluator(pictures[:256])
+    metrics["pictures_a_second"] = 256 / (time.perf_counter() - began)
+    return metrics
 
 
 @torch.no_grad()
 def clip_marks(
-    judge: FaceReader, bank: SpeechBank, vae: AVVideoVAE | None, count: int = 24, frames: int = 49
+    evaluator: FaceReader,
+    bank: SpeechCorpus,
+    vae: AVVideoVAE | None,
+    count: int = 24,
+    frames: int = 49,
 ) -> dict[str, float]:
     """Clips of test presenters: correlation of the opening over time, attributes by vote of all
     pictures.
@@ -181,7 +187,7 @@ def clip_marks(
             x = to_pictures(torch.from_numpy(video)).transpose(0, 1)[None]
             y = vae(x).sample.clamp(-1, 1)[0].permute(1, 2, 3, 0)
             video = ((y + 1) * 127.5).round().byte().numpy()
-        reading = read_faces(video, judge)
+        reading = read_faces(video, evaluator)
         correlations.append(np.corrcoef(reading.mouth[:, 0], mouths[:, 0])[0, 1])
         truth = np.stack([lip_points(identity, m, p) for m, p in zip(mouths, poses, strict=True)])
         off.append(np.linalg.norm(reading.points - truth, axis=-1).mean() * SIDE)
@@ -203,18 +209,18 @@ def clip_marks(
     }
 
 
-def lip_marks(judge: LipNetwork, bank: SpeechBank) -> dict[str, Any]:
+def lip_marks(evaluator: LipNetwork, bank: SpeechCorpus) -> dict[str, Any]:
     """Clips of 2, 3 and 4 seconds of test sentences and presenters; other frame rates; noise;
     speed.
     """
-    marks: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for seconds in (2.0, 3.0, 4.0):
-        marks[f"{seconds:g} s"] = measure_lip_network(
-            judge, held_out_clips(bank, "test", CLIPS, seconds)
+        metrics[f"{seconds:g} s"] = measure_lip_network(
+            evaluator, held_out_clips(bank, "test", CLIPS, seconds)
         )
     for fps in (24.0, 30000 / 1001, 60.0):
-        marks[f"{fps:.5g} fps"] = measure_lip_network(
-            judge, held_out_clips(bank, "test", CLIPS // 3, fps=fps)
+        metrics[f"{fps:.5g} fps"] = measure_lip_network(
+            evaluator, held_out_clips(bank, "test", CLIPS // 3, fps=fps)
         )
     rng = np.random.default_rng(3)
     clips = [
@@ -225,11 +231,11 @@ def lip_marks(judge: LipNetwork, bank: SpeechBank) -> dict[str, Any]:
         )
         for clip in held_out_clips(bank, "test", CLIPS // 3)
     ]
-    marks["10 dB"] = measure_lip_network(judge, clips)
+    metrics["10 dB"] = measure_lip_network(evaluator, clips)
     began = time.perf_counter()
     for clip in clips:
-        sync_curve(clip.points, clip.times, clip.sound, SAMPLE_RATE, network=judge)
-    marks["times_real_time"] = (
+        sync_curve(clip.points, clip.times, clip.sound, SAMPLE_RATE, network=evaluator)
+    metrics["times_real_time"] = (
         sum(len(c.sound) for c in clips) / SAMPLE_RATE / (time.perf_counter() - began)
     )
-    return marks
+    return metrics

@@ -1,14 +1,14 @@
-"""Train a judge: what listens, what looks, and what compares lips with sound. They are frozen
+"""Train a evaluator: what listens, what looks, and what compares lips with sound. They are frozen
 before the joint model.
 
-    python -m avdiff.train.evaluators.train_evaluator avdiff/bundled/recipes/recogniser.toml --bank
-    BANK --output_dir runs/recogniser python -m avdiff.train.evaluators.train_evaluator --judge
+    python -m avdiff.train.evaluators.train_evaluator avdiff/bundled/recipes/recognizer.toml --bank
+    BANK --output_dir runs/recognizer python -m avdiff.train.evaluators.train_evaluator --evaluator
     lip_network --output_dir runs/lips --max_train_steps 3000 python -m
-    avdiff.train.evaluators.train_evaluator --judge face_reader --measure runs/face_reader
+    avdiff.train.evaluators.train_evaluator --evaluator face_reader --measure runs/face_reader
     --output_dir runs/face_reader
 
-Read it from the bottom: main -> setup -> fit. `--measure` trains nothing: it writes a judge's marks
-on the test splits.
+Read it from the bottom: main -> setup -> fit. `--measure` trains nothing: it writes a evaluator's
+marks on the test splits.
 """
 
 from __future__ import annotations
@@ -23,64 +23,64 @@ from typing import Any, Literal
 
 import torch
 
-from avdiff.corpus.speech.read import SpeechBank
-from avdiff.evaluators.load import JUDGES
+from avdiff.corpus.speech.read import SpeechCorpus
+from avdiff.evaluators.load import EVALUATORS
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
 from avdiff.models.evaluators.face_reader import FaceReader
 from avdiff.models.evaluators.lip_network import LipNetwork
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import inventory
 from avdiff.phonetics.visemes import VISEMES
 from avdiff.train.evaluators.faces import ATTRIBUTES, FaceReaderTask, FaceStore
 from avdiff.train.evaluators.lips import LipNetworkTask, LipPairs, held_out_clips
-from avdiff.train.evaluators.phones import RecogniserTask, SpokenSegments
+from avdiff.train.evaluators.phones import RecognizerTask, SpokenSegments
 from avdiff.train.loop.config import help_text, load_options
 from avdiff.train.loop.fit import FitOptions, FitSummary, Task, fit
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """Which judge, and on what."""
+class EvaluatorOptions:
+    """Which evaluator, and on what."""
 
-    judge: Literal["recogniser", "face_reader", "lip_network"]
-    """Which of the three judges to train."""
+    evaluator: Literal["recognizer", "face_reader", "lip_network"]
+    """Which of the three evaluators to train."""
     bank: str | None = None
     """Folder of the speech bank; nothing means $AVDIFF_BANK, else the mini-bank."""
     start_from: str | None = None
-    """Saved judge to go on from; nothing trains from scratch."""
+    """Saved evaluator to go on from; nothing trains from scratch."""
     measure: str | None = None
-    """Saved judge to measure on the test splits instead of training; writes
+    """Saved evaluator to measure on the test splits instead of training; writes
     output_dir/measured.json.
     """
     audio_vae: str | None = None
-    """Recogniser only: audio VAE that a share of rows goes through."""
+    """Recognizer only: audio VAE that a share of rows goes through."""
     vocoder: str | None = None
-    """Recogniser only: vocoder that a third of those rows goes through as well."""
+    """Recognizer only: vocoder that a third of those rows goes through as well."""
     video_vae: str | None = None
     """Face reader only: video VAE that a share of pictures goes through."""
     codec_share: float = 0.25
     """Share of rows that go through the codecs, if any are given."""
     segment_seconds: float = 4.0
-    """Recogniser only: length of a training segment."""
+    """Recognizer only: length of a training segment."""
     pictures: int = 36000
     """Face reader only: pictures drawn once into a store before training starts (49 kB each)."""
     cache: str | None = None
-    """Folder of that store; nothing means ~/.cache/avdiff/judges."""
+    """Folder of that store; nothing means ~/.cache/avdiff/evaluators."""
     held_out: int = 48
     """Lip network only: clips to validate on."""
 
 
 @dataclass(frozen=True)
-class JudgeRecipe:
-    """Everything that decides a judge's training."""
+class EvaluatorRecipe:
+    """Everything that decides a evaluator's training."""
 
-    data: JudgeOptions
+    data: EvaluatorOptions
     training: FitOptions
 
 
-def setup(recipe: JudgeRecipe) -> Task:
+def setup(recipe: EvaluatorRecipe) -> Task:
     """The task with its data; the store of drawn faces is made on first use.
 
     Raises:
@@ -96,13 +96,13 @@ def setup(recipe: JudgeRecipe) -> Task:
             "least 0.5 s, 64 pictures and 2 clips"
         )
     torch.manual_seed(recipe.training.seed)
-    return {"recogniser": _recogniser, "face_reader": _face_reader, "lip_network": _lip_network}[
-        o.judge
+    return {"recognizer": _recogniser, "face_reader": _face_reader, "lip_network": _lip_network}[
+        o.evaluator
     ](o)
 
 
-def _banks(o: JudgeOptions) -> tuple[SpeechBank, SpeechBank]:
-    return SpeechBank(o.bank, "train", decoded=True), SpeechBank(o.bank, "val", decoded=True)
+def _banks(o: EvaluatorOptions) -> tuple[SpeechCorpus, SpeechCorpus]:
+    return SpeechCorpus(o.bank, "train", decoded=True), SpeechCorpus(o.bank, "val", decoded=True)
 
 
 def _saved(kind: type[Any], folder: str | None) -> Any:
@@ -110,14 +110,14 @@ def _saved(kind: type[Any], folder: str | None) -> Any:
     return kind.from_pretrained(folder, torch_dtype=torch.float32).eval() if folder else None
 
 
-def _recogniser(o: JudgeOptions) -> Task:
+def _recogniser(o: EvaluatorOptions) -> Task:
     train, val = _banks(o)
     model = (
-        PhoneRecogniser.from_pretrained(o.start_from)
+        PhoneRecognizer.from_pretrained(o.start_from)
         if o.start_from
-        else PhoneRecogniser(inventory()[0])
+        else PhoneRecognizer(inventory()[0])
     )
-    return RecogniserTask(
+    return RecognizerTask(
         model,
         SpokenSegments(train, o.segment_seconds),
         val,
@@ -127,8 +127,8 @@ def _recogniser(o: JudgeOptions) -> Task:
     )
 
 
-def _face_reader(o: JudgeOptions) -> Task:
-    cache = Path(o.cache) if o.cache else Path.home() / ".cache" / "avdiff" / "judges"
+def _face_reader(o: EvaluatorOptions) -> Task:
+    cache = Path(o.cache) if o.cache else Path.home() / ".cache" / "avdiff" / "evaluators"
     stores = []
     for split, count, seed in (
         ("train", o.pictures, 0),
@@ -137,7 +137,7 @@ def _face_reader(o: JudgeOptions) -> Task:
         folder = cache / f"faces-{split}-{count}"
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            FaceStore.build(folder, count, split, SpeechBank(o.bank, split, decoded=True), seed)
+            FaceStore.build(folder, count, split, SpeechCorpus(o.bank, split, decoded=True), seed)
         stores.append(FaceStore(folder))
     model = (
         FaceReader.from_pretrained(o.start_from)
@@ -149,17 +149,17 @@ def _face_reader(o: JudgeOptions) -> Task:
     )
 
 
-def _lip_network(o: JudgeOptions) -> Task:
+def _lip_network(o: EvaluatorOptions) -> Task:
     train, val = _banks(o)
     model = LipNetwork.from_pretrained(o.start_from) if o.start_from else LipNetwork()
     return LipNetworkTask(model, LipPairs(train), held_out_clips(val, "val", o.held_out))
 
 
-def measure(recipe: JudgeRecipe) -> dict[str, Any]:
-    """Marks of a saved judge on the test splits, written to output_dir/measured.json (see
+def measure(recipe: EvaluatorRecipe) -> dict[str, Any]:
+    """Marks of a saved evaluator on the test splits, written to output_dir/measured.json (see
     train/evaluators/report.py).
     """
-    from avdiff.train.evaluators.report import measure_judge
+    from avdiff.train.evaluators.report import measure_evaluator
 
     o = recipe.data
     codecs = (
@@ -167,29 +167,31 @@ def measure(recipe: JudgeRecipe) -> dict[str, Any]:
         _saved(AVVocoder, o.vocoder),
         _saved(AVVideoVAE, o.video_vae),
     )
-    marks = measure_judge(o.judge, _saved(JUDGES[o.judge], o.measure), o.bank, *codecs)
+    metrics = measure_evaluator(
+        o.evaluator, _saved(EVALUATORS[o.evaluator], o.measure), o.bank, *codecs
+    )
     folder = Path(recipe.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".measured.{os.getpid()}"
-    aside.write_text(json.dumps(marks, indent=1))
-    os.replace(aside, folder / "measured.json")
-    return marks
+    temporary_path = folder / f".measured.{os.getpid()}"
+    temporary_path.write_text(json.dumps(metrics, indent=1))
+    os.replace(temporary_path, folder / "measured.json")
+    return metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> FitSummary | dict[str, Any] | None:
-    """Command line: [RECIPE.toml] --judge recogniser|face_reader|lip_network --output_dir DIR
+    """Command line: [RECIPE.toml] --evaluator recognizer|face_reader|lip_network --output_dir DIR
     [--option value]...
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
-        print(f"{main.__doc__}\n\n{help_text(JudgeRecipe)}")
+        print(f"{main.__doc__}\n\n{help_text(EvaluatorRecipe)}")
         return None
     path = None if words[0].startswith("--") else words.pop(0)
-    recipe = load_options(JudgeRecipe, path, words)
+    recipe = load_options(EvaluatorRecipe, path, words)
     if recipe.data.measure:
-        marks = measure(recipe)
-        print(json.dumps(marks, indent=1))
-        return marks
+        metrics = measure(recipe)
+        print(json.dumps(metrics, indent=1))
+        return metrics
     summary = fit(setup(recipe), recipe.training)
     print(
         f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: "

@@ -1,1 +1,1 @@
-"""train/g2p"""
+"""Training of the grapheme-to-phoneme networks. Start with `train_g2p`."""

@@ -145,9 +145,9 @@ def prove(cache: Path, count: int, steps: int, seeds: int) -> dict[str, Any]:
                 )
             task.reader.eval()
             for kind, part in parts.items():
-                marks = word_scores(task, part)
+                stress_tones = word_scores(task, part)
                 for language in ("en", "fr"):
-                    scores[arm].setdefault(f"{kind} {language}", []).append(marks[language])
+                    scores[arm].setdefault(f"{kind} {language}", []).append(stress_tones[language])
             print(
                 f"seed {seed} {arm}: "
                 + ", ".join(f"{k} {v[-1]:.1f}" for k, v in scores[arm].items()),
@@ -197,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:
-        aside = options.json.with_name(f".{options.json.name}.{os.getpid()}")
-        aside.write_text(text)
-        os.replace(aside, options.json)
+        temporary_path = options.json.with_name(f".{options.json.name}.{os.getpid()}")
+        temporary_path.write_text(text)
+        os.replace(temporary_path, options.json)
 
 
 if __name__ == "__main__":

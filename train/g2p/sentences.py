@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from avdiff.corpus.speech.read import SpeechBank, Utterance
+from avdiff.corpus.speech.read import SpeechCorpus, Utterance
 from avdiff.g2p.connected_speech import Spoken, following_class, link
 from avdiff.g2p.networks import Networks
-from avdiff.g2p.normalise import split_text
+from avdiff.g2p.normalize import split_text
 from avdiff.g2p.pronounce import Reading, pronounce, pronounce_words
-from avdiff.phonetics.phone import SILENCE, parse_ipa
+from avdiff.phonetics.phone import SILENCE
+from avdiff.phonetics.tokens import parse_ipa
 
 Counts = dict[tuple[str, str], Counter[str]]
 BREAKS = {"hi": r"[,?!;:—…]+"}  # a full stop is part of Hindi's "r."
@@ -137,7 +138,7 @@ def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def sentence_scores(
-    bank: SpeechBank, networks: Networks, split: str = "test"
+    bank: SpeechCorpus, networks: Networks, split: str = "test"
 ) -> dict[str, dict[str, float]]:
     """By language, in per cent: phones right (1 - distance / length), the same with marks,
     sentences all right.

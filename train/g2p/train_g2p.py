@@ -30,13 +30,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from avdiff.core.engram import MemoryRead
-from avdiff.corpus.speech.read import LANGUAGES, SpeechBank, Utterance
+from avdiff.corpus.speech.read import LANGUAGES, SpeechCorpus, Utterance
 from avdiff.g2p.lexicon import FOLDER as LEXICON
 from avdiff.g2p.lexicon import english_plural, load_lexicon
 from avdiff.g2p.networks import FOLDER as BUNDLED
 from avdiff.g2p.networks import Networks
 from avdiff.g2p.pronounce import read
-from avdiff.models.g2p.networks import PAD, PhoneTimer, PronunciationReader
+from avdiff.models.g2p.networks import PAD, DurationPredictor, Pronouncer
 from avdiff.phonetics.phone import encode_phones, inventory
 from avdiff.train.g2p.letter_alignment import align_words
 from avdiff.train.g2p.sentences import (
@@ -134,7 +134,7 @@ class WordTask(Task):
         chunks = ["", *sorted(c for c, n in counts.items() if n >= RARE and c)]
         letters = "".join(sorted({letter for s in train for letter in s.word}))
         torch.manual_seed(seed)
-        self.reader = PronunciationReader(list(SPELT), letters, chunks, **config)
+        self.reader = Pronouncer(list(SPELT), letters, chunks, **config)
         self.modules = {"reader": self.reader}
         self.chunk_ids = {chunk: i for i, chunk in enumerate(chunks)}
         fit_in = [s for s in train if all(c in self.chunk_ids for c in s.chunks or ())]
@@ -243,26 +243,28 @@ def word_scores(task: WordTask, spellings: Sequence[Spelling]) -> dict[str, floa
 class TimeTask(Task):
     """Phones of the bank's sentences -> log seconds at natural speed."""
 
-    def __init__(self, bank: SpeechBank, seed: int = 0, **config: Any) -> None:
+    def __init__(self, bank: SpeechCorpus, seed: int = 0, **config: Any) -> None:
         torch.manual_seed(seed)
-        self.timer = PhoneTimer(len(inventory()[0]), len(inventory()[1]), len(LANGUAGES), **config)
+        self.timer = DurationPredictor(
+            len(inventory()[0]), len(inventory()[1]), len(LANGUAGES), **config
+        )
         self.modules = {"timer": self.timer}
         self.dataset = [u for u in bank if u.split == "train"]
         self.held_out = [u for u in bank if u.split == "val"]
         self.collate = self._collate
 
     def _collate(self, items: list[Utterance]) -> dict[str, torch.Tensor]:
-        ids, marks, seconds = map(list, zip(*(encode_timed(u) for u in items), strict=True))
+        ids, stress_tones, seconds = map(list, zip(*(encode_timed(u) for u in items), strict=True))
         return {
             "phones": pad_sequence(ids, True, len(inventory()[0])),
-            "marks": pad_sequence(marks, True),
+            "stress_tones": pad_sequence(stress_tones, True),
             "seconds": pad_sequence(seconds, True),
             "languages": torch.tensor([LANGUAGES.index(u.lang) for u in items]),
         }
 
     def loss(self, batch: dict[str, torch.Tensor], phase: str, generator: torch.Generator) -> Loss:
         """L1 between logs: the median length."""
-        log = self.timer(batch["phones"], batch["marks"], batch["languages"])
+        log = self.timer(batch["phones"], batch["stress_tones"], batch["languages"])
         known = batch["seconds"] > 0
         each = (log.float() - batch["seconds"].clamp_min(0.01).log()).abs() * known
         return Loss(each.sum() / known.sum(), {"log_seconds": each.sum(1) / known.sum(1)})
@@ -275,7 +277,9 @@ class TimeTask(Task):
             batch = self._collate(self.held_out[i : i + 64])
             known = batch["seconds"] > 0
             predicted.append(
-                self.timer(batch["phones"], batch["marks"], batch["languages"]).float()[known]
+                self.timer(batch["phones"], batch["stress_tones"], batch["languages"]).float()[
+                    known
+                ]
             )
             true.append(batch["seconds"][known].log())
         both = torch.stack([torch.cat(predicted), torch.cat(true)])
@@ -289,10 +293,10 @@ def encode_timed(utterance: Utterance) -> tuple[torch.Tensor, torch.Tensor, torc
     """Phone ids, marks and seconds at natural speed (P,); 0 for the silence at both ends, which is
     not spoken.
     """
-    ids, marks = encode_phones(utterance.phones)
+    ids, stress_tones = encode_phones(utterance.phones)
     seconds = torch.tensor([max(p.end - p.start, 0.01) * utterance.speed for p in utterance.phones])
     seconds[0] = seconds[-1] = 0.0
-    return torch.from_numpy(ids), torch.from_numpy(marks), seconds
+    return torch.from_numpy(ids), torch.from_numpy(stress_tones), seconds
 
 
 def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -333,21 +337,24 @@ def train_words(arguments: argparse.Namespace) -> FitSummary:
 def train_times(arguments: argparse.Namespace) -> FitSummary:
     """The recipe of the lengths."""
     return fit(
-        TimeTask(SpeechBank(arguments.bank, decoded=True), arguments.seed), options_from(arguments)
+        TimeTask(SpeechCorpus(arguments.bank, decoded=True), arguments.seed),
+        options_from(arguments),
     )
 
 
 def ship(arguments: argparse.Namespace) -> None:
     """Write both networks in half precision where the package loads them from."""
-    PronunciationReader.from_pretrained(arguments.words).half().save_pretrained(BUNDLED / "words")
-    PhoneTimer.from_pretrained(arguments.times).half().save_pretrained(BUNDLED / "times")
+    Pronouncer.from_pretrained(arguments.words).half().save_pretrained(BUNDLED / "pronouncer")
+    DurationPredictor.from_pretrained(arguments.times).half().save_pretrained(
+        BUNDLED / "duration_predictor"
+    )
     for file in BUNDLED.rglob("*.safetensors"):
         file.chmod(0o644)
 
 
 def write_all_forms(arguments: argparse.Namespace) -> None:
     """Mine the training sentences; the older forms are out of the way meanwhile."""
-    train = SpeechBank(arguments.bank, "train")
+    train = SpeechCorpus(arguments.bank, "train")
     networks = Networks.load()
     for language in MINED:
         forms = mine_forms(train, language, networks)
@@ -378,7 +385,7 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
                 phonemes == (load_lexicon(language).find(word) or "").replace(" ", "")
             )
     speed = len(held_out) / (time.process_time() - began)
-    bank = SpeechBank(arguments.bank)
+    bank = SpeechCorpus(arguments.bank)
     errors = [
         reading_error(read(u.text, u.lang, networks=networks), u) for u in bank if u.split == "test"
     ]

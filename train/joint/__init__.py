@@ -1,1 +1,1 @@
-"""train/joint"""
+"""Training of the joint transformer: objective, dataset, LoRA, export. Start with `objective`."""

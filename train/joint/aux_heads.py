@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from avdiff.core.modulation import rms_norm
-from avdiff.models.conditions import Positions, Script
-from avdiff.models.phoneme_encoder import STROKE_ID
+from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
-from avdiff.phonetics.phone import inventory
+from avdiff.phonetics.phone import ONSET_ID, inventory
+from avdiff.phonetics.track import PhonemeTrack
 from avdiff.phonetics.visemes import VISEMES, viseme_of
 
 IGNORED = -100  # cross_entropy's own
@@ -47,7 +47,7 @@ class Heads(nn.Module):
         self,
         video: torch.Tensor | None,
         audio: torch.Tensor | None,
-        script: Script,
+        track: PhonemeTrack,
         positions: Positions,
     ) -> dict[str, torch.Tensor]:
         """Cross-entropy of each head, scalars; rows without a script do not count. video (B, N_v,
@@ -56,13 +56,13 @@ class Heads(nn.Module):
         losses = {}
         if self.phoneme is not None and audio is not None:
             said = self.phoneme(rms_norm(audio[:, : len(positions.audio)]))
-            losses["phoneme"] = _entropy(said, phoneme_labels(script, self.mels))
+            losses["phoneme"] = _entropy(said, phoneme_labels(track, self.mels))
         if self.viseme is not None and video is not None:
             frames = video.unflatten(1, (positions.grid[0], -1)).mean(
                 2
             )  # (B, T, D): a mouth is no single token
             losses["viseme"] = _entropy(
-                self.viseme(rms_norm(frames)), viseme_labels(script, positions)
+                self.viseme(rms_norm(frames)), viseme_labels(track, positions)
             )
         return losses
 
@@ -71,22 +71,22 @@ class Heads(nn.Module):
         return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
 
 
-def phoneme_labels(script: Script, mels: int) -> torch.Tensor:
+def phoneme_labels(track: PhonemeTrack, mels: int) -> torch.Tensor:
     """(B, N_a) phoneme at the middle of each audio token."""
-    return _masked(script.phonemes.gather(1, script.frames[:, mels // 2 :: mels]), script)
+    return _masked(track.phonemes.gather(1, track.frames[:, mels // 2 :: mels]), track)
 
 
-def viseme_labels(script: Script, positions: Positions) -> torch.Tensor:
+def viseme_labels(track: PhonemeTrack, positions: Positions) -> torch.Tensor:
     """(B, T) viseme at the middle of each latent frame; of a diphthong the first."""
     times = positions.video[:: len(positions.video) // positions.grid[0], 0]  # (T,) seconds
     length = positions.audio[-1, 0] + (positions.audio[1, 0] - positions.audio[0, 0]) / 2
-    place = (times / length * script.frames.shape[1]).long().clamp(max=script.frames.shape[1] - 1)
-    phonemes = script.phonemes.gather(1, script.frames[:, place])
-    return _masked(_viseme_of_id().to(phonemes.device)[phonemes], script)
+    place = (times / length * track.frames.shape[1]).long().clamp(max=track.frames.shape[1] - 1)
+    phonemes = track.phonemes.gather(1, track.frames[:, place])
+    return _masked(_viseme_of_id().to(phonemes.device)[phonemes], track)
 
 
-def _masked(labels: torch.Tensor, script: Script) -> torch.Tensor:
-    return labels.masked_fill(~script.present[:, None], IGNORED)
+def _masked(labels: torch.Tensor, track: PhonemeTrack) -> torch.Tensor:
+    return labels.masked_fill(~track.present[:, None], IGNORED)
 
 
 def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -99,4 +99,4 @@ def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @cache
 def _viseme_of_id() -> torch.Tensor:
     known = [VISEMES.index(viseme_of(symbol)[0]) for symbol in inventory()[0]]
-    return torch.tensor(known + [IGNORED] * (STROKE_ID + 1 - len(known)))  # a stroke shows no mouth
+    return torch.tensor(known + [IGNORED] * (ONSET_ID + 1 - len(known)))  # a stroke shows no mouth

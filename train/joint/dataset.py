@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
 from avdiff.corpus.captions import parse_prompt
-from avdiff.corpus.events.scene import stroke_phones
+from avdiff.corpus.events.scene import onset_phones
 from avdiff.data.cache import CaptionFeatures
 from avdiff.models.conditions import Positions
-from avdiff.phonetics.track import script_from_phones, smooth_warp
+from avdiff.phonetics.track import smooth_warp, track_from_phones
 from avdiff.train.recipe import DataOptions
 
 # bytes: Latin and Chinese captions of the corpus are shorter, most of its Hindi ones longer
@@ -33,13 +33,13 @@ class TrainingClips(Dataset):
     Args:
         cache: `LatentCache`, or anything with its items and `clip(index)`. options: shares of text
             that is dropped; None for validation: first caption, nothing dropped, nothing warped.
-            event_script: strokes of events are laid on the clock like words.
+            onset_track: strokes of events are laid on the clock like words.
     """
 
-    def __init__(self, cache: Any, options: DataOptions | None, event_script: bool = False) -> None:
+    def __init__(self, cache: Any, options: DataOptions | None, onset_track: bool = False) -> None:
         self.cache = cache
         self.options = options
-        self.event_script = event_script
+        self.onset_track = onset_track
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -50,8 +50,8 @@ class TrainingClips(Dataset):
         captions = item.get("captions") or [item.get("caption", "")]
         row = {m: item[m] for m in ("video", "audio") if m in item}
         row |= {"clip": clip, "phones": item["phones"], "warp": np.zeros(clip.mel_frames)}
-        if self.event_script and "audio" in row and item.get("impacts"):
-            row["phones"] = stroke_phones(item["impacts"])
+        if self.onset_track and "audio" in row and item.get("contacts"):
+            row["phones"] = onset_phones(item["contacts"])
         chosen = 0
         silent = False
         if self.options is not None:
@@ -62,7 +62,7 @@ class TrainingClips(Dataset):
             row["warp"] = smooth_warp(clip, rng)
             both = rng.random() < self.options.text_dropout
             silent = both or rng.random() < self.options.caption_dropout
-            if both or rng.random() < self.options.script_dropout:
+            if both or rng.random() < self.options.phoneme_dropout:
                 row["phones"] = ()
         if "text" in item:
             row["text"] = item["text"][chosen][:0] if silent else item["text"][chosen]
@@ -132,13 +132,13 @@ class Collate:
             text = {"text": torch.stack(rows_of_text)}
         present = [m for m in ("video", "audio") if m in rows[0]]
         batch: dict[str, Any] = {m: torch.stack([r[m] for r in rows]).float() for m in present}
-        script = script_from_phones([r["phones"] for r in rows], clip, [r["warp"] for r in rows])
+        track = track_from_phones([r["phones"] for r in rows], clip, [r["warp"] for r in rows])
         return {
             **batch,
             **text,
             "input_ids": ids,
             "attention_mask": mask,
-            "script": script,
+            "track": track,
             "clip": clip,
         }
 

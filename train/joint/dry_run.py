@@ -9,7 +9,7 @@ import torch
 
 from avdiff.core.memory_table import memory_tables
 from avdiff.train.joint.lora import branch_of
-from avdiff.train.loop.dataloader import Feed
+from avdiff.train.loop.dataloader import SeededLoader
 
 if TYPE_CHECKING:
     from avdiff.train.finetune import FinetuneTask
@@ -25,7 +25,7 @@ def describe_plan(task: FinetuneTask) -> str:
         ValueError: a step needs more clips of one bucket than there are.
     """
     o = task.recipe.training
-    feed = Feed(
+    loader = SeededLoader(
         task.dataset,
         task.collate,
         o.train_batch_size,
@@ -33,9 +33,10 @@ def describe_plan(task: FinetuneTask) -> str:
         groups=task.groups,
     )
     lines = [
-        f"{len(task.dataset)} clips, {feed.steps_per_epoch} steps of {feed.rows_per_step} clips "
+        f"{len(task.dataset)} clips, {loader.steps_per_epoch} steps of {loader.rows_per_step} "
+        "clips "
         "in an epoch, "
-        f"{o.max_train_steps} steps = {o.max_train_steps / feed.steps_per_epoch:.1f} epochs on "
+        f"{o.max_train_steps} steps = {o.max_train_steps / loader.steps_per_epoch:.1f} epochs on "
         "one process",
         "",
     ]

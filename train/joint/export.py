@@ -40,7 +40,7 @@ def export(task: FinetuneTask, directory: Path) -> None:
         if codecs is not None:
             loaded = load_codec_parts(codecs)
             AVDiffPipeline(
-                **parts, **loaded, world=task.world, **task.recommended()
+                **parts, **loaded, prompt_domain=task.prompt_domain, **task.recommended()
             ).save_pretrained(directory)
         else:
             for name, part in parts.items():

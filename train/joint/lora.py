@@ -16,9 +16,9 @@ from avdiff.train.recipe import BRANCHES, AdapterOptions
 
 _ROLES = (  # the first that matches
     ("memory", r"(^|\.)memory\."),
-    ("text", r"(^|\.)(text_encoder|text_register|text_attn|script_encoder)(\.|$)"),
-    ("shared", r"(^|\.)(shared\.|tick_)"),
-    ("cross", r"(^|\.)(cross_attn|cross_gate|hears)(\.|$)"),
+    ("text", r"(^|\.)(text_encoder|text_register|text_attn|phoneme_encoder)(\.|$)"),
+    ("shared", r"(^|\.)shared[._]"),
+    ("cross", r"(^|\.)(cross_attn|cross_gate|cross_gate_proj)(\.|$)"),
     ("video", r"(^|\.|_)video(\.|$)"),
     ("audio", r"(^|\.|_)audio(\.|$)"),
 )
@@ -35,7 +35,7 @@ def owner_of(name: str) -> str:
     """ "video" or "audio" if only that branch of the transformer uses the parameter, else
     "both".
     """
-    if re.search(r"(^|\.)(tick_|memory\.|shared\.)", name):
+    if re.search(r"(^|\.)(memory\.|shared[._])", name):
         return "both"
     for modality in ("video", "audio"):
         if re.search(rf"(^|\.|_){modality}(\.|$)", name):

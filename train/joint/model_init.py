@@ -21,7 +21,7 @@ from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train.joint.dataset import TrainingClips
 from avdiff.train.joint.export import CODECS
 from avdiff.train.joint.objective import PATH
-from avdiff.train.loop.dataloader import Feed
+from avdiff.train.loop.dataloader import SeededLoader
 from avdiff.train.recipe import Recipe
 
 
@@ -112,7 +112,9 @@ def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:
             f"{', '.join(CODECS)}"
         )
     clips = TrainingClips(caches[0], None)
-    Feed(clips, None, o.train_batch_size, o.gradient_accumulation_steps, groups=clips.groups())
+    SeededLoader(
+        clips, None, o.train_batch_size, o.gradient_accumulation_steps, groups=clips.groups()
+    )
     base = model.pretrained_model_name_or_path
     try:
         config = (

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 PATIENCE = 3  # log windows in a row: one window without a task is chance
 
 
-class Watch:
+class LearningMonitor:
     """Reads each log line and warns once per trouble, again only after it went away.
 
     Args:

@@ -158,7 +158,7 @@ class Objective:
             )
             if time is not None:
                 base = time[row] if isinstance(time, torch.Tensor) else torch.tensor(time)
-                drawn = self.levels_at(base.reshape(1).to(generator.device))
+                drawn = self.sigmas_at(base.reshape(1).to(generator.device))
             levels.append(
                 Joint(
                     *(
@@ -190,14 +190,14 @@ class Objective:
             known.map(torch.logical_not),
         )
 
-    def levels_at(self, base: torch.Tensor) -> Joint[torch.Tensor]:
+    def sigmas_at(self, base: torch.Tensor) -> Joint[torch.Tensor]:
         """Noise levels (B,) of both modalities where the sampler is at base times (B,)."""
         c = self.scheduler.config
         audio = c.shift_video if c.coupling == "shared" else c.shift_audio
         return Joint(shift_time(base, c.shift_video), shift_time(base, audio))
 
     def guided(
-        self, clean: Joint[torch.Tensor], told: Joint[torch.Tensor], untold: Joint[torch.Tensor]
+        self, clean: Joint[torch.Tensor], told: Joint[torch.Tensor], uncond: Joint[torch.Tensor]
     ) -> Joint[torch.Tensor]:
         """What stands for the clean tokens (B, N, C) where guidance w is trained into the weights:
         x + s (x_c - x_u) with s = 1 - 1/w and the network's own answers with and without text (Tang
@@ -209,7 +209,7 @@ class Objective:
         sign = -1.0 if self.options.prediction_type == "velocity" else 1.0
         scales = {m: self.options.learned_guidance.get(m, 1.0) for m in MODALITIES}
         shares = Joint(*(sign * (1 - 1 / scales[m]) for m in MODALITIES))
-        return clean.map(lambda x, c, u, s: x + s * (c.detach() - u).to(x), told, untold, shares)
+        return clean.map(lambda x, c, u, s: x + s * (c.detach() - u).to(x), told, uncond, shares)
 
     def row_losses(
         self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised

@@ -15,10 +15,11 @@ from torch import nn
 
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
-from avdiff.models.conditions import Conditions, Positions, Script
-from avdiff.models.prompt_domain import PromptWorld
+from avdiff.models.conditions import Conditions, Positions
+from avdiff.models.prompt_domain import PromptDomain
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
+from avdiff.phonetics.track import PhonemeTrack
 from avdiff.pipelines.pipeline_av import RECOMMENDED, AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 from avdiff.train.recipe import Recipe
@@ -55,7 +56,7 @@ class Teacher:
         scheduler: JointFlowMatchScheduler,
         guidance: Guidance,
         recommended: Mapping[str, float],
-        world: PromptWorld | None = None,
+        prompt_domain: PromptDomain | None = None,
     ) -> None:
         self.transformer = transformer.requires_grad_(False).eval()
         self.text_encoder = text_encoder.requires_grad_(False).eval()
@@ -63,7 +64,7 @@ class Teacher:
         self.scheduler = scheduler
         self.guidance = guidance
         self.recommended = {**RECOMMENDED, **recommended}
-        self.world = world
+        self.prompt_domain = prompt_domain
 
     @classmethod
     def load(cls, recipe: Recipe) -> Teacher:
@@ -84,8 +85,10 @@ class Teacher:
                 AutoTokenizer.from_pretrained(name, subfolder="tokenizer"),
                 JointFlowMatchScheduler.from_pretrained(name, subfolder="scheduler"),
             )
-            named = (config.get("world") or [None])[0]
-            world = PromptWorld.from_pretrained(name, subfolder="world") if named else None
+            named = (config.get("prompt_domain") or [None])[0]
+            prompt_domain = (
+                PromptDomain.from_pretrained(name, subfolder="prompt_domain") if named else None
+            )
         except OSError as error:
             raise ValueError(
                 f"teacher={name}: needs the folder or hub name of a whole pipeline "
@@ -100,7 +103,10 @@ class Teacher:
         )
         scales = [u if w is None else w for w, u in zip(wanted, usual, strict=True)]
         return cls(
-            *parts, guidance=Guidance(text=Joint(*scales)), recommended=recommended, world=world
+            *parts,
+            guidance=Guidance(text=Joint(*scales)),
+            recommended=recommended,
+            prompt_domain=prompt_domain,
         )
 
     @property
@@ -119,7 +125,7 @@ class Teacher:
         self,
         batch: Mapping[str, Any],
         positions: Positions,
-        script: Script | None,
+        track: PhonemeTrack | None,
         isolated: bool = False,
         guided: bool = True,
     ) -> Question:
@@ -133,8 +139,8 @@ class Teacher:
         if doubled:
             text = torch.cat([text, text])
             mask = torch.cat([mask, torch.zeros_like(mask)])
-            script = None if script is None else Script.cat([script, script.without()])
-        conditions = self.transformer.prepare(text, mask, positions, script, rows * (1 + doubled))
+            track = None if track is None else PhonemeTrack.cat([track, track.without()])
+        conditions = self.transformer.prepare(text, mask, positions, track, rows * (1 + doubled))
         return Question(conditions, isolated, doubled)
 
     @torch.no_grad()

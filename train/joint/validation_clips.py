@@ -1,5 +1,5 @@
 """Clips with sound in the middle of training: through the real pipeline, heard and seen by the
-judges, on a page.
+evaluators, on a page.
 
 `output_dir/samples/step-000200/` holds the clips, `report.json` and `report.html` with players;
 `samples/index.html` shows the curves of the run and links to them.
@@ -47,52 +47,52 @@ def _truth(clip: Any, prompt: str) -> float:
 
 
 # name -> (networks it needs, clip and prompt -> the higher the better)
-JUDGES: dict[str, tuple[tuple[str, ...], Callable[[Any, str], float]]] = {
-    "speech": (("recogniser",), _heard),
+EVALUATORS: dict[str, tuple[tuple[str, ...], Callable[[Any, str], float]]] = {
+    "speech": (("recognizer",), _heard),
     "lip_sync": (("lip_network", "face_reader"), _lips),
-    "mouth": (("recogniser", "face_reader"), _truth),
+    "mouth": (("recognizer", "face_reader"), _truth),
 }
 
 
-def available_judges(folder: Path = BUNDLED) -> list[str]:
-    """Judges whose networks are there."""
+def available_evaluators(folder: Path = BUNDLED) -> list[str]:
+    """Evaluators whose networks are there."""
     return [
         name
-        for name, (needs, _) in JUDGES.items()
+        for name, (needs, _) in EVALUATORS.items()
         if all((folder / n / "config.json").is_file() for n in needs)
     ]
 
 
 class Samples:
-    """Makes, judges and shows clips of fixed prompts and seeds.
+    """Makes, evaluators and shows clips of fixed prompts and seeds.
 
     Args:
-        root: output_dir of the run. prompts: one clip each. judges: names of `JUDGES`.
+        root: output_dir of the run. prompts: one clip each. evaluators: names of `EVALUATORS`.
     """
 
-    def __init__(self, root: Path, prompts: Sequence[str], judges: Iterable[str]) -> None:
+    def __init__(self, root: Path, prompts: Sequence[str], evaluators: Iterable[str]) -> None:
         self.root = root / "samples"
         self.prompts = list(prompts)
-        self.judges = list(judges)
+        self.evaluators = list(evaluators)
         self._codecs: dict[str, Any] | None = None
 
     @torch.no_grad()
     def make(self, task: FinetuneTask) -> dict[str, float]:
-        """Metrics "judge/<name>", means over prompts; called with the averaged weights in place, on
-        every rank.
+        """Metrics "evaluator/<name>", means over prompts; called with the averaged weights in
+        place, on every rank.
         """
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         if (
             parallel and torch.distributed.get_rank() > 0
         ):  # the same clips, so that ranks agree on what is best
-            with tempfile.TemporaryDirectory() as aside:
-                return _means(self._clips(task, Path(aside)), self.judges)
+            with tempfile.TemporaryDirectory() as temporary_path:
+                return _means(self._clips(task, Path(temporary_path)), self.evaluators)
         folder = self.root / f"step-{task.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = self._clips(task, folder)
         header = {
             "step": task.step,
-            "judges": ", ".join(self.judges) or "none: their weights are not here",
+            "evaluators": ", ".join(self.evaluators) or "none: their weights are not here",
         }
         write_reports(
             rows,
@@ -102,7 +102,7 @@ class Samples:
             title=f"Samples at step {task.step}",
         )
         write_text(self.root / "index.html", curves_page(self.root.parent / "log.jsonl", self.root))
-        return _means(rows, self.judges)
+        return _means(rows, self.evaluators)
 
     def _clips(self, task: FinetuneTask, folder: Path) -> list[dict[str, Any]]:
         pipe = self._pipeline(task)
@@ -127,11 +127,11 @@ class Samples:
                 {"prompt": prompt},
             )
             clip = read_clip(row["file"])
-            for judge in self.judges:
+            for evaluator in self.evaluators:
                 try:
-                    row[judge] = float(JUDGES[judge][1](clip, prompt))
+                    row[evaluator] = float(EVALUATORS[evaluator][1](clip, prompt))
                 except ValueError as error:
-                    row |= {"status": "not_judged", "error": f"{judge}: {error}"}
+                    row |= {"status": "not_judged", "error": f"{evaluator}: {error}"}
             rows.append(row)
         return rows
 
@@ -152,8 +152,8 @@ class Samples:
         return pipe
 
 
-def _means(rows: Sequence[Mapping[str, Any]], judges: Iterable[str]) -> dict[str, float]:
-    return {f"judge/{name}": mean(row.get(name, 0.0) for row in rows) for name in judges}
+def _means(rows: Sequence[Mapping[str, Any]], evaluators: Iterable[str]) -> dict[str, float]:
+    return {f"evaluator/{name}": mean(row.get(name, 0.0) for row in rows) for name in evaluators}
 
 
 def curves_page(log: Path, samples: Path) -> str:

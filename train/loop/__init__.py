@@ -1,1 +1,4 @@
-"""train/loop"""
+"""The one training loop with its parts: data loader, optimizers, checkpoints, log.
+
+Knows no modality. Start with `fit`.
+"""

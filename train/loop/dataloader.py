@@ -41,7 +41,7 @@ class _SeededRows(Dataset):
             return self.dataset[index]
 
 
-class Feed:
+class SeededLoader:
     """Endless, seeded, resumable source of micro-batches for one rank.
 
     Args:

@@ -1,4 +1,4 @@
-"""The one training loop: step, log, validate, save, resume. Codecs, judges, readers and the
+"""The one training loop: step, log, validate, save, resume. Codecs, evaluators, readers and the
 transformer all use it.
 
     summary = fit(MyTask(...), FitOptions(output_dir="runs/a", max_train_steps=1000))
@@ -23,10 +23,10 @@ import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 
 from avdiff.train.loop import checkpoint as state
-from avdiff.train.loop import fsdp as cuts
+from avdiff.train.loop import fsdp as fsdp
 from avdiff.train.loop import optim
 from avdiff.train.loop.accelerator import Stop, make_accelerator, open_trackers
-from avdiff.train.loop.dataloader import Feed, mix
+from avdiff.train.loop.dataloader import SeededLoader, mix
 from avdiff.train.loop.fsdp import Sharding
 from avdiff.train.loop.malloc import keep_freed_memory
 from avdiff.train.loop.optim import (
@@ -36,7 +36,7 @@ from avdiff.train.loop.optim import (
     clip_gradients,
     group_norms,
 )
-from avdiff.train.loop.run_log import Logbook, Means
+from avdiff.train.loop.run_log import MetricAverager, RunLogger
 from avdiff.train.loop.task import FitOptions, FitSummary, Loss, Task, row_generators
 
 __all__ = ["FitOptions", "FitSummary", "Loss", "NonFiniteError", "Task", "fit", "row_generators"]
@@ -87,7 +87,7 @@ def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> Fi
                 run.save()
         run.finish(reason)
     seconds = time.monotonic() - began
-    rows = (run.step - first) * run.feed.rows_per_step
+    rows = (run.step - first) * run.loader.rows_per_step
     return FitSummary(
         run.step,
         reason,
@@ -108,18 +108,18 @@ class Run:
         self.options = options
         self.root = Path(options.output_dir)
         self.accelerator = make_accelerator(options)
-        self.world = self.accelerator.num_processes
+        self.world_size = self.accelerator.num_processes
         self.rank = self.accelerator.process_index
         self.first = self.accelerator.is_main_process
-        self.sharding = sharding or cuts.requested(self.accelerator)
+        self.sharding = sharding or fsdp.requested(self.accelerator)
         task.device = self.accelerator.device
         if task.device.type == "cpu":
             keep_freed_memory()
         set_seed(options.seed, device_specific=True)
         if self.sharding is not None:
-            cuts.shard(task.modules, task.device, self.sharding)
+            fsdp.shard(task.modules, task.device, self.sharding)
         for module in task.modules.values() if self.sharding is None else ():
-            cuts.settle(module.to(task.device), task.device)
+            fsdp.settle(module.to(task.device), task.device)
         self.optimizers = {phase: build_optimizer(task, phase, options) for phase in task.phases}
         self.schedulers = {
             phase: build_scheduler(o, options) for phase, o in self.optimizers.items()
@@ -138,19 +138,19 @@ class Run:
             else {m: task.modules[m] for m in task.ema_modules}
         )
         self.ema = state.EMA(followed, options.ema_decay) if options.ema_decay else None
-        self.feed = Feed(
+        self.loader = SeededLoader(
             task.dataset,
             task.collate,
             options.train_batch_size,
             options.gradient_accumulation_steps,
             self.rank,
-            self.world,
+            self.world_size,
             options.seed,
             options.dataloader_num_workers,
             task.groups,
         )
-        self.means = Means()
-        self.log = Logbook(self.root / "log.jsonl", options.max_train_steps, self.first)
+        self.means = MetricAverager()
+        self.log = RunLogger(self.root / "log.jsonl", options.max_train_steps, self.first)
         self.step = 0
         self.best = float("inf")
         self.losses: dict[str, float] = {}
@@ -167,7 +167,7 @@ class Run:
         workers died.
         """
         try:
-            return [send_to_device(batch, self.task.device) for batch in self.feed.next_step()]
+            return [send_to_device(batch, self.task.device) for batch in self.loader.next_step()]
         except RuntimeError:
             if stop.requested:  # a signal to the whole group ends the workers before us
                 return None
@@ -182,7 +182,7 @@ class Run:
                     optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
                     self._accumulate(phase, micro, batch)
-            average_gradients(self.phase_params[phase], self.world)
+            average_gradients(self.phase_params[phase], self.world_size)
             self._clip(phase)
             self._lr[phase] = self.options.learning_rate * _factor(self.schedulers[phase])
             self.optimizers[phase].step()
@@ -195,7 +195,7 @@ class Run:
         self.log.tick(self.step, self._last_loss)
 
     def _accumulate(self, phase: str, micro: int, batch: Any) -> None:
-        row = (micro * self.world + self.rank) * self.options.train_batch_size
+        row = (micro * self.world_size + self.rank) * self.options.train_batch_size
         seed = mix(self.options.seed, self.step, self.task.phases.index(phase)) + row
         generator = torch.Generator(self.task.device).manual_seed(seed)
         self.task.common_seed = mix(
@@ -267,9 +267,9 @@ class Run:
         waiting.
         """
         steps = self.step - self._logged
-        if self.world > 1:
+        if self.world_size > 1:
             states = gather_object([self.means.state_dict()])
-            self.means = Means()
+            self.means = MetricAverager()
             self.means.merge(states)
         values = self.means.pop()
         now = time.monotonic()
@@ -281,7 +281,7 @@ class Run:
         values |= {
             self._key(phase, "lr"): lr for phase, lr in self._lr.items()
         } | self.task.report()
-        values["samples_per_second"] = steps * self.feed.rows_per_step / elapsed
+        values["samples_per_second"] = steps * self.loader.rows_per_step / elapsed
         values["data_wait"] = min(1.0, waited * steps / elapsed)
         self._tell(values)
         for sentence in self.task.warnings(values):
@@ -318,7 +318,7 @@ class Run:
     def _averaged(self) -> Iterator[None]:
         """Averaged weights, eval mode; training mode of every submodule is put back afterwards."""
         modes = [(m, m.training) for module in self.task.modules.values() for m in module.modules()]
-        cuts.reshard(self.task.modules)
+        fsdp.reshard(self.task.modules)
         with self.ema.applied() if self.ema else nullcontext():
             for module in self.task.modules.values():
                 module.eval()
@@ -327,10 +327,10 @@ class Run:
             finally:
                 for module, mode in modes:
                     module.training = mode
-                cuts.reshard(self.task.modules)
+                fsdp.reshard(self.task.modules)
 
     def _export(self, name: str) -> None:
-        with cuts.exportable(self.task.modules, self.first):
+        with fsdp.exportable(self.task.modules, self.first):
             if self.first:
                 with state.replacing(self.root / name) as directory:
                     self.task.save(directory)
@@ -348,7 +348,7 @@ class Run:
         try:
             yield
         finally:
-            self.feed.close()
+            self.loader.close()
             self.log.stop()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -413,11 +413,13 @@ class Run:
         them all.
         """
         own = {"rng": state.rng_state(), "means": self.means.state_dict()}
-        others = gather_object([own]) if self.world > 1 else [own]  # small: rank 0 writes it all
+        others = (
+            gather_object([own]) if self.world_size > 1 else [own]
+        )  # small: rank 0 writes it all
         for name in self.task.modules:
-            yield f"{name}.safetensors", cuts.gathered(self.task.module_state(name), self.first)
+            yield f"{name}.safetensors", fsdp.gathered(self.task.module_state(name), self.first)
         if self.ema:
-            yield "ema.safetensors", cuts.gathered(self.ema.state_dict(), self.first)
+            yield "ema.safetensors", fsdp.gathered(self.ema.state_dict(), self.first)
         if extra := self.task.extra_state_dict():
             yield "extra.safetensors", extra
         yield (
@@ -425,10 +427,10 @@ class Run:
             {
                 "step": self.step,
                 "best": self.best,
-                "feed": self.feed.state_dict(),
+                "loader": self.loader.state_dict(),
                 "ranks": others,
                 "optimizers": {
-                    p: cuts.gathered(o.state_dict(), self.first) for p, o in self.optimizers.items()
+                    p: fsdp.gathered(o.state_dict(), self.first) for p, o in self.optimizers.items()
                 },
                 "schedulers": {p: s.state_dict() for p, s in self.schedulers.items()},
             },
@@ -438,7 +440,7 @@ class Run:
         sharded = {} if self.sharding is None else {"sharding": "fsdp2"}
         return {
             "step": self.step,
-            "num_processes": self.world,
+            "num_processes": self.world_size,
             "torch": torch.__version__,
             **sharded,
             "options": self.options.fixed(),
@@ -454,17 +456,17 @@ class Run:
             self.log.say(f"changed on resume: {line}")
         for name in self.task.modules:
             saved = state.read_tensors(checkpoint / f"{name}.safetensors")
-            self.task.load_module_state(name, cuts.slices(saved, self.task.module_state(name)))
+            self.task.load_module_state(name, fsdp.slices(saved, self.task.module_state(name)))
         if self.ema and (checkpoint / "ema.safetensors").exists():
             self.ema.load_state_dict(state.read_tensors(checkpoint / "ema.safetensors"))
         if (checkpoint / "extra.safetensors").exists():
             self.task.load_extra_state_dict(state.read_tensors(checkpoint / "extra.safetensors"))
         tree = state.read_tree(checkpoint / "training.pt")
         for phase in self.task.phases:
-            own = cuts.optimizer_slices(tree["optimizers"][phase], self.optimizers[phase])
+            own = fsdp.optimizer_slices(tree["optimizers"][phase], self.optimizers[phase])
             self.optimizers[phase].load_state_dict(own)
             self.schedulers[phase].load_state_dict(tree["schedulers"][phase])
-        self.feed.load_state_dict(tree["feed"])
+        self.loader.load_state_dict(tree["loader"])
         self.step = tree["step"]
         self.best = tree["best"]
         self.checkpoint = checkpoint
@@ -498,7 +500,7 @@ class Run:
     # ---------------------------------------------------------------------------- several processes
     def agree(self, flag: bool) -> bool:
         """True if any rank says so."""
-        if self.world == 1:
+        if self.world_size == 1:
             return flag
         votes = torch.tensor(float(flag), device=self.task.device)
         torch.distributed.all_reduce(votes)

@@ -86,12 +86,12 @@ def directions(matrices: Sequence[Tensor]) -> list[Tensor]:
     Ranks take turns: the same matrices must be given on all of them.
     """
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (
+    rank, world_size = (
         (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
     )
-    shares = [list(range(owner, len(matrices), world)) for owner in range(world)]
+    shares = [list(range(owner, len(matrices), world_size)) for owner in range(world_size)]
     found = dict(zip(shares[rank], _by_shape([matrices[i] for i in shares[rank]]), strict=True))
-    for owner in range(world if world > 1 else 0):
+    for owner in range(world_size if world_size > 1 else 0):
         if shares[owner]:
             sizes = [matrices[i].numel() for i in shares[owner]]
             flat = matrices[0].new_empty(sum(sizes), dtype=torch.bfloat16)

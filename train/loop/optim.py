@@ -112,14 +112,14 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
 
 
 @torch.no_grad()
-def average_gradients(params: Sequence[nn.Parameter], world: int) -> None:
+def average_gradients(params: Sequence[nn.Parameter], world_size: int) -> None:
     """Mean over ranks; a parameter that no rank used keeps None, so that AdamW leaves it
     bit-identical.
 
     Gradients in slices are left alone: FSDP has averaged them during the backward.
     """
     params = [p for p in params if not isinstance(p, DTensor)]
-    if world == 1 or not params:
+    if world_size == 1 or not params:
         return
     used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     torch.distributed.all_reduce(used)
@@ -130,10 +130,10 @@ def average_gradients(params: Sequence[nn.Parameter], world: int) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
         if sum(g.numel() for g in bucket) >= BUCKET:
-            _reduce(bucket, world)
+            _reduce(bucket, world_size)
             bucket = []
     if bucket:
-        _reduce(bucket, world)
+        _reduce(bucket, world_size)
 
 
 @torch.no_grad()
@@ -191,9 +191,9 @@ def _undecayed(modules: Mapping[str, nn.Module]) -> set[int]:
     return spared
 
 
-def _reduce(grads: Sequence[torch.Tensor], world: int) -> None:
+def _reduce(grads: Sequence[torch.Tensor], world_size: int) -> None:
     flat = torch.cat([g.reshape(-1) for g in grads])
     torch.distributed.all_reduce(flat)
-    flat /= world
+    flat /= world_size
     for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(mean.view_as(grad))

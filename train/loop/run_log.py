@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 
-class Means:
+class MetricAverager:
     """Running sums of named values; `pop` returns the means and starts again. The state survives a
     checkpoint.
     """
@@ -62,7 +62,7 @@ class Means:
         self._sums = {name: list(entry) for name, entry in state.items()}
 
 
-class Logbook:
+class RunLogger:
     """Writes `log.jsonl` and the console; silent on every rank but the first.
 
     Args:

@@ -234,27 +234,27 @@ def gather_rows(entry: Touched | None, dim: int, like: torch.Tensor | None) -> T
         or distributed.get_world_size() == 1
     ):
         return entry
-    world = distributed.get_world_size()
+    world_size = distributed.get_world_size()
     device = None if like is None else like.device
     rows, grads = entry or (
         torch.empty(0, dtype=torch.int64, device=device),
         torch.empty(0, dim, device=device),
     )
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=device))
     most = int(torch.cat(counts).max())
     if most == 0:
         return None
     padded = torch.nn.functional.pad(rows, (0, most - len(rows)))
     padded_grads = torch.nn.functional.pad(grads, (0, 0, 0, most - len(rows)))
-    all_rows = [torch.empty_like(padded) for _ in range(world)]
-    all_grads = [torch.empty_like(padded_grads) for _ in range(world)]
+    all_rows = [torch.empty_like(padded) for _ in range(world_size)]
+    all_grads = [torch.empty_like(padded_grads) for _ in range(world_size)]
     distributed.all_gather(all_rows, padded)
     distributed.all_gather(all_grads, padded_grads)
     kept = [int(c) for c in counts]
     return merge_rows(
         torch.cat([r[:n] for r, n in zip(all_rows, kept, strict=True)]),
-        torch.cat([g[:n] for g, n in zip(all_grads, kept, strict=True)]) / world,
+        torch.cat([g[:n] for g, n in zip(all_grads, kept, strict=True)]) / world_size,
     )
 
 

@@ -1,1 +1,1 @@
-"""avdiff/corpus/events"""
+"""Objects that sound: what is struck, how it looks, how it rings."""

@@ -23,7 +23,7 @@ from avdiff.corpus.events.objects import (
     still_drum,
     still_glass,
 )
-from avdiff.corpus.events.scene import Event, ball_height, since_impact, strike_distance
+from avdiff.corpus.events.scene import Event, ball_height, since_contact, strike_distance
 from avdiff.corpus.face.brush import blob, fill, linear, oval, radial, stroke, tone
 from avdiff.corpus.face.identity import RGB
 
@@ -106,13 +106,13 @@ def _moving_ball(canvas: skia.Canvas, event: Event, time: float) -> None:
     radius = 9.5 * event.scale
     floor = 108.0
     height = ball_height(event, time)
-    start = event.impacts[0] - 0.4
-    end = event.impacts[-1] + 0.25
+    start = event.contacts[0] - 0.4
+    end = event.contacts[-1] + 0.25
     share = float(np.clip((time - start) / (end - start), 0, 1))
     x = event.drift[0] + (event.drift[1] - event.drift[0]) * share
     lift = height * (floor - 2 * radius - 6)
     shadow(canvas, x, floor + 0.5, radius * (1.1 + 0.5 * height), 0.42 * (1 - 0.65 * height))
-    since = min(abs(time - t) for t in event.impacts)
+    since = min(abs(time - t) for t in event.contacts)
     squash = {"rubber": 0.20, "plastic": 0.05}.get(event.material, 0.0) * max(
         0.0, 1 - since / 0.045
     )
@@ -176,7 +176,7 @@ def _moving_clap(canvas: skia.Canvas, event: Event, time: float) -> None:
         )
         canvas.drawLine(14, 16, 21, 2, stroke(tone(skin, 0.9), 5.2))
         canvas.restore()
-    flash(canvas, 64, 50, 24, since_impact(event, time), (190, 350))
+    flash(canvas, 64, 50, 24, since_contact(event, time), (190, 350))
 
 
 def _still_knock(canvas: skia.Canvas, event: Event) -> None:
@@ -242,7 +242,7 @@ def _moving_knock(canvas: skia.Canvas, event: Event, time: float) -> None:
         )
     canvas.drawLine(-2, -9, 8, -4, stroke(tone(skin, 0.95), 5.4))
     canvas.restore()
-    flash(canvas, x - 4, y, 16, since_impact(event, time), (130, 290))
+    flash(canvas, x - 4, y, 16, since_contact(event, time), (130, 290))
 
 
 _STILL: dict[str, Callable[[skia.Canvas, Event], None]] = {

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import skia
 
-from avdiff.corpus.events.scene import Event, since_impact, strike_distance
+from avdiff.corpus.events.scene import Event, since_contact, strike_distance
 from avdiff.corpus.face.brush import blob, fill, linear, oval, radial, stroke, tone
 from avdiff.corpus.face.identity import RGB
 
@@ -136,7 +136,7 @@ def moving_drum(canvas: skia.Canvas, event: Event, time: float) -> None:
     ry = 0.30 * rx
     height = 26 * event.scale
     top = 113 - height - ry
-    since = since_impact(event, time)
+    since = since_contact(event, time)
     wave = float(np.exp(-since / 0.09)) if since < 1 else 0.0
     skin = radial((58, top), rx, (((255, 252, 240), 1), ((236, 226, 204), 1)))
     canvas.drawOval(oval(58, top, rx, ry), fill((246, 240, 224), 1, skin))
@@ -167,7 +167,7 @@ def still_bell(canvas: skia.Canvas, event: Event) -> None:
 def moving_bell(canvas: skia.Canvas, event: Event, time: float) -> None:
     rgb = METAL[event.material]
     s = event.scale
-    since = since_impact(event, time)
+    since = since_contact(event, time)
     sway = (
         -3.2 * float(np.exp(-since / 0.35) * np.sin(2 * np.pi * since / 0.55)) if since < 3 else 0.0
     )
@@ -216,7 +216,7 @@ def still_glass(canvas: skia.Canvas, event: Event) -> None:
 
 def moving_glass(canvas: skia.Canvas, event: Event, time: float) -> None:
     s = 0.75 + 0.3 * event.scale
-    since = since_impact(event, time)
+    since = since_contact(event, time)
     shake = (
         0.5 * float(np.exp(-since / 0.06) * np.sin(2 * np.pi * since / 0.05))
         if since < 0.5

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from avdiff.corpus.face.identity import BACKDROPS, COLORS, RGB, SKINS
-from avdiff.phonetics.phone import IMPACT
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import ONSET, Phone
 
 KINDS = ("ball", "drum", "bell", "glass", "clap", "knock")
 MATERIALS: dict[str, tuple[str, ...]] = {
@@ -36,7 +35,7 @@ BOUNCE = {
 }  # speed kept in a bounce
 REST_FLIGHT = 0.13  # s; a flight shorter than this is no bounce any more: the ball stays
 SWING = 0.17  # s from the height of a swing to contact
-MOST_IMPACTS = 6
+MAX_CONTACTS = 6
 STROKE = 0.06  # s that a stroke takes in the script
 
 
@@ -65,7 +64,7 @@ class Event:
     fill: float
     drift: tuple[float, float]
     seed: int
-    impacts: tuple[float, ...]
+    contacts: tuple[float, ...]
     speeds: tuple[float, ...]
 
     def attributes(self) -> dict[str, str]:
@@ -76,7 +75,7 @@ class Event:
             "size": self.size,
             "color": self.color,
             "background_color": self.background,
-            "count": str(len(self.impacts)),
+            "count": str(len(self.contacts)),
             "skin": self.skin,
         }
         if self.kind == "ball":
@@ -117,7 +116,7 @@ def sample_event(rng: np.random.Generator, seconds: float, kind: str | None = No
             ]
         )
     )
-    impacts, speeds = (_bounces if kind == "ball" else _strikes)(
+    contacts, speeds = (_bounces if kind == "ball" else _strikes)(
         rng, seconds, BOUNCE.get(material, 0.7)
     )
     left, right = sorted(rng.uniform(26, 102, 2).tolist())
@@ -139,7 +138,7 @@ def sample_event(rng: np.random.Generator, seconds: float, kind: str | None = No
         fill=float(rng.uniform(0.2, 0.8)),
         drift=(right, left) if mirrored else (left, right),
         seed=int(rng.integers(1 << 31)),
-        impacts=impacts,
+        contacts=contacts,
         speeds=speeds,
     )
 
@@ -150,7 +149,7 @@ def _strikes(
     """A steady beat with a human touch: times and strengths."""
     first = rng.uniform(0.2, min(0.6, seconds - 0.28))
     beat = rng.uniform(0.24, 0.75)
-    most = min(MOST_IMPACTS, 1 + int((seconds - 0.25 - first) / beat))
+    most = min(MAX_CONTACTS, 1 + int((seconds - 0.25 - first) / beat))
     count = int(rng.integers(1, most + 1))
     times = first + np.arange(count) * beat + rng.uniform(-0.025, 0.025, count)
     return tuple(times.tolist()), tuple(rng.uniform(0.55, 1.0, count).tolist())
@@ -166,7 +165,7 @@ def _bounces(
     )  # the last flight that still counts
     longest = min(0.85, (seconds - 0.4) / 2)
     most = 1
-    while most < MOST_IMPACTS:
+    while most < MAX_CONTACTS:
         flight = shortest / keep ** (most - 1)
         if (
             flight > longest
@@ -189,13 +188,13 @@ def _first_fall(flight: float, keep: float) -> float:
     return flight / (2 * keep)
 
 
-def stroke_phones(impacts: Sequence[float]) -> tuple[Phone, ...]:
+def onset_phones(contacts: Sequence[float]) -> tuple[Phone, ...]:
     """The script of an event: `IMPACT` for 60 ms from each impact on, less where the next one is
     nearer.
     """
-    ends = [*impacts[1:], float("inf")]
+    ends = [*contacts[1:], float("inf")]
     return tuple(
-        Phone(IMPACT, t, min(t + STROKE, end)) for t, end in zip(impacts, ends, strict=True)
+        Phone(ONSET, t, min(t + STROKE, end)) for t, end in zip(contacts, ends, strict=True)
     )
 
 
@@ -203,7 +202,7 @@ def ball_height(event: Event, time: float) -> float:
     """Height of a ball's lowest point over the floor as a share of the height it was dropped from;
     0 at each impact.
     """
-    times = event.impacts
+    times = event.contacts
     keep = event.speeds[1] if len(times) > 1 else 0.0
     fall = _first_fall(times[1] - times[0], keep) if keep else 0.32
     if time <= times[0]:
@@ -224,7 +223,7 @@ def strike_distance(event: Event, time: float) -> float:
     Near an impact it is the same before and after, so that the frame nearest in time is also
     nearest in the picture.
     """
-    times = np.asarray(event.impacts)
+    times = np.asarray(event.contacts)
     index = int(np.searchsorted(times, time, side="right"))
     if 0 < index < len(times):
         gap = float(times[index] - times[index - 1])
@@ -239,7 +238,7 @@ def strike_distance(event: Event, time: float) -> float:
     return 0.8 + 0.2 * float(np.cos(np.pi * min((away - SWING) / 0.25, 1.0))) if outside else 1.0
 
 
-def since_impact(event: Event, time: float) -> float:
+def since_contact(event: Event, time: float) -> float:
     """Seconds since the last impact at or before `time`; infinity before the first."""
-    index = int(np.searchsorted(event.impacts, time, side="right")) - 1
-    return time - event.impacts[index] if index >= 0 else float("inf")
+    index = int(np.searchsorted(event.contacts, time, side="right")) - 1
+    return time - event.contacts[index] if index >= 0 else float("inf")

@@ -110,7 +110,7 @@ def event_audio(event: Event, samples: int, rate: int = 24000) -> np.ndarray:
         for hardness in (SOFT, 1.0)
     ]
     damping = np.geomspace(1.0, DAMPED, round(0.001 * rate))
-    for time, speed in zip(event.impacts, event.speeds, strict=True):
+    for time, speed in zip(event.contacts, event.speeds, strict=True):
         first = round(time * rate)
         contact = track[first : first + len(damping)]
         contact *= damping[: len(contact)]

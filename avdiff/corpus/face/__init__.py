@@ -1,1 +1,1 @@
-"""avdiff/corpus/face"""
+"""Drawn presenters: who they are, how they move, how they look."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
 
 
 class Pose(NamedTuple):
@@ -83,16 +83,16 @@ def _gaze(rng: np.random.Generator, times: np.ndarray) -> tuple[np.ndarray, np.n
     last = (0.0, 0.0)
     clock, rng = rng.spawn(2)  # apart, so that the number of moments does not shift the goals
     for moment in _moments(clock, float(times.max(initial=0.0)), 0.5, 2.2):
-        aside = rng.random() < 0.35
-        scale = 0.75 if aside else 0.10
-        goal = (
+        temporary_path = rng.random() < 0.35
+        scale = 0.75 if temporary_path else 0.10
+        target = (
             float(np.clip(rng.normal(0, scale), -1, 1)),
             float(np.clip(rng.normal(0, scale * 0.5), -1, 1)),
         )
         step = np.clip((times - moment) / 0.05, 0.0, 1.0)
-        across = across + step * (goal[0] - last[0])
-        down = down + step * (goal[1] - last[1])
-        last = goal
+        across = across + step * (target[0] - last[0])
+        down = down + step * (target[1] - last[1])
+        last = target
     return across, down
 
 
@@ -104,7 +104,7 @@ def _beats(
     lift = np.zeros_like(times)
     for phone in phones:
         strength, chance = rng.random(2)
-        if phone.mark != 1 or chance > 0.6:
+        if phone.stress_tone != 1 or chance > 0.6:
             continue
         away = (times - (phone.start + phone.end) / 2) / 0.13
         bump = np.exp(-0.5 * away * away) * (0.3 + 0.7 * strength)

@@ -1,1 +1,1 @@
-"""avdiff/corpus/speech"""
+"""Speech of the corpus: banks of utterances with phone times, built, read, cut and joined."""

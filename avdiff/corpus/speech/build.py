@@ -1,8 +1,8 @@
 """Build a speech bank from scratch: sentences, readings, voices, sound with times, shards.
 
-The bank has the form that `SpeechBank` reads. Each shard follows from (seed, language, number)
+The bank has the form that `SpeechCorpus` reads. Each shard follows from (seed, language, number)
 alone, so those finished are kept and a broken run goes on; a sentence's split follows from its
-normalised text, so none is in two.
+normalized text, so none is in two.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from avdiff.corpus.speech.read import LANGUAGES, SpeechBank, normalised_text
+from avdiff.corpus.speech.read import LANGUAGES, SpeechCorpus, normalised_text
 from avdiff.corpus.speech.sentences import draw_sentence
-from avdiff.corpus.speech.synthesis import SAMPLE_RATE, Speech, Synthesiser
+from avdiff.corpus.speech.synthesis import SAMPLE_RATE, Speech, Synthesizer
 from avdiff.corpus.speech.timing import best_shift
 from avdiff.g2p.networks import Networks, default_networks
-from avdiff.g2p.normalise import split_text
+from avdiff.g2p.normalize import split_text
 from avdiff.g2p.pronounce import pronounce
 
 FORMAT = 1
@@ -81,7 +81,7 @@ class Plan:
 
 def build_bank(
     folder: str | os.PathLike[str],
-    synthesiser: Synthesiser,
+    synthesizer: Synthesizer,
     count: int,
     languages: Sequence[str] | None = None,
     seed: int = 0,
@@ -108,16 +108,16 @@ def build_bank(
         raise ValueError(f"count={count}: needs at least 1")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _claim(target, synthesiser, seed)
+    _claim(target, synthesizer, seed)
     todo = [(language, k) for k in range(-(-count // SHARD)) for language in languages]
     networks = default_networks()
     for language, number in progress(todo[rank::ranks]):
         path = target / f"{language}-{number:03d}.tar"
         size = min(SHARD, count - number * SHARD)
         if _held(path) < size:
-            names = synthesiser.voices.names()
+            names = synthesizer.voices.names()
             _write_shard(
-                path, speak_plans(language, number, size, seed, synthesiser.say, names, networks)
+                path, speak_plans(language, number, size, seed, synthesizer.say, names, networks)
             )
     return sum(_held(target / f"{language}-{k:03d}.tar") for language, k in todo)
 
@@ -206,7 +206,7 @@ def _gender(letter: str) -> str:
 
 
 def split_of(text: str) -> str:
-    """Split of a sentence, by the hash of its normalised text."""
+    """Split of a sentence, by the hash of its normalized text."""
     place = (
         int.from_bytes(hashlib.sha256(normalised_text(text).encode()).digest()[:4], "big") / 2**32
     )
@@ -236,10 +236,10 @@ def _record(key: str, language: str, plan: Plan, speech: Speech) -> dict[str, An
 
 def _write_shard(path: Path, utterances: Iterable[tuple[dict[str, Any], np.ndarray]]) -> None:
     """Ogg Opus and json of each utterance; the file appears when it is complete."""
-    aside = path.with_name(
+    temporary_path = path.with_name(
         f".{path.stem}.{os.getpid()}"
     )  # not *.tar: a reader never takes it for a shard
-    with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(temporary_path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for record, sound in utterances:
             coded = io.BytesIO()
             soundfile.write(coded, np.clip(sound, -1, 1), SAMPLE_RATE, format="OGG", subtype="OPUS")
@@ -248,7 +248,7 @@ def _write_shard(path: Path, utterances: Iterable[tuple[dict[str, Any], np.ndarr
                 member = tarfile.TarInfo(f"{record['id']}.{kind}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    os.replace(aside, path)
+    os.replace(temporary_path, path)
 
 
 def _held(path: Path) -> int:
@@ -259,15 +259,15 @@ def _held(path: Path) -> int:
         return sum(name.endswith(".json") for name in archive.getnames())
 
 
-def _claim(folder: Path, synthesiser: Synthesiser, seed: int) -> None:
+def _claim(folder: Path, synthesizer: Synthesizer, seed: int) -> None:
     """Note what makes the bank; refuse a folder that something else made."""
     made_by = {
         "format": FORMAT,
         "seed": seed,
-        "model": synthesiser.fingerprint,
+        "model": synthesizer.fingerprint,
         "shard": SHARD,
-        "voices": synthesiser.voices.fingerprint,
-        "calibration": synthesiser.calibration,
+        "voices": synthesizer.voices.fingerprint,
+        "calibration": synthesizer.calibration,
     }
     manifest = folder / "bank.json"
     if not manifest.is_file():
@@ -275,9 +275,9 @@ def _claim(folder: Path, synthesiser: Synthesiser, seed: int) -> None:
             raise ValueError(
                 f"folder={str(folder)!r}: holds shards of another bank; choose an empty folder"
             )
-        aside = folder / f".bank.{os.getpid()}"
-        aside.write_text(json.dumps(made_by, indent=1) + "\n")
-        os.replace(aside, manifest)
+        temporary_path = folder / f".bank.{os.getpid()}"
+        temporary_path.write_text(json.dumps(made_by, indent=1) + "\n")
+        os.replace(temporary_path, manifest)
     held = json.loads(manifest.read_text())
     if held != made_by:
         wrong = ", ".join(
@@ -297,7 +297,7 @@ def certify(
     More than `SURE` says that the calibration does not fit; below some 20 sentences the number is
     only rough.
     """
-    bank = SpeechBank(folder, languages=list(languages) if languages else None)
+    bank = SpeechCorpus(folder, languages=list(languages) if languages else None)
     groups: dict[str, list[Any]] = {}
     for utterance in bank:
         groups.setdefault(utterance.lang, []).append(utterance)

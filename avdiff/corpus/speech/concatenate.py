@@ -12,8 +12,7 @@ import numpy as np
 
 from avdiff.corpus.augment import shift_pitch
 from avdiff.corpus.speech.read import SAMPLE_RATE, Utterance
-from avdiff.phonetics.phone import SILENCE
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import SILENCE, Phone
 
 # seconds of the recording kept around the speech
 MARGIN_BEFORE = 0.06
@@ -24,7 +23,7 @@ PEAK = 0.95
 
 
 @dataclass(frozen=True)
-class Piece:
+class UtteranceSegment:
     """One sentence cut to its speech: audio (S,), phones in seconds from the first sample."""
 
     utterance: Utterance
@@ -38,7 +37,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Passage:
+class Concatenation:
     """Joined sentences: audio (S,) float32, phones that tile it, and the sentences."""
 
     audio: np.ndarray
@@ -46,7 +45,7 @@ class Passage:
     utterances: tuple[Utterance, ...]
 
 
-def cut_piece(utterance: Utterance, pitch: Fraction = Fraction(1)) -> Piece:
+def cut_piece(utterance: Utterance, pitch: Fraction = Fraction(1)) -> UtteranceSegment:
     """Cut a sentence to its speech with small faded margins; `pitch` raises and speeds it up by a
     factor.
     """
@@ -69,11 +68,11 @@ def cut_piece(utterance: Utterance, pitch: Fraction = Fraction(1)) -> Piece:
             p.symbol,
             min(max((p.start - begin) * scale, 0.0), end),
             min(max((p.end - begin) * scale, 0.0), end),
-            p.mark,
+            p.stress_tone,
         )
         for p in phones
     ]
-    return Piece(utterance, audio, tuple(p for p in moved if p.end > p.start))
+    return UtteranceSegment(utterance, audio, tuple(p for p in moved if p.end > p.start))
 
 
 def choose_pieces(
@@ -84,7 +83,7 @@ def choose_pieces(
     most: int,
     pause: Callable[[], float],
     pitch: Fraction,
-) -> tuple[list[Piece], list[float]]:
+) -> tuple[list[UtteranceSegment], list[float]]:
     """Sentences of one voice that fit in `seconds` -> pieces and the pause before each (the first
     has none).
     """
@@ -108,8 +107,8 @@ def choose_pieces(
 
 
 def join_pieces(
-    pieces: Sequence[Piece], pauses: Sequence[float], lead: float, samples: int
-) -> Passage:
+    pieces: Sequence[UtteranceSegment], pauses: Sequence[float], lead: float, samples: int
+) -> Concatenation:
     """Lay pieces on a silent track of `samples`, `lead` seconds in, each after its pause; loudness
     is evened out.
     """
@@ -122,13 +121,16 @@ def join_pieces(
         audio[position : position + len(part)] = part
         phones += [
             Phone(
-                p.symbol, p.start + position / SAMPLE_RATE, p.end + position / SAMPLE_RATE, p.mark
+                p.symbol,
+                p.start + position / SAMPLE_RATE,
+                p.end + position / SAMPLE_RATE,
+                p.stress_tone,
             )
             for p in piece.phones
             if p.symbol != SILENCE
         ]
         position += len(piece.audio)
-    return Passage(
+    return Concatenation(
         _even(audio),
         tile(phones, samples / SAMPLE_RATE),
         tuple(piece.utterance for piece in pieces),

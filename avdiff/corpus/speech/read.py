@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from avdiff.phonetics.phone import merge_tokens
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import Phone
+from avdiff.phonetics.tokens import Tokens, merge_tokens
 
 SAMPLE_RATE = 24000
 LANGUAGES = ("en", "es", "fr", "hi", "it", "ja", "pt", "zh")
@@ -48,23 +48,12 @@ REPO_BANK = Path(__file__).parents[3] / "samples" / "bank"
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Phoneme tokens as the synthesiser timed them: marks are still tokens of their own. Times in
-    seconds.
-    """
-
-    symbols: tuple[str, ...]
-    starts: tuple[float, ...]
-    ends: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Utterance:
     """One sentence by one voice.
 
     `voice` names a speaker or a weighted mean of speakers; `gender` is "female" or "male"; `speed`
     is relative to the voice's own; `duration` is in seconds; `split` is one of `SPLITS`. `phones`
-    tile [0, duration] without gaps, silence included (see `avdiff.phonetics.phone.merge_tokens`).
+    tile [0, duration] without gaps, silence included (see `avdiff.phonetics.tokens.merge_tokens`).
     """
 
     id: str
@@ -76,7 +65,7 @@ class Utterance:
     duration: float
     split: str
     tokens: Tokens = field(repr=False)
-    bank: SpeechBank = field(repr=False, compare=False)
+    bank: SpeechCorpus = field(repr=False, compare=False)
 
     @cached_property
     def phones(self) -> tuple[Phone, ...]:
@@ -95,7 +84,7 @@ class _Place:
     size: int
 
 
-class SpeechBank:
+class SpeechCorpus:
     """Random access to a speech bank.
 
     Args:
@@ -232,18 +221,18 @@ class SpeechBank:
         data = folder / f"{self.fingerprint}.i16"
         table = folder / f"{self.fingerprint}.json"
         if not table.is_file() or not data.is_file():
-            aside = folder / f".{self.fingerprint}.{os.getpid()}"
+            temporary_path = folder / f".{self.fingerprint}.{os.getpid()}"
             first = 0
             starts = {}
-            with open(aside, "wb") as out:
+            with open(temporary_path, "wb") as out:
                 for record in records:
                     samples = self._decode(record["id"])
                     out.write(samples.tobytes())
                     starts[record["id"]] = (first, len(samples))
                     first += len(samples)
-            os.replace(aside, data)
-            aside.write_text(json.dumps(starts))
-            os.replace(aside, table)  # written last: the table vouches for the data
+            os.replace(temporary_path, data)
+            temporary_path.write_text(json.dumps(starts))
+            os.replace(temporary_path, table)  # written last: the table vouches for the data
         self._starts = {
             key: (first, count) for key, (first, count) in json.loads(table.read_text()).items()
         }

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from avdiff.corpus.speech.read import LANGUAGES, SpeechBank, Utterance
+from avdiff.corpus.speech.read import LANGUAGES, SpeechCorpus, Utterance
 
 QUOTAS = {"train": 38, "val": 4, "test": 5, "test_voices": 3}  # utterances a language
 DIGIT_QUOTAS = {"train": 10, "val": 2, "test": 4}  # extra English digit strings
@@ -37,7 +37,7 @@ def build_minibank(source: str | os.PathLike[str], target: str | os.PathLike[str
     Raises:
         ValueError: `source` is no bank.
     """
-    bank = SpeechBank(source)
+    bank = SpeechCorpus(source)
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
@@ -96,7 +96,7 @@ def _common_voices(utterances: Iterable[Utterance]) -> list[str]:
     return voices
 
 
-def _write_shard(bank: SpeechBank, utterances: list[Utterance], path: Path) -> None:
+def _write_shard(bank: SpeechCorpus, utterances: list[Utterance], path: Path) -> None:
     """Write audio and record of each utterance; no times or owners, so the bytes depend on the
     content only.
     """
@@ -110,9 +110,9 @@ def _write_shard(bank: SpeechBank, utterances: list[Utterance], path: Path) -> N
                 member = tarfile.TarInfo(f"{utterance.id}.{kind}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(buffer.getvalue())
-    os.replace(aside, path)
+    temporary_path = path.with_suffix(".tmp")
+    temporary_path.write_bytes(buffer.getvalue())
+    os.replace(temporary_path, path)
 
 
 def main() -> None:

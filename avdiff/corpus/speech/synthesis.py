@@ -102,7 +102,7 @@ def _voice_files(path: Path) -> dict[str, bytes]:
     return found
 
 
-class Synthesiser:
+class Synthesizer:
     """Phonemes -> sound with the time of each token.
 
     Args:

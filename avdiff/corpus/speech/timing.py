@@ -12,8 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
-from avdiff.phonetics.phone import SILENCE
-from avdiff.phonetics.visemes import Phone
+from avdiff.phonetics.phone import SILENCE, Phone
 
 # seconds, seconds, bands from 80 Hz up
 HOP = 0.005

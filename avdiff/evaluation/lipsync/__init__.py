@@ -1,1 +1,4 @@
-"""avdiff/evaluation/lipsync"""
+"""Lip-sync: offset and agreement of lips and sound, and how good the measurement is.
+
+Start with `measure`.
+"""

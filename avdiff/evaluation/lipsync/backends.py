@@ -1,5 +1,5 @@
-"""Who judges whether lips fit sound: our lip network on landmarks, or with weights of the user's
-SyncNet on faces or Synchformer on whole pictures.
+"""Who evaluators whether lips fit sound: our lip network on landmarks, or with weights of the
+user's SyncNet on faces or Synchformer on whole pictures.
 
 A backend looks at each face once (`look`), then compares it with any sound (`curves`): the same
 lips are held against shifted and foreign sound at little cost. Scores are the higher the better and
@@ -20,7 +20,7 @@ import avdiff
 from avdiff.evaluation.lipsync import synchformer, syncnet
 from avdiff.evaluation.lipsync.face_tracks import Track, square
 from avdiff.evaluation.lipsync.synchformer_network import RELEASED, SEGMENTS, Size
-from avdiff.evaluators import load as judges
+from avdiff.evaluators import load as evaluators
 from avdiff.evaluators.load import SyncCurve, sync_curve
 from avdiff.models.evaluators.lip_network import LipNetwork
 
@@ -42,11 +42,11 @@ class Windows(NamedTuple):
 
 
 class Backend(Protocol):
-    """A judge of lips and sound.
+    """A evaluator of lips and sound.
 
     Args:
         whole_picture: it looks at pictures as they are, so that no face is looked for. any_sound:
-            it judges any sound but silence, not only speech.
+            it evaluators any sound but silence, not only speech.
     """
 
     name: str
@@ -93,13 +93,13 @@ class LipNetworkBackend:
     whole_picture = False
     any_sound = False
 
-    def __init__(self, folder: str | Path | None = None, reach: float = judges.REACH) -> None:
-        self.network: LipNetwork = judges.load("lip_network", folder)
+    def __init__(self, folder: str | Path | None = None, reach: float = evaluators.REACH) -> None:
+        self.network: LipNetwork = evaluators.load("lip_network", folder)
         self.folder = folder
         self.reach = reach
 
     def header(self) -> dict[str, Any]:
-        weights = judges.weight_hash("lip_network", self.folder)
+        weights = evaluators.weight_hash("lip_network", self.folder)
         return {
             "backend": self.name,
             "version": avdiff.__version__,
@@ -175,7 +175,7 @@ class SyncNetBackend:
         weights: str | Path,
         quirks: bool = False,
         cropped: bool = False,
-        reach: float = judges.REACH,
+        reach: float = evaluators.REACH,
     ) -> None:
         self.network = syncnet.load_syncnet(weights)
         self.hash = syncnet.file_hash(weights)
@@ -214,7 +214,9 @@ class SyncNetBackend:
     def curves(self, seen: SeenBySyncNet, audio: np.ndarray, sample_rate: int) -> Windows:
         first = max(0, round(seen.start * sample_rate))
         length = round((len(seen.features) + syncnet.PICTURES - 1) / syncnet.FPS * sample_rate)
-        wave = judges.as_waveform(audio[first : first + length], sample_rate, syncnet.RATE).numpy()
+        wave = evaluators.as_waveform(
+            audio[first : first + length], sample_rate, syncnet.RATE
+        ).numpy()
         heard = syncnet.hear_sound(self.network, wave)
         least = self.reach + 10
         if min(len(seen.features), len(heard)) < least:
@@ -289,7 +291,7 @@ class SynchformerBackend:
         return SeenBySynchformer(film, int(seconds * synchformer.FPS + 1e-3))
 
     def curves(self, seen: SeenBySynchformer, audio: np.ndarray, sample_rate: int) -> Windows:
-        wave = judges.as_waveform(audio, sample_rate, synchformer.RATE)
+        wave = evaluators.as_waveform(audio, sample_rate, synchformer.RATE)
         segments = synchformer.segment_count(seen.pictures, len(wave))
         if segments < SEGMENTS:
             shared = min(seen.pictures / synchformer.FPS, len(wave) / synchformer.RATE)
@@ -337,7 +339,7 @@ def find_backend(
     weights: str | Path | None = None,
     quirks: bool = False,
     cropped: bool = False,
-    reach: float = judges.REACH,
+    reach: float = evaluators.REACH,
     folder: str | Path | None = None,
 ) -> Backend:
     """A backend by its name; `folder` holds other weights of the lip network than those bundled.

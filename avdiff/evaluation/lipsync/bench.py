@@ -46,16 +46,16 @@ def write_presenters(
     return paths
 
 
-def measure(judge: LipSync, paths: Sequence[Path], jobs: int = 1) -> dict[str, Any]:
+def measure(evaluator: LipSync, paths: Sequence[Path], jobs: int = 1) -> dict[str, Any]:
     """Statuses, recovery of planted shifts, true against swapped sound, and speed (decoding and
     landmarks included).
     """
-    judge.measure(paths[0])  # networks are loaded by the first clip
+    evaluator.measure(paths[0])  # networks are loaded by the first clip
     began = time.perf_counter()
-    clips = judge.rows(paths, jobs)
+    clips = evaluator.rows(paths, jobs)
     wall = time.perf_counter() - began
     good: list[Measured] = [clip for clip in clips if clip.audio is not None]
-    marks: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "clips": len(clips),
         "status": dict(Counter(clip.row["status"] for clip in clips)),
         "jobs": jobs,
@@ -63,10 +63,10 @@ def measure(judge: LipSync, paths: Sequence[Path], jobs: int = 1) -> dict[str, A
         "landmarks": dict(Counter(clip.row.get("landmarks", "-") for clip in clips)),
     }
     if good:
-        marks |= recovery([shift_clip(clip, judge.backend) for clip in good])
+        metrics |= recovery([shift_clip(clip, evaluator.backend) for clip in good])
     if len(good) > 1:
-        marks |= swap_auc(good, judge.backend)
-    return marks
+        metrics |= swap_auc(good, evaluator.backend)
+    return metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -82,12 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--faces", default="auto", help="auto, mesh or reader")
     parser.add_argument("--landmarker", help="face_landmarker.task")
     parser.add_argument(
-        "--judges", help="folder with lip_network and face_reader; default: those bundled"
+        "--evaluators", help="folder with lip_network and face_reader; default: those bundled"
     )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(None if arguments is None else list(arguments))
-    judge = LipSync(options.landmarker, options.faces, judges=options.judges)
+    evaluator = LipSync(options.landmarker, options.faces, evaluators=options.evaluators)
     with tempfile.TemporaryDirectory() as place:
         paths = (
             sorted(p for p in options.folder.iterdir() if p.suffix.lower() in MEDIA)
@@ -98,14 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         )
         if not paths:
             raise ValueError(f"folder={options.folder}: holds no clip")
-        marks = {**judge.header(), **measure(judge, paths, options.jobs)}
-    for key, value in marks.items():
+        metrics = {**evaluator.header(), **measure(evaluator, paths, options.jobs)}
+    for key, value in metrics.items():
         told = f"{value} (n = {value.n})" if isinstance(value, Estimate) else value
         print(f"{key}: {told}")
     if options.json:
-        plain = {k: vars(v) if isinstance(v, Estimate) else v for k, v in marks.items()}
+        plain = {k: vars(v) if isinstance(v, Estimate) else v for k, v in metrics.items()}
         write_text(options.json, dumps(plain, indent=1) + "\n")
-    return marks
+    return metrics
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from avdiff.evaluation.lipsync.landmarker import Landmarker, find_landmarker, is_installed
-from avdiff.evaluators import load as judges
+from avdiff.evaluators import load as evaluators
 from avdiff.models.evaluators.face_reader import FaceReader, to_pictures
 from avdiff.models.evaluators.lip_network import LEFT, RIGHT, lips_of_mesh
 
@@ -258,11 +258,11 @@ class ReaderSource:
     name = "reader"
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.reader: FaceReader = judges.load("face_reader", folder)
+        self.reader: FaceReader = evaluators.load("face_reader", folder)
         self.folder = folder
 
     def header(self) -> dict[str, Any]:
-        return {"reader_hash": judges.weight_hash("face_reader", self.folder)}
+        return {"reader_hash": evaluators.weight_hash("face_reader", self.folder)}
 
     def follow(self, pictures: Pictures) -> Followed:
         tracker = Tracker()
@@ -293,8 +293,8 @@ class ReaderSource:
 
 
 class WholeSource:
-    """For crops of one face and for judges of whole scenes: the picture is the face, its lips are
-    not looked for.
+    """For crops of one face and for evaluators of whole scenes: the picture is the face, its lips
+    are not looked for.
     """
 
     name = "whole"
@@ -366,7 +366,7 @@ def find_sources(
     if wanted not in ("auto", "mesh", "reader"):
         raise ValueError(f"faces={wanted!r}: needs auto, mesh or reader")
     path = find_landmarker(landmarker) if wanted != "reader" else None
-    has_reader = (Path(folder or judges.BUNDLED / "face_reader") / "config.json").is_file()
+    has_reader = (Path(folder or evaluators.BUNDLED / "face_reader") / "config.json").is_file()
     if wanted == "reader" or (wanted == "auto" and path is None and has_reader):
         return ReaderSource(folder)
     if path is None or not is_installed():

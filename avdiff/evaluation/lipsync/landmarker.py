@@ -79,9 +79,9 @@ def fetch(url: str, sha256: str, target: Path) -> Path:
             f"landmarker=download: {url} has SHA-256 {found[:12]}..., expected {sha256[:12]}..."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_bytes(data)
-    os.replace(aside, target)
+    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary_path.write_bytes(data)
+    os.replace(temporary_path, target)
     return target
 
 

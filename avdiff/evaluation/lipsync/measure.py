@@ -1,8 +1,8 @@
 """Lip-sync of any clip with a face and speech: how late the sound is, and how well lips and sound
 agree.
 
-    judge = LipSync()                        # the bundled lip network, faces by whatever reader is
-    here judge.measure("clip.mp4").row            # one row: offset_ms, score, status...
+    evaluator = LipSync()                        # the bundled lip network, faces by whatever reader
+    is here evaluator.measure("clip.mp4").row            # one row: offset_ms, score, status...
     score("clip.mp4")                        # one number, also for a Clip in memory: a reward
 
 The offset is positive when the audio is late. `offset_frames` counts frames of 40 ms (25 fps), the
@@ -103,12 +103,12 @@ class _NotMeasured(Exception):
 
 
 class LipSync:
-    """Finds faces, judges them and writes rows.
+    """Finds faces, evaluators them and writes rows.
 
     Args:
         landmarker, faces: as in `find_sources`; `faces` may be a source. backend: a name for
-            `find_backend`, with its `options`, or a backend. judges: folder with lip_network and
-            face_reader, if not those bundled.
+            `find_backend`, with its `options`, or a backend. evaluators: folder with lip_network
+            and face_reader, if not those bundled.
 
     Raises:
         ValueError: as those two.
@@ -119,11 +119,12 @@ class LipSync:
         landmarker: str | Path | None = None,
         faces: str | FaceSource = "auto",
         backend: str | Backend = "lip_network",
-        judges: str | Path | None = None,
+        evaluators: str | Path | None = None,
         **options: Any,
     ) -> None:
         network, reader = (
-            Path(judges) / name if judges else None for name in ("lip_network", "face_reader")
+            Path(evaluators) / name if evaluators else None
+            for name in ("lip_network", "face_reader")
         )
         if isinstance(backend, str):
             backend = find_backend(backend, folder=network, **options)
@@ -357,15 +358,15 @@ CURVES = ("lags_ms", "curve", "window_starts", "window_offsets_ms", "fps", "mout
 
 
 @cache
-def default_judge() -> LipSync:
+def default_evaluator() -> LipSync:
     """The one that `score` uses; loaded once."""
     return LipSync()
 
 
-def score(clip: str | Path | Clip, judge: LipSync | None = None, missing: float = 0.0) -> float:
+def score(clip: str | Path | Clip, evaluator: LipSync | None = None, missing: float = 0.0) -> float:
     """Lip-sync of a file or of a `Clip` in memory as one number, the higher the better: for
     validation and rewards.
 
     It is the agreement at lag 0: delay lowers it. `missing` stands for clips without a measurement.
     """
-    return (judge or default_judge()).score(clip, missing)
+    return (evaluator or default_evaluator()).score(clip, missing)

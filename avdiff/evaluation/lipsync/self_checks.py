@@ -37,7 +37,9 @@ def shifted(audio: np.ndarray, sample_rate: int, milliseconds: float) -> np.ndar
 def shift_clip(
     measured: Measured, backend: Backend, shifts: Sequence[int] = SHIFTS
 ) -> list[float | None]:
-    """Offsets in frames found with the sound shifted; None where a shift left nothing to judge."""
+    """Offsets in frames found with the sound shifted; None where a shift left nothing to
+    evaluator.
+    """
     assert measured.audio is not None, "called for clips with a measurement"
     found: list[float | None] = []
     for shift in shifts:
@@ -76,16 +78,16 @@ def recovery(
     absolute = np.abs(table - planted)
     relative = np.abs(table - zero[:, None] - planted)
     moved = planted != 0
-    marks: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for within in (1, 2):
-        marks[f"absolute_{within}"] = interval((absolute <= within).mean(axis=1))
-        marks[f"relative_{within}"] = interval((relative <= within)[:, moved].mean(axis=1))
-        marks[f"zero_{within}"] = interval((np.abs(zero) <= within).astype(float))
-    marks["by_shift"] = {
+        metrics[f"absolute_{within}"] = interval((absolute <= within).mean(axis=1))
+        metrics[f"relative_{within}"] = interval((relative <= within)[:, moved].mean(axis=1))
+        metrics[f"zero_{within}"] = interval((np.abs(zero) <= within).astype(float))
+    metrics["by_shift"] = {
         int(shift): (float((absolute[:, i] <= 1).mean()), float((relative[:, i] <= 1).mean()))
         for i, shift in enumerate(shifts)
     }
-    return marks
+    return metrics
 
 
 def swap_auc(measured: Sequence[Measured], backend: Backend) -> dict[str, Estimate]:

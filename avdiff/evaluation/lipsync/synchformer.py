@@ -143,7 +143,7 @@ def _mel() -> MelSpectrogram:
 
 def spectrogram(waves: Tensor) -> Tensor:
     """Sound of segments (B, 10240) in [-1, 1] -> (B, 128, 66): 65 frames of log-mel and one of
-    zeros, normalised.
+    zeros, normalized.
     """
     mel = torch.log(_mel()(waves) + 1e-6)
     return (F.pad(mel, (0, FRAMES - mel.shape[-1])) - MEAN) / (2 * STD)

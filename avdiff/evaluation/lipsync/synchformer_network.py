@@ -328,7 +328,7 @@ class Synchformer(nn.Module):
         return self.vfeat_extractor(pictures)
 
     def hear(self, mel: Tensor) -> Tensor:
-        """Segments (B, 128, 66), normalised -> (B, 6, D)."""
+        """Segments (B, 128, 66), normalized -> (B, 6, D)."""
         return self.afeat_extractor(mel)
 
     def compare(self, seen: Tensor, heard: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Does the presenter look and sound as the prompt says? The face reader reads the picture, pitch
 tells the voice.
 
-    adherence(reading, {"hair_color": "red", "glasses": "round glasses"},
+    attribute_accuracy(reading, {"hair_color": "red", "glasses": "round glasses"},
               {"hair_color": "value", "glasses": "presence"})
 
 Only what a prompt tells can be asked: "value" where it names it, "presence" where it only says that
@@ -21,7 +21,7 @@ from avdiff.models.evaluators.face_reader import FaceReader
 NOTHING = ("none", "")
 
 
-def adherence(
+def attribute_accuracy(
     reading: FaceReading, attributes: Mapping[str, str], told: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """What of a wish is seen.
@@ -83,5 +83,5 @@ def score(
     """
     if clip.frames is None or not len(clip.frames):
         return 0.0
-    found = adherence(read_faces(clip.frames, reader), attributes, told)
+    found = attribute_accuracy(read_faces(clip.frames, reader), attributes, told)
     return found["attributes_right"] / found["attributes_told"] if found["attributes_told"] else 1.0

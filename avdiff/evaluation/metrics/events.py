@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from avdiff.evaluation.metrics.audio import onset_seconds
 from avdiff.evaluators.load import BUNDLED, as_waveform
 from avdiff.media.write import Clip
-from avdiff.models.evaluators.contact_detector import FPS, SIDE, ImpactReader, peaks
+from avdiff.models.evaluators.contact_detector import FPS, SIDE, ContactDetector, peaks
 from avdiff.models.evaluators.face_reader import to_pictures
 
 RATE = 24000  # Hz
@@ -31,38 +31,40 @@ APART = 0.096  # s: no two onsets are closer
 
 # ----------------------------------------------------------------------------------------- pictures
 @cache
-def load_reader(folder: str | Path | None = None) -> ImpactReader:
+def load_reader(folder: str | Path | None = None) -> ContactDetector:
     """The frozen impact reader, or another one.
 
     Raises:
         ValueError: no weights there.
     """
-    place = Path(folder) if folder else BUNDLED / "impact_reader"
+    place = Path(folder) if folder else BUNDLED / "contact_detector"
     if not (place / "config.json").is_file():
         raise ValueError(
-            f"impact_reader: no weights in {place}; train them with python -m "
+            f"contact_detector: no weights in {place}; train them with python -m "
             "avdiff.train.evaluators.contacts"
         )
     return (
-        ImpactReader.from_pretrained(place, torch_dtype=torch.float32).eval().requires_grad_(False)
+        ContactDetector.from_pretrained(place, torch_dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
     )
 
 
 @torch.no_grad()
-def visual_impacts(
-    frames: np.ndarray, fps: float, reader: ImpactReader | None = None
+def visual_contacts(
+    frames: np.ndarray, fps: float, reader: ContactDetector | None = None
 ) -> np.ndarray:
     """Times of impacts in seconds, read from uint8 (F, H, W, 3): (N,). Frame i is shown from i /
     fps on; another rate than 25 is read at the picture on screen in the middle of each 25th of a
     second.
     """
-    judge = reader or load_reader()
+    evaluator = reader or load_reader()
     count = max(2, round(len(frames) / fps * FPS))
     chosen = np.minimum(((np.arange(count) + 0.5) / FPS * fps).astype(int), len(frames) - 1)
     pictures = to_pictures(torch.from_numpy(np.ascontiguousarray(frames[chosen])))
     if pictures.shape[-2:] != (SIDE, SIDE):
         pictures = F.interpolate(pictures, size=(SIDE, SIDE), mode="area")
-    return np.array(peaks(judge(pictures[None])[0].sigmoid()))
+    return np.array(peaks(evaluator(pictures[None])[0].sigmoid()))
 
 
 # -------------------------------------------------------------------------------------------- sound
@@ -121,7 +123,7 @@ def match(one: np.ndarray, two: np.ndarray, within: float) -> list[tuple[int, in
 
 
 def events(
-    clip: Clip, asked: int | None = None, reader: ImpactReader | None = None
+    clip: Clip, asked: int | None = None, reader: ContactDetector | None = None
 ) -> dict[str, Any]:
     """Sound against picture in a clip of an event.
 
@@ -143,7 +145,7 @@ def events(
         raise ValueError("clip has no pictures or no sound: this measure needs both")
     fps = float(clip.fps)
     heard = audio_onsets(clip.audio, clip.sample_rate)
-    seen = visual_impacts(clip.frames, fps, reader)
+    seen = visual_contacts(clip.frames, fps, reader)
     near = match(heard, seen, 0.2)
     found: dict[str, Any] = {
         "event_onsets": len(heard),
@@ -158,7 +160,7 @@ def events(
     return found
 
 
-def score(clip: Clip, asked: int | None = None, reader: ImpactReader | None = None) -> float:
+def score(clip: Clip, asked: int | None = None, reader: ContactDetector | None = None) -> float:
     """Reward: F1 of onsets and impacts within a frame, 0 to 1, times 1 / (1 + strokes too many or
     too few heard).
     """

@@ -5,7 +5,7 @@ clipping, silence.
     pocketsphinx found["phone_errors"] / found["phones"]         # PER; over many clips divide the
     sums (report.RATIOS does) voice(clip)["pitch_hz"]                         # needs no words
 
-The recogniser is our own and was trained on the same kind of voices as the generator, so it may be
+The recognizer is our own and was trained on the same kind of voices as the generator, so it may be
 kind to them; pocketsphinx never saw either. Both stand in every report. pocketsphinx and speechmos
 are optional packages.
 """
@@ -34,9 +34,8 @@ from avdiff.evaluation.metrics.audio import (
 from avdiff.evaluators.load import as_waveform, edit_distance, phone_times, spoken_symbols
 from avdiff.g2p.pronounce import read
 from avdiff.media.write import Clip
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
-from avdiff.phonetics.phone import SILENCE
-from avdiff.phonetics.visemes import Phone
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
+from avdiff.phonetics.phone import SILENCE, Phone
 
 RATE = 24000  # Hz at which everything here listens
 #: GRID sentences: command colour preposition letter digit adverb (Cooke et al. 2006); letters
@@ -56,7 +55,7 @@ GRID_GRAMMAR = (
 )
 FULL_SCALE = 0.999  # samples at or above it, two in a row, are clipped
 QUIET_DB = -50.0  # re full scale, RMS over 20 ms: silence
-# Hz, Hz, normalised autocorrelation
+# Hz, Hz, normalized autocorrelation
 LOWEST_PITCH = 60.0
 HIGHEST_PITCH = 400.0
 VOICED = 0.55
@@ -109,14 +108,14 @@ def speech(
     language: str | None = None,
     expected: Sequence[str] | None = None,
     phones: Sequence[Phone] | None = None,
-    recogniser: PhoneRecogniser | None = None,
+    recognizer: PhoneRecognizer | None = None,
 ) -> dict[str, Any]:
     """Errors against known words.
 
     Args:
         text: the words that should be said. language: its code; None finds it out.
         expected: phones of the words, symbols of the inventory; None asks the pronunciation reader.
-        phones: of `phone_times`, where they are known already. recogniser: another than the bundled
+        phones: of `phone_times`, where they are known already. recognizer: another than the bundled
             one.
 
     Returns:
@@ -130,7 +129,7 @@ def speech(
     """
     sound = waveform(clip)
     wanted = list(expected) if expected else spoken_symbols(read(text, language).phones)
-    found = phone_times(sound.numpy(), RATE, recogniser=recogniser) if phones is None else phones
+    found = phone_times(sound.numpy(), RATE, recognizer=recognizer) if phones is None else phones
     heard = spoken_symbols(found)
     seconds = sum(phone.end - phone.start for phone in found if phone.symbol != SILENCE)
     result = {
@@ -247,12 +246,12 @@ def score(
     text: str = "",
     language: str | None = None,
     expected: Sequence[str] | None = None,
-    recogniser: PhoneRecogniser | None = None,
+    recognizer: PhoneRecognizer | None = None,
 ) -> float:
     """Reward: share of the expected phones that are heard right, 1 - PER, not below 0; 0 for a clip
     without sound.
     """
     if clip.audio is None or not clip.audio.size:
         return 0.0
-    found = speech(clip, text, language, expected, recogniser=recogniser)
+    found = speech(clip, text, language, expected, recognizer=recognizer)
     return max(0.0, 1 - found["phone_errors"] / found["phones"]) if found["phones"] else 0.0

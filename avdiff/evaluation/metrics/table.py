@@ -99,12 +99,12 @@ MARKS: list[tuple[str, str, Measure]] = [
 
 
 @dataclass(frozen=True)
-class MarkTable:
+class MetricsTable:
     """Marks by name, then by set of clips; `better` tells the best value there is."""
 
     sets: tuple[str, ...]
     better: dict[str, str]
-    marks: dict[str, dict[str, Estimate]]
+    metrics: dict[str, dict[str, Estimate]]
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows as text."""
@@ -116,7 +116,7 @@ class MarkTable:
 
         rows = [
             [name, *(told(one[s]) if s in one else "-" for s in self.sets), self.better[name]]
-            for name, one in self.marks.items()
+            for name, one in self.metrics.items()
         ]
         return ["mark", *self.sets, "best"], rows
 
@@ -128,11 +128,11 @@ class MarkTable:
 
         return {
             name: {s: {k: plain(v) for k, v in asdict(found).items()} for s, found in one.items()}
-            for name, one in self.marks.items()
+            for name, one in self.metrics.items()
         }
 
 
-def mark_table(rows: Mapping[str, Sequence[Row]]) -> MarkTable:
+def metrics_table(rows: Mapping[str, Sequence[Row]]) -> MetricsTable:
     """Marks of each set of clips; a mark that no set has is left out.
 
     One line is relative: the correlation of lips and sound over that of the set "corpus", on the
@@ -158,13 +158,13 @@ def mark_table(rows: Mapping[str, Sequence[Row]]) -> MarkTable:
     for key in number_columns(everything):
         if key.startswith("looks_"):
             lines.append((f"{key.removeprefix('looks_').replace('_', ' ')} right", "1", mean(key)))
-    marks: dict[str, dict[str, Estimate]] = {}
+    metrics: dict[str, dict[str, Estimate]] = {}
     better: dict[str, str] = {}
     for name, best, measure in lines:
         found = {s: value for s, members in rows.items() if (value := measure(members)) is not None}
         if found:
-            marks[name], better[name] = found, best
-    return MarkTable(tuple(rows), better, marks)
+            metrics[name], better[name] = found, best
+    return MetricsTable(tuple(rows), better, metrics)
 
 
 def _only(measure: Measure, key: str, value: str) -> Measure:
@@ -187,7 +187,7 @@ def _prompt_of(row: Row) -> str:
     return str(row.get("id", "")).rsplit("-s", 1)[0]
 
 
-def print_marks(table: MarkTable) -> None:
+def print_metrics(table: MetricsTable) -> None:
     """The table on stdout."""
     from rich.console import Console
     from rich.table import Table

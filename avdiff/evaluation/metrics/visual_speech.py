@@ -1,11 +1,11 @@
 """Measures that only a drawn world allows: what mouth should this sound have, and is it the one in
 the picture?
 
-The sound is heard by the phone recogniser, `viseme_track` turns the phones into the mouth that the
+The sound is heard by the phone recognizer, `viseme_track` turns the phones into the mouth that the
 corpus would draw, and the face reader tells the mouth that the pixels show. Neither knows the
 prompt, so a generator that says other words than asked can still fit its lips to them.
 
-    found = known_truth(read_clip("a.mp4"))
+    found = visual_speech(read_clip("a.mp4"))
     found["mouth_r"], found["mouth_lag_ms"]        # a positive lag: the audio is late
 """
 
@@ -21,9 +21,9 @@ from avdiff.evaluation.metrics.video import correlation
 from avdiff.evaluators.load import FaceReading, phone_times, read_faces
 from avdiff.media.write import Clip
 from avdiff.models.evaluators.face_reader import FaceReader
-from avdiff.models.evaluators.phone_recogniser import PhoneRecogniser
-from avdiff.phonetics.phone import SILENCE
-from avdiff.phonetics.visemes import TARGETS, VISEMES, Phone, viseme_of, viseme_track
+from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
+from avdiff.phonetics.phone import SILENCE, Phone
+from avdiff.phonetics.visemes import TARGETS, VISEMES, viseme_of, viseme_track
 
 # seconds of lag that are searched, and between two of them
 REACH = 0.4
@@ -53,7 +53,7 @@ def frame_times(clip: Clip) -> np.ndarray:
     return (np.arange(len(clip.frames)) + 0.5) / float(clip.fps)
 
 
-def hear(clip: Clip, recogniser: PhoneRecogniser | None = None) -> tuple[Phone, ...]:
+def hear(clip: Clip, recognizer: PhoneRecognizer | None = None) -> tuple[Phone, ...]:
     """Phones heard in a clip, silence included.
 
     Raises:
@@ -61,7 +61,7 @@ def hear(clip: Clip, recogniser: PhoneRecogniser | None = None) -> tuple[Phone, 
     """
     if clip.audio is None or clip.sample_rate is None or not clip.audio.size:
         raise ValueError("clip has no sound: this measure needs some")
-    return phone_times(clip.audio, clip.sample_rate, recogniser=recogniser)
+    return phone_times(clip.audio, clip.sample_rate, recognizer=recognizer)
 
 
 def nearest_visemes(mouths: np.ndarray) -> list[str]:
@@ -96,18 +96,18 @@ def lagged_correlation(
     return lags, np.array(found)
 
 
-def known_truth(
+def visual_speech(
     clip: Clip,
     reading: FaceReading | None = None,
     phones: Sequence[Phone] | None = None,
     reader: FaceReader | None = None,
-    recogniser: PhoneRecogniser | None = None,
+    recognizer: PhoneRecognizer | None = None,
 ) -> dict[str, Any]:
     """All lip measures of one clip.
 
     Args:
         reading: of `read_faces`, phones: of `phone_times`, where they are known already.
-        reader, recogniser: other judges than the bundled ones.
+        reader, recognizer: other evaluators than the bundled ones.
 
     Returns:
         mouth_r: correlation of the opening seen and the one that the sound asks for; NaN if either
@@ -129,7 +129,7 @@ def known_truth(
     times = frame_times(clip)
     assert clip.frames is not None and clip.fps is not None
     reading = reading or read_faces(clip.frames, reader)
-    phones = hear(clip, recogniser) if phones is None else phones
+    phones = hear(clip, recognizer) if phones is None else phones
     seen = reading.mouth[:, 0].astype(np.float64)
     expected = viseme_track(phones, times)
     lags, found = lagged_correlation(seen, times, phones)
@@ -185,7 +185,7 @@ def _visemes(
 
 
 # ----------------------------------------------------------------------------- what should not move
-def steadiness(
+def deflicker_strength(
     clip: Clip, reading: FaceReading | None = None, reader: FaceReader | None = None
 ) -> dict[str, Any]:
     """Is it the same presenter from the first picture to the last, before a background that stands
@@ -228,8 +228,8 @@ def background_mask(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     side = max(height, width)
     x = (np.arange(width) + 0.5) / side
     y = (np.arange(height) + 0.5) / side
-    beside = (x < left - wide) | (x > right + wide)
-    mask[:] = beside[None, :] | (y < top - high)[:, None]
+    same_device = (x < left - wide) | (x > right + wide)
+    mask[:] = same_device[None, :] | (y < top - high)[:, None]
     mask[y > bottom - 0.15 * (bottom - top)] = (
         False  # shoulders begin near the chin, and long hair falls on them
     )
@@ -248,13 +248,13 @@ def background_difference(frames: np.ndarray, boxes: np.ndarray) -> float:
 
 
 def score(
-    clip: Clip, reader: FaceReader | None = None, recogniser: PhoneRecogniser | None = None
+    clip: Clip, reader: FaceReader | None = None, recognizer: PhoneRecognizer | None = None
 ) -> float:
     """Reward: correlation of lips and sound, -1 to 1; 0 for a clip without a face, without speech
     or movement.
     """
     try:
-        value = known_truth(clip, reader=reader, recogniser=recogniser)["mouth_r"]
+        value = visual_speech(clip, reader=reader, recognizer=recognizer)["mouth_r"]
     except ValueError:
         return 0.0
     return value if math.isfinite(value) else 0.0

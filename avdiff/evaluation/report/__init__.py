@@ -1,1 +1,1 @@
-"""avdiff/evaluation/report"""
+"""Reports of a measurement: tables, JSON, CSV and one HTML page."""

@@ -215,9 +215,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file aside, then put it in its place; its folder is made."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf8")
-    os.replace(aside, target)
+    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary_path.write_text(text, encoding="utf8")
+    os.replace(temporary_path, target)
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -23,7 +23,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
-from avdiff.latents import denormalise_latents, normalise_latents
+from avdiff.latents import denormalize_latents, normalize_latents
 from avdiff.models.codecs.mel import LogMel
 
 
@@ -119,7 +119,7 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
 
     @apply_forward_hook
     def mel(self, waveform: Tensor) -> Tensor:
-        """Waveform (B, C, S) in [-1, 1] -> normalised log-mel (B, C, T, mel_bins), T = 4 * ceil(S /
+        """Waveform (B, C, S) in [-1, 1] -> normalized log-mel (B, C, T, mel_bins), T = 4 * ceil(S /
         960).
 
         The end is filled with silence up to a whole token (at least two, which the window of the
@@ -177,7 +177,7 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, latent_channels, L, 1), not normalised -> log-mel (B, C, 4 L, mel_bins)."""
+        """Latents (B, latent_channels, L, 1), not normalized -> log-mel (B, C, 4 L, mel_bins)."""
         x = self.decoder_in(rearrange(z, "b c l 1 -> b l c").to(self.dtype))  # (B, L, D)
         for block in self.decoder_blocks:
             x = block(x)
@@ -201,10 +201,10 @@ class AVAudioVAE(ModelMixin, ConfigMixin, AutoencoderMixin):
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
-    def normalise(self, z: Tensor) -> Tensor:
+    def normalize(self, z: Tensor) -> Tensor:
         """Latents (B, latent_channels, L, 1) -> about zero mean and unit variance per channel."""
-        return normalise_latents(z, self)
+        return normalize_latents(z, self)
 
     def denormalise(self, z: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
-        return denormalise_latents(z, self)
+        """Inverse of `normalize`."""
+        return denormalize_latents(z, self)

@@ -1,4 +1,4 @@
-"""The mel front end that the audio VAE and the vocoder share: waveform -> normalised log-mel, one
+"""The mel front end that the audio VAE and the vocoder share: waveform -> normalized log-mel, one
 frame per hop.
 """
 
@@ -112,7 +112,7 @@ class LogMel(nn.Module):
         with torch.autocast(
             waveform.device.type, enabled=False
         ):  # a level in bf16 is known to 0.4 % only
-            return self.normalise(self.magnitude(waveform) @ self.bank)
+            return self.normalize(self.magnitude(waveform) @ self.bank)
 
     def envelope(self, log_mel: Tensor, iterations: int = 0) -> Tensor:
         """Normalised log-mel (..., n_mels) -> a magnitude spectrum that it may stand for (...,
@@ -135,11 +135,11 @@ class LogMel(nn.Module):
             return magnitude
 
     @staticmethod
-    def normalise(mel: Tensor) -> Tensor:
-        """Mel magnitudes -> normalised log-mel."""
+    def normalize(mel: Tensor) -> Tensor:
+        """Mel magnitudes -> normalized log-mel."""
         return ((mel + LOG_FLOOR).log() - LOG_MEAN) / LOG_STD
 
     @staticmethod
     def amplitude(log_mel: Tensor) -> Tensor:
-        """Inverse of `normalise`: normalised log-mel -> mel magnitudes, at least 0."""
+        """Inverse of `normalize`: normalized log-mel -> mel magnitudes, at least 0."""
         return ((log_mel.float() * LOG_STD + LOG_MEAN).exp() - LOG_FLOOR).clamp_min(0.0)

@@ -3,7 +3,7 @@
 The network is a 2-D convolutional one over *frame pairs*: a pair is folded into channels
 (space-time pixel-unshuffle), so that even the finest convolutions run at a quarter of the picture's
 size. Time enters at the coarsest level only, through causal taps on earlier pairs. Nothing is
-normalised over space or time, so a slice of a clip with the right memory, or a tile with enough
+normalized over space or time, so a slice of a clip with the right memory, or a tile with enough
 margin, gives what the whole gives.
 
 The first frame stands alone: it is treated as the pair (f0, f0), and every further latent covers
@@ -396,7 +396,7 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, 16, 1+k, h, w), not normalised -> video (B, 3, 1+2k, 32h, 32w), about [-1,
+        """Latents (B, 16, 1+k, h, w), not normalized -> video (B, 3, 1+2k, 32h, 32w), about [-1,
         1], not clamped.
 
         Raises:

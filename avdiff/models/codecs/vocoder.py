@@ -67,7 +67,7 @@ class PitchReader(nn.Module):
 
 
 class AVVocoder(ModelMixin, ConfigMixin):
-    """Waveform from a normalised log-mel of `avdiff.models.codecs.mel.LogMel`.
+    """Waveform from a normalized log-mel of `avdiff.models.codecs.mel.LogMel`.
 
     Args:
         sampling_rate: Hz. hop_length: samples per mel frame. n_fft: window of mel and synthesis,

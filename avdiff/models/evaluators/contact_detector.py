@@ -1,4 +1,4 @@
-"""ImpactReader: when does something hit something in a drawn scene, read from pixels alone.
+"""ContactDetector: when does something hit something in a drawn scene, read from pixels alone.
 
 Pictures and their steps from one to the next go through a small convolutional network, each for
 itself; a few convolutions over time then say how near an impact is to the middle of each picture.
@@ -22,7 +22,7 @@ FPS = 25
 SPREAD = 0.8  # pictures: standard deviation of the bump around an impact
 
 
-class ImpactReader(ModelMixin, ConfigMixin):
+class ContactDetector(ModelMixin, ConfigMixin):
     """Bumps around impacts.
 
     Args:
@@ -82,12 +82,12 @@ class ImpactReader(ModelMixin, ConfigMixin):
         return self.head(F.gelu(rearrange(x, "b d f -> b f d")))[..., 0].float()
 
 
-def bumps(impacts: list[float], frames: int) -> Tensor:
+def bumps(contacts: list[float], frames: int) -> Tensor:
     """What the reader should say for impacts in seconds: (F,)."""
     middle = torch.arange(frames) + 0.5
-    if not impacts:
+    if not contacts:
         return torch.zeros(frames)
-    away = (middle[:, None] - torch.tensor(impacts) * FPS) / SPREAD
+    away = (middle[:, None] - torch.tensor(contacts) * FPS) / SPREAD
     return (-0.5 * away.square()).exp().max(dim=1).values
 
 

@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avdiff.models.codecs.mel import LogMel
-from avdiff.models.evaluators.phone_recogniser import SpeechBlock
+from avdiff.models.evaluators.phone_recognizer import SpeechBlock
 
 RATE = 50  # frames a second of both encoders
 POINTS = 20

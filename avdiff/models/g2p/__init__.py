@@ -1,1 +1,1 @@
-"""avdiff/models/g2p"""
+"""Networks of the grapheme-to-phoneme conversion: pronouncer and duration predictor."""

@@ -52,7 +52,7 @@ def drop(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     return F.dropout1d(x.transpose(1, 2), rate, training).transpose(1, 2) if training else x
 
 
-class PronunciationReader(ModelMixin, ConfigMixin):
+class Pronouncer(ModelMixin, ConfigMixin):
     """Spelt words -> phonemes.
 
     Args:
@@ -181,11 +181,11 @@ class PronunciationReader(ModelMixin, ConfigMixin):
         return F.linear(self.to_chunk(torch.cat([state, x], dim=-1)), self.chunk.weight, self.bias)
 
 
-class PhoneTimer(ModelMixin, ConfigMixin):
+class DurationPredictor(ModelMixin, ConfigMixin):
     """How long each phone of a sentence lasts at natural speed.
 
     Args:
-        num_phones, num_marks, num_languages: inventory sizes. dim, num_blocks: width and
+        num_phones, num_stress_tones, num_languages: inventory sizes. dim, num_blocks: width and
             convolution blocks.
     """
 
@@ -193,27 +193,27 @@ class PhoneTimer(ModelMixin, ConfigMixin):
     def __init__(
         self,
         num_phones: int = 128,
-        num_marks: int = 7,
+        num_stress_tones: int = 7,
         num_languages: int = 8,
         dim: int = 64,
         num_blocks: int = 3,
     ) -> None:
         super().__init__()
         self.phone = nn.Embedding(num_phones + 1, dim)  # the last is padding
-        self.mark = nn.Embedding(num_marks, dim)
+        self.mark = nn.Embedding(num_stress_tones, dim)
         self.language = nn.Embedding(num_languages, dim)
         self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(num_blocks))
         self.to_log = nn.Linear(dim, 1)
         nn.init.constant_(self.to_log.bias, -2.5)  # 80 ms
 
     def forward(
-        self, phones: torch.Tensor, marks: torch.Tensor, languages: torch.Tensor
+        self, phones: torch.Tensor, stress_tones: torch.Tensor, languages: torch.Tensor
     ) -> torch.Tensor:
         """Phone ids (B, P) with padding `num_phones`, marks (B, P), languages (B,) -> log seconds
         (B, P).
         """
         mask = (phones != self.config.num_phones)[..., None]
-        x = self.phone(phones) + self.mark(marks) + self.language(languages)[:, None]
+        x = self.phone(phones) + self.mark(stress_tones) + self.language(languages)[:, None]
         for block in self.blocks:
             x = block(x * mask)
         return self.to_log(x)[..., 0]

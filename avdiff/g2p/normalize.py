@@ -48,14 +48,14 @@ _CHARS_PER_WORD_WEIGHT = 0.35
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A word, or a pause: "," short, "." "!" "?" long."""
 
     text: str
     is_word: bool
 
 
-def normalise(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Compatible characters unified, controls and invisible characters dropped, quotes and spaces
     plain.
 
@@ -81,7 +81,7 @@ def detect_language(text: str) -> str:
     if han := set(re.findall(r"[\u3400-\u9fff]", text)):
         japanese, chinese = (set("".join(load_lexicon(x).words)) for x in ("ja", "zh"))
         return "ja" if len(han & japanese - chinese) > len(han & chinese - japanese) else "zh"
-    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", normalise(text).lower())
+    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", normalize_text(text).lower())
     if not words:
         return "en"
     return max(LATIN, key=lambda language: _likelihood(words, text.lower(), language))
@@ -119,21 +119,21 @@ def check_language(language: str | None, text: str) -> str:
     return code
 
 
-def split_text(text: str, language: str) -> list[Piece]:
+def split_text(text: str, language: str) -> list[TextPiece]:
     """Words and pauses in order; numbers spelt out. Japanese and Chinese stay in runs without
     spaces.
     """
-    spelt = spell_numbers(normalise(text), language)
+    spelt = spell_numbers(normalize_text(text), language)
     if language in LATIN:
         spelt = spell_letters(spelt, language)
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     for match in _PIECE.finditer(spelt):
         if match[1]:
             word = match[1].strip("'_")
             if word:
-                pieces.append(Piece(word, True))
+                pieces.append(TextPiece(word, True))
         elif pieces and pieces[-1].is_word:
-            pieces.append(Piece(_PAUSES[match[2]], False))
+            pieces.append(TextPiece(_PAUSES[match[2]], False))
     return pieces
 
 

@@ -1,4 +1,4 @@
-"""PhoneRecogniser: waveform -> log-mel -> which phone is heard, 50 times a second, in eight
+"""PhoneRecognizer: waveform -> log-mel -> which phone is heard, 50 times a second, in eight
 languages at once.
 
 One head serves two losses. It is trained on the phone of every frame, with silence as CTC's blank,
@@ -55,7 +55,7 @@ class SpeechBlock(nn.Module):
         return x + self.gain * self.down(F.gelu(self.up(y)))
 
 
-class PhoneRecogniser(ModelMixin, ConfigMixin):
+class PhoneRecognizer(ModelMixin, ConfigMixin):
     """Phone posteriors of any speech.
 
     Args:
@@ -100,7 +100,7 @@ class PhoneRecogniser(ModelMixin, ConfigMixin):
         return self.config.sample_rate / self.samples_per_frame
 
     def mel(self, waveform: Tensor) -> Tensor:
-        """Waveform (B, S) in [-1, 1] -> normalised log-mel (B, 4 n, M): filled with silence up to
+        """Waveform (B, S) in [-1, 1] -> normalized log-mel (B, 4 n, M): filled with silence up to
         whole 40 ms.
 
         Raises:
