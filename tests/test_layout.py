@@ -121,7 +121,7 @@ def package_errors(root: Path) -> list[str]:
     floor.
     """
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    listed, folders = set(settings["packages"]), settings["package-dir"]
+    listed = set(settings["packages"])
     found = {name for path, name in python_files(root) if path.name == "__init__.py"}
     loose = {
         name.rpartition(".")[0] for path, name in python_files(root) if path.name != "__init__.py"
