@@ -52,7 +52,7 @@ def checked(call: Callable[..., Any]) -> Callable[..., Any]:
     return checked_call
 
 
-def check_call(pipe: Any, values: dict[str, Any]) -> None:
+def check_call(pipe: Any, values: dict[str, Any]) -> None:  # noqa: C901
     """The checks of `checked` on a dict of arguments."""
     for name, most in WHOLE.items():
         value = values[name]

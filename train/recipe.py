@@ -244,7 +244,7 @@ class Recipe:
     export: ExportOptions
     training: FitOptions
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: C901
         """Refuse what cannot work, without loading anything heavy.
 
         Raises:

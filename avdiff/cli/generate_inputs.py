@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from avdiff.cli.main import Wish
 
 
-def conditioning_from_files(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, Any]:
+def conditioning_from_files(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, Any]:  # noqa: C901
     """Picture, sound or film that the user gave, with the length they ask for.
 
     A film keeps its own sound where it is extended or changed, and gets a new one where not.
