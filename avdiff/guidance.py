@@ -1,14 +1,15 @@
 """Guidance for each modality: how several predictions of one step become one.
 
-All of it happens in x0 space and fp32, one formula for each modality (LTX-2's, without its
-spatio-temporal term):
+All of it happens in x0 space and fp32, one formula for each modality, LTX-2's:
 
-    g = c + (w - 1)(c - u) + (m - 1)(c - i),    then    g <- r g std(c)/std(g) + (1 - r) g
+    g = c + (w - 1)(c - u) + s (c - p) + (m - 1)(c - i)
+    g <- r (g std(c)/std(g)) + (1 - r) g
 
 c is the conditional estimate ("cond"), u the one without the text ("no_text"; classifier-free
-guidance, arXiv 2207.12598), i the one whose modalities do not hear each other ("isolated"), r the
-rescale (arXiv 2305.08891 eq. 15-16). A scale of 1 is none and costs no pass; 0 is a value like any
-other.
+guidance, arXiv 2207.12598), p the one whose self-attention is cut in some blocks ("perturbed";
+spatio-temporal guidance, arXiv 2411.18664), i the one whose modalities do not hear each other
+("isolated"), r the rescale (arXiv 2305.08891 eq. 15-16). A scale w or m of 1 is none and costs no
+pass, as is s of 0; any other number is a value, 0 for w and m as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from avdiff.latents import MODALITIES, Joint
 
-PASSES = ("cond", "no_text", "isolated")
+PASSES = ("cond", "no_text", "perturbed", "isolated")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TextGuidance:
     video: float = 1.0
     audio: float = 1.0
     against = "no_text"
+    idle = 1.0  # the scale that changes nothing
 
     def delta(self, modality: str, cond: Tensor, weak: Tensor) -> Tensor:
         """(w - 1)(c - u)."""
@@ -52,10 +54,32 @@ class CrossModalGuidance:
     video: float = 1.0
     audio: float = 1.0
     against = "isolated"
+    idle = 1.0
 
     def delta(self, modality: str, cond: Tensor, weak: Tensor) -> Tensor:
         """(m - 1)(c - i)."""
         return (getattr(self, modality) - 1.0) * (cond - weak)
+
+
+@dataclass(frozen=True)
+class PerturbedGuidance:
+    """Away from the estimate whose self-attention is cut in some blocks, where a network has one.
+
+    Args:
+        video, audio: scale s of each modality; 0 none.
+    """
+
+    video: float = 0.0
+    audio: float = 0.0
+    against = "perturbed"
+    idle = 0.0
+
+    def delta(self, modality: str, cond: Tensor, weak: Tensor) -> Tensor:
+        """s (c - p)."""
+        return getattr(self, modality) * (cond - weak)
+
+
+Term = TextGuidance | PerturbedGuidance | CrossModalGuidance
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ class Rescale:
         dims = tuple(range(1, guided.ndim))
         spread = guided.std(dims, keepdim=True)
         ratio = torch.where(spread > 0, cond.std(dims, keepdim=True) / spread, 1.0)
-        return guided * (share * ratio + (1 - share))
+        return share * (guided * ratio) + (1 - share) * guided  # the reference's order of products
 
 
 @dataclass(frozen=True)
@@ -113,12 +137,14 @@ class Guidance:
         text: scales w. cross: scales m. rescale: r, one number for both modalities or a pair.
             interval: the part of the run that is guided. Pairs may be given as `Joint` (a missing
                 modality is not guided), interval as a tuple.
+            perturbed: scales s of the pass with cut self-attention.
     """
 
     text: TextGuidance
     cross: CrossModalGuidance
     rescale: Rescale
     interval: Interval
+    perturbed: PerturbedGuidance
 
     def __init__(
         self,
@@ -126,11 +152,14 @@ class Guidance:
         cross: CrossModalGuidance | Joint[float] | None = None,
         rescale: Rescale | Joint[float] | float = 0.0,
         interval: Interval | tuple[float, float] = (0.0, 1.0),
+        perturbed: PerturbedGuidance | Joint[float] | None = None,
     ) -> None:
         if isinstance(text, Joint):
             text = TextGuidance(**dict(text.items()))
         if isinstance(cross, Joint):
             cross = CrossModalGuidance(**dict(cross.items()))
+        if isinstance(perturbed, Joint):
+            perturbed = PerturbedGuidance(**dict(perturbed.items()))
         if isinstance(rescale, int | float):
             rescale = Joint(rescale, rescale)
         if isinstance(rescale, Joint):
@@ -142,13 +171,13 @@ class Guidance:
         object.__setattr__(self, "cross", cross or CrossModalGuidance())
         object.__setattr__(self, "rescale", rescale)
         object.__setattr__(self, "interval", interval)
+        object.__setattr__(self, "perturbed", perturbed or PerturbedGuidance())
 
     @property
-    def terms(self) -> tuple[TextGuidance | CrossModalGuidance, ...]:
-        """The guiding terms whose scale is not 1 for both modalities."""
-        return tuple(
-            t for t in (self.text, self.cross) if any(getattr(t, m) != 1.0 for m in MODALITIES)
-        )
+    def terms(self) -> tuple[Term, ...]:
+        """The guiding terms that change something, in the order in which they are added."""
+        ordered: tuple[Term, ...] = (self.text, self.perturbed, self.cross)
+        return tuple(t for t in ordered if any(getattr(t, m) != t.idle for m in MODALITIES))
 
     def only(self, generated: Collection[str], heard: bool = True) -> Guidance:
         """The same guidance without scales that change nothing: of modalities that are given or
@@ -156,8 +185,14 @@ class Guidance:
         is False).
         """
         text = {m: getattr(self.text, m) if m in generated else 1.0 for m in MODALITIES}
+        cut = {m: getattr(self.perturbed, m) if m in generated else 0.0 for m in MODALITIES}
         cross = {m: getattr(self.cross, m) if m in generated and heard else 1.0 for m in MODALITIES}
-        return replace(self, text=TextGuidance(**text), cross=CrossModalGuidance(**cross))
+        return replace(
+            self,
+            text=TextGuidance(**text),
+            cross=CrossModalGuidance(**cross),
+            perturbed=PerturbedGuidance(**cut),
+        )
 
     def passes(self, step_fraction: float | None = None) -> tuple[str, ...]:
         """Names of the network passes that the step at `step_fraction` = index / steps needs,

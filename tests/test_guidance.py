@@ -141,3 +141,21 @@ def test_records_are_frozen_and_compare_by_value():
 def test_refuses_what_does_not_fit(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_perturbed_guidance_adds_its_scaled_difference_and_zero_costs_no_pass() -> None:
+    cond, weak = torch.randn(1, 3, 2), torch.randn(1, 3, 2)
+    guidance = Guidance(perturbed=Joint(1.5, 0.0))
+    assert guidance.passes(0.0) == ("cond", "perturbed")
+    assert Guidance(perturbed=Joint(0.0, 0.0)).passes(0.0) == ("cond",)
+    guided = guidance.combine({"cond": Joint(cond, cond), "perturbed": Joint(weak, weak)})
+    assert torch.equal(guided.video, cond + 1.5 * (cond - weak))
+    assert torch.equal(guided.audio, cond)
+    assert guidance.only({"audio"}).passes(0.0) == ("cond",)
+
+
+def test_rescale_multiplies_in_the_reference_order() -> None:
+    guided, cond = torch.randn(2, 30, 16), torch.randn(2, 30, 16)
+    ratio = cond.std((1, 2), keepdim=True) / guided.std((1, 2), keepdim=True)
+    expected = 0.7 * (guided * ratio) + (1 - 0.7) * guided
+    assert torch.equal(Rescale(0.7, 0.7).apply("video", guided, cond), expected)
