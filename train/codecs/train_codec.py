@@ -24,7 +24,7 @@ from avdiff.corpus.events.scene import sample_event
 from avdiff.corpus.events.sound import event_audio
 from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.models.codecs.audio_vae import AVAudioVAE
-from avdiff.models.codecs.video_vae import AVVideoVAE
+from avdiff.models.codecs.video_vae import AVVideoVAE, enlarge_decoder
 from avdiff.models.codecs.vocoder import AVVocoder
 from avdiff.train.codecs.audio_tasks import (
     AudioVAETask,
@@ -73,6 +73,10 @@ class CodecOptions:
     """Video only: clips drawn once into a store before training starts."""
     clip_frames: int = 7
     """Video only: frames of a stored clip."""
+    decoder_scale: int = 1
+    """Video only: how many times larger than the encoder's the decoder's pictures are, 1, 2 or 4;
+    `size` is what the decoder makes.
+    """
     decoder_only: bool = False
     """Video only: train the decoder alone; latents, and models that were trained on them, stay
     good.
@@ -187,6 +191,8 @@ def _video(recipe: CodecRecipe) -> Task:
 
 def _video_task(o: CodecOptions, train: FrameStore, val: FrameStore) -> Task:
     vae = AVVideoVAE.from_pretrained(o.start_from) if o.start_from else AVVideoVAE()
+    if o.decoder_scale > vae.config.decoder_scale:
+        vae = enlarge_decoder(vae, o.decoder_scale // vae.config.decoder_scale)
     return PresenterVideoTask(
         vae, train, val, o.mouth_weight, latent_noise=o.latent_noise, decoder_only=o.decoder_only
     )

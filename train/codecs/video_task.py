@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -191,7 +192,11 @@ class VideoVAETask(Task):
         weight = self.weights(batch)
         size = video.shape[0]
         moments = self.model.encoder(
-            video.flatten(0, 1).contiguous(memory_format=torch.channels_last), size, {}
+            encoder_view(video.flatten(0, 1), self.model).contiguous(
+                memory_format=torch.channels_last
+            ),
+            size,
+            {},
         ).float()
         mean, logvar = moments.chunk(2, dim=1)  # (B*T, 16, h, w)
         logvar = logvar.clamp(-10, 4)
@@ -280,6 +285,17 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
+def encoder_view(pictures: Tensor, model: AVVideoVAE) -> Tensor:
+    """Pictures (..., H, W) at the decoder's size -> (..., H / scale, W / scale), as the encoder
+    reads them: means of squares, which is how a smaller drawing looks.
+    """
+    scale = model.config.decoder_scale
+    if scale == 1:
+        return pictures
+    small = F.avg_pool2d(pictures.reshape(-1, *pictures.shape[-3:]), scale)
+    return small.view(*pictures.shape[:-2], *small.shape[-2:])
+
+
 def _mean_size(x: Tensor) -> Tensor:
     """Mean absolute value, summed in fp32."""
     return torch.linalg.vector_norm(x, ord=1, dtype=torch.float32) / x.numel()
@@ -308,7 +324,7 @@ def round_trip_metrics(
             model.device
         )
         with torch.autocast(x.device.type, torch.bfloat16):
-            z = model.encode(x).latent_dist.mode().float()
+            z = model.encode(encoder_view(x, model)).latent_dist.mode().float()
             spread = z.std(dim=(0, 2, 3, 4), keepdim=True)
             noisy = z + noise * spread * torch.randn(
                 z.shape, generator=torch.Generator().manual_seed(index)

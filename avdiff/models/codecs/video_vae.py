@@ -201,6 +201,7 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_channels, decoder_layers: the same from 1/32 to 1/head_patch.
         stem_patch, head_patch: pixels folded into channels ahead of the encoder and after the
             decoder.
+        decoder_scale: how many times larger than the encoder's the decoder's pictures are.
         norm_levels: how many of the coarsest levels carry a norm. time_taps: pairs a temporal block
             sees.
 
@@ -227,17 +228,22 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         time_taps: int = 3,
         spatial_compression_ratio: int = 32,
         temporal_compression_ratio: int = 2,
+        decoder_scale: int = 1,
     ) -> None:
         super().__init__()
-        for name, patch, levels in (
-            ("stem_patch", stem_patch, len(encoder_channels)),
-            ("head_patch", head_patch, len(decoder_channels)),
+        for name, patch, levels, ratio in (
+            ("stem_patch", stem_patch, len(encoder_channels), spatial_compression_ratio),
+            (
+                "head_patch",
+                head_patch,
+                len(decoder_channels),
+                spatial_compression_ratio * decoder_scale,
+            ),
         ):
-            if patch * 2 ** (levels - 1) != spatial_compression_ratio:
-                fits = spatial_compression_ratio // 2 ** (levels - 1)
+            if patch * 2 ** (levels - 1) != ratio:
+                fits = ratio // 2 ** (levels - 1)
                 raise ValueError(
-                    f"{name}={patch}: {levels} levels and a ratio of {spatial_compression_ratio} "
-                    f"need {fits}"
+                    f"{name}={patch}: {levels} levels and a ratio of {ratio} need {fits}"
                 )
         if temporal_compression_ratio != 2:
             raise ValueError(
@@ -396,8 +402,8 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, 16, 1+k, h, w), not normalized -> video (B, 3, 1+2k, 32h, 32w), about [-1,
-        1], not clamped.
+        """Latents (B, 16, 1+k, h, w), not normalized -> video (B, 3, 1+2k, 32h, 32w) times
+        `decoder_scale`, about [-1, 1], not clamped.
 
         Raises:
             ValueError: not five axes, or another number of channels.
@@ -428,7 +434,7 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _decode_any(self, z: Tensor) -> Tensor:
         ratio = self.spatial_compression_ratio
         if self._needs_tiles(z.shape[-2] * ratio, z.shape[-1] * ratio):
-            return self._tiled(self._decode_clip, z, 1, ratio)
+            return self._tiled(self._decode_clip, z, 1, ratio * self.config.decoder_scale)
         return self._decode_clip(z)
 
     def _over_batch(self, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -450,6 +456,28 @@ class AVVideoVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for name, size in (("height", x.shape[3]), ("width", x.shape[4])):
             if size < ratio or size % ratio:
                 raise ValueError(f"{name}={size}: needs a multiple of {ratio}")
+
+
+def enlarge_decoder(vae: AVVideoVAE, scale: int = 2, channels: int = 32) -> AVVideoVAE:
+    """The same encoder and latents with a decoder for pictures `scale` times as large, 2 or 4.
+
+    The decoder gets one finer level of `channels` for each doubling; what both decoders have is
+    copied, what is new starts random and needs training.
+    """
+    if scale not in (2, 4):
+        raise ValueError(f"scale={scale}: needs 2 or 4")
+    config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+    finer = (scale // 2).bit_length()
+    config["decoder_channels"] = (*vae.config.decoder_channels, *(channels,) * finer)
+    config["decoder_layers"] = (*vae.config.decoder_layers, *(1,) * finer)
+    config["decoder_scale"] = vae.config.decoder_scale * scale
+    enlarged = AVVideoVAE(**config)
+    own = enlarged.state_dict()
+    for name, value in vae.state_dict().items():
+        if name in own and own[name].shape == value.shape:
+            own[name] = value
+    enlarged.load_state_dict(own)
+    return enlarged
 
 
 def _tile_starts(length: int, size: int, stride: int) -> list[int]:
