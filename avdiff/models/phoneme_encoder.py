@@ -74,8 +74,11 @@ class PhonemeEncoder(nn.Module):
         x = x + self.stress_tone(same_device(self.stress_tone.weight, track.stress_tones))
         track = track.to(x.device)
         positions = positions.to(x.device)
+        # Beyond its end a row shows the convolutions zeros, as their own padding would: a clip
+        # sounds the same whatever its neighbours in a batch say.
+        filled = ~track.own_phonemes()[..., None]
         for block in self.blocks:
-            x = block(x)
+            x = block(x.masked_fill(filled, 0))
         seconds = positions.audio[:, 0]
         per_token = self._on_clock(x, track.frames, track.present)  # (B, N_a, mels * (D + 2))
         shared = overlap_matrix(positions.shared[:, 0], seconds).to(x) @ per_token
@@ -106,25 +109,21 @@ class PhonemeEncoder(nn.Module):
     ) -> torch.Tensor:
         """Gather phoneme features (B, P, D) by mel frame (B, M) and group them by audio token."""
         features = x.gather(1, frames[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
-        features = torch.cat([features, phase_in_phoneme(frames).to(features.dtype)], dim=-1)
+        phase = phase_in_phoneme(frames, x.shape[1])
+        features = torch.cat([features, phase.to(features.dtype)], dim=-1)
         features = features * present[:, None, None].to(features.dtype)
         return rearrange(features, "b (n m) d -> b n (m d)", m=self.mels_per_token)
 
 
-def phase_in_phoneme(frames: torch.Tensor) -> torch.Tensor:
-    """(B, M) phoneme index of each frame -> (B, M, 2): place within the phoneme in (0, 1), log2 of
-    its frames / 4.
+def phase_in_phoneme(frames: torch.Tensor, num_phonemes: int) -> torch.Tensor:
+    """(B, M) phoneme index below `num_phonemes` of each frame -> (B, M, 2): place within the
+    phoneme in (0, 1), log2 of its frames / 4.
     """
     batch, count = frames.shape
     order = torch.arange(count, device=frames.device).expand(batch, -1)
-    lengths = (
-        torch.zeros_like(frames)
-        .scatter_add(1, frames, torch.ones_like(frames))
-        .gather(1, frames)
-        .float()
-    )
-    first = (
-        torch.full_like(frames, count).scatter_reduce(1, frames, order, "amin").gather(1, frames)
-    )
+    none = frames.new_zeros(batch, num_phonemes)
+    lengths = none.scatter_add(1, frames, torch.ones_like(frames)).gather(1, frames).float()
+    latest = torch.full_like(none, count)
+    first = latest.scatter_reduce(1, frames, order, "amin").gather(1, frames)
     place = (order - first + 0.5) / lengths
     return torch.stack([place, lengths.log2() / 4], dim=-1)

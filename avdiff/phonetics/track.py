@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from avdiff.clip import ClipSpec
 from avdiff.phonetics.phone import SILENCE, Phone, phone_id
@@ -18,12 +18,14 @@ class PhonemeTrack:
     """Spoken words on the clock.
 
     Args:
-        phonemes: (B, P) inventory ids, 0 is silence. marks: (B, P) stress and tone marks, 0 is
-            none.
+        phonemes: (B, P) inventory ids, 0 is silence.
+        stress_tones: (B, P) stress and tone marks, 0 is none.
         frames: (B, M) which phoneme sounds in each mel frame, an index into P.
-        video_frames: as `frames` for the video branch, warped or not; None keeps the script from
-            the video branch.
         present: (B,) bool, False where a sample has no script (sounds, or text dropout).
+        video_frame_to_phone: as `frames` for the video branch, warped or not; None keeps the
+            script from the video branch.
+        phoneme_mask: (B, P) bool, True for a row's own phonemes (its trailing silence among them),
+            False where it is only filled up to its neighbours' length; None where all are its own.
     """
 
     phonemes: torch.Tensor
@@ -31,6 +33,13 @@ class PhonemeTrack:
     frames: torch.Tensor
     present: torch.Tensor
     video_frame_to_phone: torch.Tensor | None = None
+    phoneme_mask: torch.Tensor | None = None
+
+    def own_phonemes(self) -> torch.Tensor:
+        """(B, P) bool: `phoneme_mask`, spelled out."""
+        if self.phoneme_mask is None:
+            return torch.ones_like(self.phonemes, dtype=torch.bool)
+        return self.phoneme_mask
 
     def to(self, device: torch.device | str) -> PhonemeTrack:
         """Copy on another device."""
@@ -48,14 +57,32 @@ class PhonemeTrack:
         return replace(self, present=torch.zeros_like(self.present))
 
     @staticmethod
-    def cat(tracks: list[PhonemeTrack]) -> PhonemeTrack:
-        """Join batches that share P and M."""
+    def cat(tracks: Sequence[PhonemeTrack]) -> PhonemeTrack:
+        """Join batches of clips with one number M of mel frames; rows with fewer phonemes are
+        filled up.
 
-        def join(name: str) -> Any:
-            values = [getattr(s, name) for s in tracks]
-            return None if values[0] is None else torch.cat(values)
+        Raises:
+            ValueError: the video branch has a script in some of the batches only.
+        """
+        width = max(track.phonemes.shape[1] for track in tracks)
 
-        return PhonemeTrack(*(join(f.name) for f in fields(PhonemeTrack)))
+        def filled(x: torch.Tensor) -> torch.Tensor:
+            return F.pad(x, (0, width - x.shape[1]))
+
+        seen = [t.video_frame_to_phone for t in tracks if t.video_frame_to_phone is not None]
+        if len(seen) not in (0, len(tracks)):
+            raise ValueError(
+                f"video_frame_to_phone: given in {len(seen)} of {len(tracks)} batches; needs all "
+                "or none"
+            )
+        return PhonemeTrack(
+            phonemes=torch.cat([filled(t.phonemes) for t in tracks]),
+            stress_tones=torch.cat([filled(t.stress_tones) for t in tracks]),
+            frames=torch.cat([t.frames for t in tracks]),
+            present=torch.cat([t.present for t in tracks]),
+            video_frame_to_phone=torch.cat(seen) if seen else None,
+            phoneme_mask=torch.cat([filled(t.own_phonemes()) for t in tracks]),
+        )
 
 
 def track_from_phones(
@@ -82,11 +109,13 @@ def track_from_phones(
     width = max(len(row) for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     stress_tones = np.zeros_like(ids)
+    own = np.zeros(ids.shape, dtype=bool)
     frames = []
     video = []
     for i, row in enumerate(rows):
         ids[i, : len(row)] = [phone_id(p.symbol) for p in row]
         stress_tones[i, : len(row)] = [p.stress_tone for p in row]
+        own[i, : len(row)] = True
         starts = np.array([p.start for p in row])
         frames.append(_index_at(starts, middles))
         video.append(
@@ -106,6 +135,7 @@ def track_from_phones(
         sounding,
         torch.tensor([len(p) > 0 for p in phones]),
         seen,
+        torch.from_numpy(own),
     )
 
 
