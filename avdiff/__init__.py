@@ -37,6 +37,7 @@ _HOME = {
     "PromptDomain": "avdiff.models.prompt_domain",
     "Pronouncer": "avdiff.models.g2p.networks",
     "Retake": "avdiff.pipelines.conditioning",
+    "load": "avdiff.families",
     "read_clip": "avdiff.media.write",
     "streams": "avdiff.pipelines.streaming",
     "write_clip": "avdiff.media.write",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin as SchedulerMixin
 
     from avdiff.clip import ClipSpec as ClipSpec
+    from avdiff.families import load as load
     from avdiff.guidance import Guidance as Guidance
     from avdiff.latents import Joint as Joint
     from avdiff.latents import JointLatents as JointLatents
