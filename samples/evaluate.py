@@ -81,7 +81,7 @@ def measure(
     clips: Clips,
     store: Path,
     evaluators: suite.Evaluators,
-    mark: str,
+    fingerprint: str,
     mos: bool,
     tick: Callable[[int], None],
 ) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def measure(
     store.parent.mkdir(parents=True, exist_ok=True)
     with store.open("a", encoding="utf8") as file:
         for path, prompt in clips:
-            key = f"{path.name} {path.stat().st_mtime_ns} {mark}"
+            key = f"{path.name} {path.stat().st_mtime_ns} {fingerprint}"
             if key not in known:
                 row = suite.measure_file(path, prompt, evaluators, mos) | {"id": path.stem}
                 file.write(json.dumps({"key": key, "row": _plain(row)}, ensure_ascii=False) + "\n")
@@ -148,10 +148,10 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
         "--cross-guidance", type=float, help="cross-modal guidance of both modalities"
     )
     parser.add_argument(
-        "--bank", help="speech bank of the ceilings; default $AVDIFF_BANK, else the mini-bank"
+        "--bank", help="speech bank of the oracles; default $AVDIFF_BANK, else the mini-bank"
     )
     parser.add_argument("--evaluators", help="folder with other evaluators than the bundled ones")
-    parser.add_argument("--no-ceilings", action="store_true", help="the model alone")
+    parser.add_argument("--no-oracles", action="store_true", help="the model alone")
     parser.add_argument(
         "--mos", action="store_true", help="predicted opinion scores too (needs speechmos)"
     )
@@ -173,7 +173,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
     }
     pipe = AVDiffPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    mark = " ".join(value for key, value in facts.items() if key.endswith("weights"))
+    fingerprint = " ".join(value for key, value in facts.items() if key.endswith("weights"))
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.description}")
     began = time.time()
     with Progress(*columns) as progress:
@@ -193,7 +193,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
                 **options_of(args),
             )
         }
-        if not args.no_ceilings:
+        if not args.no_oracles:
             bank = SpeechCorpus(args.bank, decoded=True)
             clips["codec"] = make_oracle(
                 prompts, args.folder / "codec", bank, stage("codec", len(prompts)), pipe
@@ -206,7 +206,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
                 members,
                 args.folder / f"rows-{name}.jsonl",
                 evaluators,
-                mark,
+                fingerprint,
                 args.mos,
                 stage(f"measure {name}", len(members)),
             )
@@ -224,7 +224,7 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, Any]:
             html=page,
             rank="mouth_r",
             title="Held-out prompts",
-            tables=[("Marks", *table.cells())] if page else (),
+            tables=[("Metrics", *table.cells())] if page else (),
         )
     write_text(
         args.folder / "table.json",

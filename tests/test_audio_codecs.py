@@ -1,4 +1,4 @@
-"""Audio VAE, mel front end, vocoder, their training tasks and the metrics that evaluator them."""
+"""Audio VAE, mel front end, vocoder, their training tasks and the metrics that measure them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arms with links cut, the suite on files, the marks, generation in batches and the command line:
+"""Arms with links cut, the suite on files, the metrics, generation in batches and the command line:
 tiny real parts.
 """
 
@@ -18,7 +18,7 @@ from avdiff.cli import evaluate_all as cli_eval_all
 from avdiff.corpus.speech.read import REPO_BANK, SpeechCorpus
 from avdiff.data.heldout import Prompt, load_prompts
 from avdiff.evaluation import coupling, suite
-from avdiff.evaluation import oracle as ceiling
+from avdiff.evaluation import oracle as oracle
 from avdiff.evaluation.metrics import table as metrics
 from avdiff.evaluation.report.report import read_report
 from avdiff.guidance import Guidance
@@ -189,22 +189,22 @@ def test_prompts_become_files_once(tmp_path: Path) -> None:
     batch.generate_prompts(pipe, prompts, tmp_path, 2, 2, num_inference_steps=1)
     assert read_clip(first).frames.shape == clip.frames.shape  # type: ignore[union-attr]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items() if path != first)
-    assert suite.find_wish(first, prompts) == made[0][1]
-    assert suite.find_wish("other.mp4", prompts) is None
+    assert suite.find_prompt(first, prompts) == made[0][1]
+    assert suite.find_prompt("other.mp4", prompts) is None
 
 
-def test_ceiling_clips_are_the_corpus_and_survive_the_codecs() -> None:
+def test_oracle_clips_are_the_corpus_and_survive_the_codecs() -> None:
     bank = SpeechCorpus(REPO_BANK, languages=["en"])
     speaking, _, event = wishes(bank)
-    clip = ceiling.truth_clip(speaking, bank)
+    clip = oracle.truth_clip(speaking, bank)
     assert clip is not None and clip.frames is not None and clip.audio is not None
     assert clip.frames.shape[1:] == (128, 128, 3) and len(clip.frames) % 2 == 1
     assert clip.audio.shape[-1] == round(len(clip.frames) / 25 * 24000)
-    told = ceiling.presenter_of(speaking).attributes()
+    told = oracle.presenter_of(speaking).attributes()
     assert {k: told[k] for k in speaking.attributes} == speaking.attributes
-    scene = ceiling.event_of(event)
+    scene = oracle.event_of(event)
     assert len(scene.contacts) == event.contacts and scene.kind == event.attributes["event"]
-    assert ceiling.truth_clip(load_prompts(kinds=["digits"])[0], bank) is None
+    assert oracle.truth_clip(load_prompts(kinds=["digits"])[0], bank) is None
     coded = batch.round_trip(tiny_pipeline(), clip)
     assert (
         coded.frames is not None
@@ -217,15 +217,15 @@ def test_ceiling_clips_are_the_corpus_and_survive_the_codecs() -> None:
 def test_every_clip_gets_a_row_and_a_status(tmp_path: Path) -> None:
     bank = SpeechCorpus(REPO_BANK, languages=["en"])
     speaking, _, event = wishes(bank)
-    clip, scene = ceiling.truth_clip(speaking, bank), ceiling.truth_clip(event, bank)
+    clip, scene = oracle.truth_clip(speaking, bank), oracle.truth_clip(event, bank)
     assert clip is not None and scene is not None
     row = suite.measure_clip(clip, speaking, evaluators())
     assert row["status"] == "ok" or row["status"] == "no_speech"
-    assert {"phones", "phone_errors", "attributes_told", "peak", "background_difference"} <= set(
+    assert {"phones", "phone_errors", "attributes_stated", "peak", "background_difference"} <= set(
         row
     )
     heard = suite.measure_clip(scene, event, evaluators())
-    assert {"event_onsets", "event_hits", "count_heard_right"} <= set(heard)
+    assert {"event_onsets", "event_hits", "count_sound_right"} <= set(heard)
     assert (
         suite.measure_clip(Clip(None, clip.audio, None, 24000), speaking, evaluators())["status"]
         == "no_picture"
@@ -240,8 +240,8 @@ def test_every_clip_gets_a_row_and_a_status(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"no film")
     broken = suite.measure_file(tmp_path / "bad.mp4", None, evaluators())
     assert broken["status"] == "error" and broken["error"]
-    for wish, made in ((speaking, clip), (event, scene)):
-        assert 0 <= suite.score(made, wish, evaluators()) <= 1
+    for prompt, made in ((speaking, clip), (event, scene)):
+        assert 0 <= suite.score(made, prompt, evaluators()) <= 1
 
 
 def test_marks_stand_side_by_side() -> None:
@@ -277,7 +277,7 @@ def test_marks_stand_side_by_side() -> None:
     assert "model" not in table.metrics["lip offset within 1 frame"]  # nothing was measured there
     assert json.loads(json.dumps(table.record()))["hat right"]["corpus"]["mean"] == 1
     head, rows = table.cells()
-    assert head == ["mark", "model", "corpus", "best"] and all(len(row) == 4 for row in rows)
+    assert head == ["metric", "model", "corpus", "best"] and all(len(row) == 4 for row in rows)
     metrics.print_metrics(table)
 
 

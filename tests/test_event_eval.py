@@ -1,4 +1,4 @@
-"""Onsets heard, impacts seen, and how they meet, on drawn events with exact truth."""
+"""Onsets heard, contacts seen, and how they meet, on drawn events with exact truth."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_a_late_sound_is_a_positive_lag_and_misses(late: float) -> None:
         bad = Clip(pictures(index), moved[None], Fraction(25), RATE)
         truth, found = (ev.events(clip, len(scenes()[index].contacts)) for clip in (good, bad))
         assert truth["event_hits"] == truth["event_onsets"] == len(scenes()[index].contacts)
-        assert truth["count_heard_right"] and truth["count_seen_right"]
+        assert truth["count_sound_right"] and truth["count_picture_right"]
         assert found["event_hits"] == 0
-        assert found["impact_lag_ms"] == pytest.approx(1000 * late, abs=25)
+        assert found["contact_lag_ms"] == pytest.approx(1000 * late, abs=25)
         assert ev.score(good, len(scenes()[index].contacts)) == 1.0
         assert ev.score(bad) == 0.0
 
@@ -107,9 +107,9 @@ def test_still_pictures_have_no_impact_and_missing_parts_are_named() -> None:
     still = np.repeat(pictures(0)[:1], 40, axis=0)
     found = ev.events(Clip(still, sound(0)[None], Fraction(25), RATE), 3)
     assert (
-        found["event_impacts"] == 0
+        found["event_contacts"] == 0
         and found["event_hits"] == 0
-        and math.isnan(found["impact_lag_ms"])
+        and math.isnan(found["contact_lag_ms"])
     )
     with pytest.raises(ValueError, match="needs both"):
         ev.events(Clip(None, sound(0)[None], None, RATE))

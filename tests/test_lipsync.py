@@ -369,28 +369,26 @@ def test_planted_shifts_are_recovered_and_swaps_told_apart() -> None:
         LipSync(faces=Known(as_track(clip)), backend=backend).measure(blank(clip))
         for clip in spoken()[1:]
     ]
-    stress_tones = recovery([shift_clip(clip, backend) for clip in faces])
+    metrics = recovery([shift_clip(clip, backend) for clip in faces])
     assert (
-        stress_tones["absolute_1"].mean == stress_tones["relative_1"].mean == 1.0
-        and stress_tones["absolute_1"].n == 3
+        metrics["absolute_1"].mean == metrics["relative_1"].mean == 1.0
+        and metrics["absolute_1"].n == 3
     )
-    assert set(stress_tones["by_shift"]) == set(SHIFTS)
+    assert set(metrics["by_shift"]) == set(SHIFTS)
     assert swap_auc(faces, evaluator().backend)["auc_zero"].mean > 0.9
     with pytest.raises(ValueError, match="needs at least 2"):
         swap_auc(faces[:1], evaluator().backend)
 
 
 def test_recovery_counts_by_hand() -> None:
-    stress_tones = recovery(
+    metrics = recovery(
         [[-2.0, 1.0, 4.2], [-3.0, 0.0, None]], shifts=(-3, 0, 3)
     )  # off by (1, 1, 1.2) and (0, 0, -)
-    assert stress_tones["absolute_1"].mean == pytest.approx(4 / 6) and stress_tones[
+    assert metrics["absolute_1"].mean == pytest.approx(4 / 6) and metrics[
         "absolute_2"
     ].mean == pytest.approx(5 / 6)
-    assert (
-        stress_tones["relative_1"].mean == pytest.approx(3 / 4) and stress_tones["zero_1"].mean == 1
-    )
-    assert stress_tones["by_shift"][3] == (0.0, 0.5)
+    assert metrics["relative_1"].mean == pytest.approx(3 / 4) and metrics["zero_1"].mean == 1
+    assert metrics["by_shift"][3] == (0.0, 0.5)
     with pytest.raises(ValueError, match="needs 0 among them"):
         recovery([[1.0]], shifts=(1,))
     late = shifted(np.arange(1, 6, dtype=np.float32), 1000, 2.0)
@@ -422,7 +420,7 @@ def test_backends_are_named() -> None:
 
 
 def test_bench_on_presenters(tmp_path: Path) -> None:
-    stress_tones = bench(
+    metrics = bench(
         [
             "--clips",
             "2",
@@ -435,9 +433,9 @@ def test_bench_on_presenters(tmp_path: Path) -> None:
         ]
     )
     assert (
-        stress_tones["status"] == {"ok": 2}
-        and stress_tones["absolute_1"].mean >= 0.85
-        and stress_tones["times_real_time"] > 0
+        metrics["status"] == {"ok": 2}
+        and metrics["absolute_1"].mean >= 0.85
+        and metrics["times_real_time"] > 0
     )
     assert (tmp_path / "m.json").is_file()
     (tmp_path / "empty").mkdir()

@@ -119,7 +119,9 @@ def test_noise_and_silence_have_no_pitch() -> None:
 def test_gender_by_pitch_agrees_with_the_bank() -> None:
     members = list(bank())[:40]
     right = [
-        attribute_accuracy.gender_of_voice(clip_of(bank().audio(u)), u.gender).get("voice_as_told")
+        attribute_accuracy.gender_of_voice(clip_of(bank().audio(u)), u.gender).get(
+            "voice_as_stated"
+        )
         for u in members
     ]
     known = [value for value in right if value is not None]

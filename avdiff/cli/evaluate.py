@@ -67,7 +67,7 @@ def lipsync(
         typer.Option(
             help="lip_network, syncnet for LSE-C and LSE-D, or synchformer for DeSync (both need "
             "--weights). "
-            "Never compare numbers of two backends. Synchformer evaluators whole pictures and any "
+            "Never compare numbers of two backends. Synchformer compares whole pictures and any "
             "sound of 4.8 s or more, in steps of 200 ms, which are too coarse for lips."
         ),
     ] = "lip_network",

@@ -82,7 +82,7 @@ def _all(arguments: list[str]) -> int:
         else suite.Evaluators.bundled()
     )
     rows = [
-        suite.measure_file(file, suite.find_wish(file, prompts), by, options.mos)
+        suite.measure_file(file, suite.find_prompt(file, prompts), by, options.mos)
         for file in track(files, "measuring", transient=True)
     ]
     for row in rows:

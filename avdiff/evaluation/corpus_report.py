@@ -1,6 +1,6 @@
 """How exact the corpus is: `python -m avdiff.evaluation.corpus_report --count 300 --bank BANK`.
 
-Mouths and impacts are read off the pixels, onsets and phone times off the sound: never from the
+Mouths and contacts are read off the pixels, onsets and phone times off the sound: never from the
 truth they are compared with.
 """
 
@@ -168,7 +168,7 @@ def presenter(corpus: PresenterCorpus, item: dict[str, Any]) -> Identity:
 
 
 def _onset_errors(item: dict[str, Any]) -> list[float]:
-    """Heard minus true time of each impact, in seconds."""
+    """Heard minus true time of each contact, in seconds."""
     from avdiff.evaluation.metrics.audio import onset_seconds
 
     sound = item["audio"][0].numpy()
@@ -177,8 +177,8 @@ def _onset_errors(item: dict[str, Any]) -> list[float]:
 
 
 def _contacts_seen(item: dict[str, Any]) -> list[bool]:
-    """Whether each impact is seen in the pixels within half a frame; [] without the impact reader's
-    weights.
+    """Whether each contact is seen in the pixels within half a frame; [] without weights of the
+    contact detector.
     """
     from avdiff.evaluation.metrics.events import load_reader, match, visual_contacts
 
@@ -230,7 +230,7 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
     shifts = np.array(list(report.voices.values()) or [np.nan])
     worst = max(report.voices, key=lambda v: abs(report.voices[v]), default="none")
 
-    def told(value: float | None, form: str = ".4f") -> str:
+    def cell(value: float | None, form: str = ".4f") -> str:
         return "-" if value is None else format(value, form)
 
     return [
@@ -239,13 +239,13 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
             f"{report.clips} ({report.speech_clips}), {report.seconds_of_clips:.0f} s",
             "",
         ),
-        ("mouth in the pixels against truth, r", told(report.mouth_r), "0.98"),
-        ("  worst clip", told(report.mouth_r_lowest), ""),
-        ("  best lag, frames", told(report.mouth_best_lag, "d"), "0"),
-        (f"bilabials closed, of {report.bilabials}", told(report.bilabials_closed), "0.98"),
-        (f"event onsets within 5 ms, of {report.contacts}", told(report.onset_within_5ms), "1.0"),
-        ("  worst, ms", told(report.onset_worst_ms, ".1f"), "5"),
-        ("  impacts seen within half a frame", told(report.contacts_seen), "0.98"),
+        ("mouth in the pixels against truth, r", cell(report.mouth_r), "0.98"),
+        ("  worst clip", cell(report.mouth_r_lowest), ""),
+        ("  best lag, frames", cell(report.mouth_best_lag, "d"), "0"),
+        (f"bilabials closed, of {report.bilabials}", cell(report.bilabials_closed), "0.98"),
+        (f"event onsets within 5 ms, of {report.contacts}", cell(report.onset_within_5ms), "1.0"),
+        ("  worst, ms", cell(report.onset_worst_ms, ".1f"), "5"),
+        ("  contacts seen within half a frame", cell(report.contacts_seen), "0.98"),
         (
             f"phone labels against sound, {len(report.voices)} voices, mean shift, ms",
             f"{shifts.mean():+.1f}",
@@ -254,10 +254,10 @@ def rows(report: CorpusReport) -> list[tuple[str, str, str]]:
         (f"  worst voice ({worst}), ms", f"{shifts[np.abs(shifts).argmax()]:+.1f}", "10"),
         (
             f"digit word errors, {report.digit_strings} strings",
-            told(report.digit_wer, ".3f"),
+            cell(report.digit_wer, ".3f"),
             "0.05",
         ),
-        ("clips a CPU second", told(report.clips_per_cpu_second, ".1f"), "8 (2.5 s clips)"),
+        ("clips a CPU second", cell(report.clips_per_cpu_second, ".1f"), "8 (2.5 s clips)"),
     ]
 
 

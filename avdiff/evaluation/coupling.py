@@ -46,7 +46,7 @@ def swapped(clips: Sequence[Clip]) -> list[Clip]:
 
 
 def arm_rows(clips: Mapping[str, Clip], by: Evaluators) -> list[dict[str, Any]]:
-    """Known-truth rows of an arm: clip name -> clip."""
+    """Visual-speech rows of an arm: clip name -> clip."""
     rows = []
     for name, clip in clips.items():
         row: dict[str, Any] = {"id": name, "status": "ok", "error": ""}
@@ -121,7 +121,7 @@ def print_couplings(found: Sequence[Coupling]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("arm", "lips against heard phones, r", "less than whole by", "clips")
+    table = Table("arm", "lips against recognized phones, r", "less than whole by", "clips")
     for one in found:
         d = one.difference.difference if one.difference else None
         less = "" if d is None else f"{-d.mean:.3f} \\[{-d.high:.3f}, {-d.low:.3f}]"

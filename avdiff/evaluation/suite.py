@@ -1,8 +1,8 @@
-"""All measures of one clip in one row: `measure_file("a.mp4", wish)`; each picture is read and each
-sound heard once.
+"""All measures of one clip in one row: `measure_file("a.mp4", prompt)`; pictures and sound are
+read once.
 
 What a clip was asked to show and say is a held-out `Prompt`, or nothing: then only what needs no
-wish is measured.
+prompt is measured.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def header(folder: str | Path | None = None) -> dict[str, str]:
 
 
 def measure_clip(
-    clip: Clip, wish: Prompt | None = None, by: Evaluators | None = None, mos: bool = False
+    clip: Clip, prompt: Prompt | None = None, by: Evaluators | None = None, mos: bool = False
 ) -> dict[str, Any]:
-    """Every measure that the clip and the wish allow, as one flat dict without `file`.
+    """Every measure that the clip and the prompt allow, as one flat dict without `file`.
 
     `status` is ok, no_face, no_speech, no_picture or no_sound: what a speaking clip lacks; an event
     lacks nothing but picture or sound.
@@ -87,7 +87,7 @@ def measure_clip(
     row: dict[str, Any] = {"status": "ok", "error": ""}
     if clip.audio is not None and clip.audio.size:
         row |= speech.voice(clip)
-        if wish is not None and wish.kind == "event":
+        if prompt is not None and prompt.kind == "event":
             del row["pitch_hz"], row["voice_gender"]
         if mos:
             row |= speech.predicted_mos(clip)
@@ -97,15 +97,17 @@ def measure_clip(
         row |= {"seconds": len(clip.frames) / float(clip.fps), "fps": float(clip.fps)}
     if clip.audio is None or not clip.audio.size:
         row["status"] = "no_sound" if row["status"] == "ok" else "error"
-    if wish is not None and wish.kind == "event":
+    if prompt is not None and prompt.kind == "event":
         return row | (
-            events.events(clip, wish.contacts, by.contact_detector) if row["status"] == "ok" else {}
+            events.events(clip, prompt.contacts, by.contact_detector)
+            if row["status"] == "ok"
+            else {}
         )
-    return row | _speaker(clip, wish, by, row)
+    return row | _speaker(clip, prompt, by, row)
 
 
 def _speaker(
-    clip: Clip, wish: Prompt | None, by: Evaluators, row: dict[str, Any]
+    clip: Clip, prompt: Prompt | None, by: Evaluators, row: dict[str, Any]
 ) -> dict[str, Any]:
     """Measures of somebody who speaks."""
     found: dict[str, Any] = {}
@@ -113,11 +115,11 @@ def _speaker(
     reading = None
     if row["status"] in ("ok", "no_picture"):
         phones = visual_speech.hear(clip, by.recognizer)
-        if wish is not None and wish.text:
+        if prompt is not None and prompt.text:
             found |= speech.speech(
-                clip, wish.text, wish.language, wish.phones, phones, by.recognizer
+                clip, prompt.text, prompt.language, prompt.phones, phones, by.recognizer
             )
-            found |= attribute_accuracy.gender_of_voice(clip, wish.gender)
+            found |= attribute_accuracy.gender_of_voice(clip, prompt.gender)
     if row["status"] in ("ok", "no_sound"):
         assert clip.frames is not None
         reading = evaluators.read_faces(clip.frames, by.face_reader)
@@ -126,8 +128,8 @@ def _speaker(
             found |= {"status": "no_face", "face_share": share}
         else:
             found |= visual_speech.deflicker_strength(clip, reading, by.face_reader)
-        if wish is not None:
-            found |= attribute_accuracy.attribute_accuracy(reading, wish.attributes, wish.told)
+        if prompt is not None:
+            found |= attribute_accuracy.attribute_accuracy(reading, prompt.attributes, prompt.told)
     if (
         row["status"] == "ok"
         and "status" not in found
@@ -169,34 +171,41 @@ def _sync(clip: Clip, reading: evaluators.FaceReading, network: LipNetwork) -> d
 
 
 def measure_file(
-    path: str | Path, wish: Prompt | None = None, by: Evaluators | None = None, mos: bool = False
+    path: str | Path, prompt: Prompt | None = None, by: Evaluators | None = None, mos: bool = False
 ) -> dict[str, Any]:
     """The row of a file; one that cannot be read or measured has status "error" and says why."""
     row: dict[str, Any] = {"file": str(path)}
-    if wish is not None:
-        row |= {"id": wish.id, "kind": wish.kind, "language": wish.language, "prompt": wish.prompt}
+    if prompt is not None:
+        row |= {
+            "id": prompt.id,
+            "kind": prompt.kind,
+            "language": prompt.language,
+            "prompt": prompt.prompt,
+        }
     try:
-        return row | measure_clip(read_clip(path, max_seconds=LONGEST), wish, by, mos)
+        return row | measure_clip(read_clip(path, max_seconds=LONGEST), prompt, by, mos)
     except (ValueError, OSError) as error:
         return row | {"status": "error", "error": str(error)}
 
 
-def score(clip: Clip, wish: Prompt, by: Evaluators | None = None) -> float:
+def score(clip: Clip, prompt: Prompt, by: Evaluators | None = None) -> float:
     """Reward of a whole clip, 0 to 1: words, lips and looks in equal parts; for an event, sound
     against picture.
     """
     by = by or Evaluators.bundled()
-    if wish.kind == "event":
-        return events.score(clip, wish.contacts, by.contact_detector)
-    row = measure_clip(clip, wish, by)
+    if prompt.kind == "event":
+        return events.score(clip, prompt.contacts, by.contact_detector)
+    row = measure_clip(clip, prompt, by)
     said = max(0.0, 1 - row["phone_errors"] / row["phones"]) if row.get("phones") else 0.0
     lips = row.get("mouth_r", math.nan)
     lips = max(0.0, lips) if math.isfinite(lips) else 0.0
-    looks = row["attributes_right"] / row["attributes_told"] if row.get("attributes_told") else 1.0
+    looks = (
+        row["attributes_right"] / row["attributes_stated"] if row.get("attributes_stated") else 1.0
+    )
     return (said + lips + looks) / 3
 
 
-def find_wish(path: str | Path, prompts: Sequence[Prompt]) -> Prompt | None:
+def find_prompt(path: str | Path, prompts: Sequence[Prompt]) -> Prompt | None:
     """The prompt whose id begins the name of the file ("en-digits-03-s1.mp4"), None if there is
     none.
     """

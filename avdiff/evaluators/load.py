@@ -6,7 +6,7 @@ whether lips fit sound.
     attributes curve = sync_curve(reading.points, times, audio, 24000)
     curve.offset                                           # seconds; positive: the audio is late
 
-Weights are loaded once from `avdiff/bundled/<evaluator>`; a evaluator may also be given. Nothing
+Weights are loaded once from `avdiff/bundled/<evaluator>`; an evaluator may also be given. Nothing
 here knows a generator.
 """
 
@@ -43,7 +43,7 @@ REACH = 0.6  # s; 15 frames at 25 fps, as SyncNet's command line searches
 # ------------------------------------------------------------------------------------------ weights
 @cache
 def load(name: str, folder: str | Path | None = None) -> Any:
-    """A evaluator, ready to use, fp32 in eval mode; the same object at each call.
+    """An evaluator, ready to use, fp32 in eval mode; the same object at each call.
 
     Args:
         name: recognizer, face_reader or lip_network. folder: of other weights than the bundled
@@ -69,7 +69,7 @@ def load(name: str, folder: str | Path | None = None) -> Any:
 
 
 def weight_hash(name: str, folder: str | Path | None = None) -> str:
-    """First 12 hex digits of the SHA-256 of a evaluator's weights, for the header of a report."""
+    """First 12 hex digits of the SHA-256 of an evaluator's weights, for the header of a report."""
     place = Path(folder) if folder else BUNDLED / name
     files = sorted(place.glob("*.safetensors"))
     if not files:

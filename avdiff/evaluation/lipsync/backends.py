@@ -1,5 +1,5 @@
-"""Who evaluators whether lips fit sound: our lip network on landmarks, or with weights of the
-user's SyncNet on faces or Synchformer on whole pictures.
+"""What compares lips with sound: our lip network on landmarks, or with weights of the user's
+SyncNet on faces or Synchformer on whole pictures.
 
 A backend looks at each face once (`look`), then compares it with any sound (`curves`): the same
 lips are held against shifted and foreign sound at little cost. Scores are the higher the better and
@@ -42,11 +42,11 @@ class Windows(NamedTuple):
 
 
 class Backend(Protocol):
-    """A evaluator of lips and sound.
+    """A comparison of lips and sound.
 
     Args:
         whole_picture: it looks at pictures as they are, so that no face is looked for. any_sound:
-            it evaluators any sound but silence, not only speech.
+            it measures any sound but silence, not only speech.
     """
 
     name: str

@@ -2,7 +2,7 @@
 folder of real clips.
 
     python -m avdiff.evaluation.lipsync.bench --clips 100 --bank BANK [--faces mesh|reader] [--json
-    marks.json] python -m avdiff.evaluation.lipsync.bench --folder CLIPS
+    metrics.json] python -m avdiff.evaluation.lipsync.bench --folder CLIPS
 
 Presenters of the test split are drawn, encoded as mp4 and read back like any file; then the sound
 is shifted. They are in sync by construction, so absolute recovery holds there; of real clips only
@@ -100,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             raise ValueError(f"folder={options.folder}: holds no clip")
         metrics = {**evaluator.header(), **measure(evaluator, paths, options.jobs)}
     for key, value in metrics.items():
-        told = f"{value} (n = {value.n})" if isinstance(value, Estimate) else value
-        print(f"{key}: {told}")
+        text = f"{value} (n = {value.n})" if isinstance(value, Estimate) else value
+        print(f"{key}: {text}")
     if options.json:
         plain = {k: vars(v) if isinstance(v, Estimate) else v for k, v in metrics.items()}
         write_text(options.json, dumps(plain, indent=1) + "\n")

@@ -103,7 +103,7 @@ class _NotMeasured(Exception):
 
 
 class LipSync:
-    """Finds faces, evaluators them and writes rows.
+    """Finds faces, compares them with the sound and writes rows.
 
     Args:
         landmarker, faces: as in `find_sources`; `faces` may be a source. backend: a name for

@@ -82,8 +82,10 @@ def load_synchformer(path: str | Path, size: Size = RELEASED) -> Synchformer:
         used = {name: tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
         network.load_state_dict(used, assign=True)
     except Exception as error:  # whatever a foreign file provokes
-        told = " ".join(str(error).split())[:240]
-        raise ValueError(f"weights={path}: no weights of Synchformer ({told}); {NEEDS}") from error
+        reason = " ".join(str(error).split())[:240]
+        raise ValueError(
+            f"weights={path}: no weights of Synchformer ({reason}); {NEEDS}"
+        ) from error
     return network.float().eval().requires_grad_(False)
 
 
@@ -190,11 +192,14 @@ def offset_curve(logits: Tensor) -> OffsetCurve:
 
 @torch.no_grad()
 def compare_windows(
-    network: Synchformer, seen: dict[int, Tensor], heard: dict[int, Tensor], starts: list[int]
+    network: Synchformer,
+    seen: dict[int, Tensor],
+    audio_features: dict[int, Tensor],
+    starts: list[int],
 ) -> Tensor:
     """Logits (W, 21) of the windows that begin with the segments `starts`."""
     shown, sounding = (
         torch.stack([torch.stack([side[start + i] for i in range(SEGMENTS)]) for start in starts])
-        for side in (seen, heard)
+        for side in (seen, audio_features)
     )  # (W, 14, 8, D) and (W, 14, 6, D)
     return network.compare(shown, sounding)

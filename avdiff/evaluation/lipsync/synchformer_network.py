@@ -297,12 +297,14 @@ class SyncTransformer(nn.Module):
         )
         self.off_head = nn.Linear(width, CLASSES)
 
-    def forward(self, seen: Tensor, heard: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, audio_features: Tensor) -> Tensor:
         """(B, 14 x 8, D), (B, 14 x 6, D) -> (B, 21)."""
         offset, between = (
             token.expand(len(seen), -1, -1) for token in (self.OFF_tok, self.MOD_tok)
         )
-        x = torch.cat([offset, self.vis_in_lnorm(seen), between, self.aud_in_lnorm(heard)], dim=1)
+        x = torch.cat(
+            [offset, self.vis_in_lnorm(seen), between, self.aud_in_lnorm(audio_features)], dim=1
+        )
         x = self.blocks(x + self.pos_emb_cfg["pos_emb"])
         return self.off_head(self.ln_f(x[:, 0]))
 
@@ -331,8 +333,10 @@ class Synchformer(nn.Module):
         """Segments (B, 128, 66), normalized -> (B, 6, D)."""
         return self.afeat_extractor(mel)
 
-    def compare(self, seen: Tensor, heard: Tensor) -> Tensor:
+    def compare(self, seen: Tensor, audio_features: Tensor) -> Tensor:
         """Windows (B, 14, 8, D) and (B, 14, 6, D) -> logits (B, 21); class i: the sound is -2 + 0.2
         i s *early*.
         """
-        return self.transformer(self.vproj(seen).flatten(1, 2), self.aproj(heard).flatten(1, 2))
+        return self.transformer(
+            self.vproj(seen).flatten(1, 2), self.aproj(audio_features).flatten(1, 2)
+        )

@@ -194,26 +194,28 @@ def mfcc(wave: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------- distances
-def distances(seen: Tensor, heard: Tensor, reach: int = VSHIFT, padded: bool = False) -> np.ndarray:
+def distances(
+    seen: Tensor, audio_features: Tensor, reach: int = VSHIFT, padded: bool = False
+) -> np.ndarray:
     """D(l) for l = -reach..reach, positive: audio late; NaN where no window overlaps.
 
     Args:
-        seen, heard: F_v (N, E) and F_a (M, E). padded: as the port does: both are cut to the
-            shorter one, zeros stand in for the sound beyond either end, and every lag is a mean
+        seen, audio_features: F_v (N, E) and F_a (M, E). padded: as the port does: both are cut to
+            the shorter one, zeros stand in for the sound beyond either end, and every lag is a mean
             over all N windows.
     """
     if padded:
-        seen, heard = seen[: len(heard)], heard[: len(seen)]
+        seen, audio_features = seen[: len(audio_features)], audio_features[: len(seen)]
     seen = seen.double()
-    heard = heard.double()
+    audio_features = audio_features.double()
     alone = (seen + 1e-6).norm(dim=1)  # against zeros; 1e-6 as in torch's pairwise_distance
     found = np.full(2 * reach + 1, np.nan)
     for place, lag in enumerate(range(-reach, reach + 1)):
         first = max(0, -lag)
-        last = min(len(seen), len(heard) - lag)
+        last = min(len(seen), len(audio_features) - lag)
         if last <= first:
             continue
-        near = (seen[first:last] - heard[first + lag : last + lag] + 1e-6).norm(dim=1)
+        near = (seen[first:last] - audio_features[first + lag : last + lag] + 1e-6).norm(dim=1)
         if padded:
             near = torch.cat([alone[:first], near, alone[last:]])
         found[place] = float(near.mean())

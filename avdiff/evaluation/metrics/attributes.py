@@ -22,29 +22,29 @@ NOTHING = ("none", "")
 
 
 def attribute_accuracy(
-    reading: FaceReading, attributes: Mapping[str, str], told: Mapping[str, str] | None = None
+    reading: FaceReading, attributes: Mapping[str, str], stated: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What of a wish is seen.
+    """Which stated attributes are seen.
 
     Args:
-        reading: of `read_faces`. attributes: name -> wanted value. told: name -> "value" or
+        reading: of `read_faces`. attributes: name -> wanted value. stated: name -> "value" or
             "presence"; None asks for every value that the face reader knows and that is there to be
             seen.
 
     Returns:
-        attributes_told, attributes_right: counts; looks_NAME: for each told attribute, whether it
-            is right; wrong:
+        attributes_stated, attributes_right: counts; looks_NAME: for each stated attribute, whether
+            it is right; wrong:
         what is seen instead, as text. A picture without a face has none right.
     """
-    if told is None:
-        told = {
+    if stated is None:
+        stated = {
             name: "value"
             for name in reading.attributes
             if attributes.get(name, "none") not in NOTHING
         }
     right: dict[str, bool] = {}
     wrong: list[str] = []
-    for name, how in told.items():
+    for name, how in stated.items():
         seen = reading.attributes.get(name)
         if seen is None and reading.attributes:
             continue  # the reader has no such attribute
@@ -55,7 +55,7 @@ def attribute_accuracy(
         if not right[name]:
             wrong.append(f"{name}: {seen or 'no face'} for {wanted if how == 'value' else 'any'}")
     return {
-        "attributes_told": len(right),
+        "attributes_stated": len(right),
         "attributes_right": sum(right.values()),
         "wrong": ", ".join(wrong),
         **{f"looks_{name}": value for name, value in right.items()},
@@ -63,25 +63,29 @@ def attribute_accuracy(
 
 
 def gender_of_voice(clip: Clip, wanted: str) -> dict[str, Any]:
-    """voice_as_told: whether the pitch is that of the wanted gender, {} where nothing is voiced.
+    """voice_as_stated: whether the pitch is that of the wanted gender, {} where nothing is voiced.
 
-    By median pitch alone 91 % of 400 utterances of the bank's test voices are told right:
-    children's voices among the men are the ceiling.
+    By median pitch alone 91 % of 400 utterances of the bank's test voices are classified right:
+    children's voices among the men set the bound.
     """
-    heard = voice(clip)["voice_gender"]
-    return {"voice_as_told": heard == wanted} if heard and wanted else {}
+    gender = voice(clip)["voice_gender"]
+    return {"voice_as_stated": gender == wanted} if gender and wanted else {}
 
 
 def score(
     clip: Clip,
     attributes: Mapping[str, str],
-    told: Mapping[str, str] | None = None,
+    stated: Mapping[str, str] | None = None,
     reader: FaceReader | None = None,
 ) -> float:
-    """Reward: share of the told attributes that are seen, 0 to 1; 1 where nothing is told, 0
+    """Reward: share of the stated attributes that are seen, 0 to 1; 1 where nothing is stated, 0
     without pictures.
     """
     if clip.frames is None or not len(clip.frames):
         return 0.0
-    found = attribute_accuracy(read_faces(clip.frames, reader), attributes, told)
-    return found["attributes_right"] / found["attributes_told"] if found["attributes_told"] else 1.0
+    found = attribute_accuracy(read_faces(clip.frames, reader), attributes, stated)
+    return (
+        found["attributes_right"] / found["attributes_stated"]
+        if found["attributes_stated"]
+        else 1.0
+    )

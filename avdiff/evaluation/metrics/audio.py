@@ -201,11 +201,13 @@ class DigitReader(GrammarReader):
         super().__init__(DIGIT_GRAMMAR)
 
 
-def word_errors(reference: Sequence[str], heard: Sequence[str]) -> int:
+def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
     """Substitutions, insertions and deletions between two word lists; "oh" and "zero" are the same
     digit.
     """
-    first, second = ([("zero" if w == "oh" else w) for w in words] for words in (reference, heard))
+    first, second = (
+        [("zero" if w == "oh" else w) for w in words] for words in (reference, hypothesis)
+    )
     row = list(range(len(second) + 1))
     for i, word in enumerate(first, 1):
         above, row[0] = row[0], i

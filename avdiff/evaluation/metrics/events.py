@@ -1,9 +1,9 @@
-"""Do things sound when they are hit? Onsets in the sound against impacts seen in the pixels.
+"""Do things sound when they are hit? Onsets in the sound against contacts seen in the pixels.
 
     found = events(clip, asked=3)
-    found["event_hits"] / found["event_onsets"]     # onsets with an impact within a frame
+    found["event_hits"] / found["event_onsets"]     # onsets with a contact within a frame
 
-Impacts are read by a small frozen network that was taught on drawn scenes
+Contacts are read by a small frozen network that was taught on drawn scenes
 (`avdiff.models.evaluators.contact_detector`); onsets are rises of the spectrum. Neither knows the
 prompt.
 """
@@ -32,7 +32,7 @@ APART = 0.096  # s: no two onsets are closer
 # ----------------------------------------------------------------------------------------- pictures
 @cache
 def load_reader(folder: str | Path | None = None) -> ContactDetector:
-    """The frozen impact reader, or another one.
+    """The frozen contact reader, or another one.
 
     Raises:
         ValueError: no weights there.
@@ -54,7 +54,7 @@ def load_reader(folder: str | Path | None = None) -> ContactDetector:
 def visual_contacts(
     frames: np.ndarray, fps: float, reader: ContactDetector | None = None
 ) -> np.ndarray:
-    """Times of impacts in seconds, read from uint8 (F, H, W, 3): (N,). Frame i is shown from i /
+    """Times of contacts in seconds, read from uint8 (F, H, W, 3): (N,). Frame i is shown from i /
     fps on; another rate than 25 is read at the picture on screen in the middle of each 25th of a
     second.
     """
@@ -128,14 +128,14 @@ def events(
     """Sound against picture in a clip of an event.
 
     Args:
-        asked: impacts that the prompt names. reader: another than the bundled one.
+        asked: contacts that the prompt names. reader: another than the bundled one.
 
     Returns:
-        event_onsets, event_impacts: strokes heard and seen; event_hits: onsets with an impact
+        event_onsets, event_contacts: strokes heard and seen; event_hits: onsets with a contact
             within a frame;
-        impact_lag_ms: median of heard minus seen over pairs within 0.2 s, positive: audio late, NaN
-            without pairs;
-        count_heard_right, count_seen_right: whether as many as asked are heard and seen (with
+        contact_lag_ms: median of sound minus picture over pairs within 0.2 s, positive: audio
+            late, NaN without pairs;
+        count_sound_right, count_picture_right: whether as many as asked are heard and seen (with
             `asked`).
 
     Raises:
@@ -144,30 +144,33 @@ def events(
     if clip.frames is None or clip.fps is None or clip.audio is None or clip.sample_rate is None:
         raise ValueError("clip has no pictures or no sound: this measure needs both")
     fps = float(clip.fps)
-    heard = audio_onsets(clip.audio, clip.sample_rate)
-    seen = visual_contacts(clip.frames, fps, reader)
-    near = match(heard, seen, 0.2)
+    onsets = audio_onsets(clip.audio, clip.sample_rate)
+    contacts = visual_contacts(clip.frames, fps, reader)
+    near = match(onsets, contacts, 0.2)
     found: dict[str, Any] = {
-        "event_onsets": len(heard),
-        "event_impacts": len(seen),
-        "event_hits": len(match(heard, seen, 1 / fps)),
-        "impact_lag_ms": 1000 * float(np.median([heard[i] - seen[j] for i, j in near]))
+        "event_onsets": len(onsets),
+        "event_contacts": len(contacts),
+        "event_hits": len(match(onsets, contacts, 1 / fps)),
+        "contact_lag_ms": 1000 * float(np.median([onsets[i] - contacts[j] for i, j in near]))
         if near
         else math.nan,
     }
     if asked is not None:
-        found |= {"count_heard_right": len(heard) == asked, "count_seen_right": len(seen) == asked}
+        found |= {
+            "count_sound_right": len(onsets) == asked,
+            "count_picture_right": len(contacts) == asked,
+        }
     return found
 
 
 def score(clip: Clip, asked: int | None = None, reader: ContactDetector | None = None) -> float:
-    """Reward: F1 of onsets and impacts within a frame, 0 to 1, times 1 / (1 + strokes too many or
+    """Reward: F1 of onsets and contacts within a frame, 0 to 1, times 1 / (1 + strokes too many or
     too few heard).
     """
     try:
         found = events(clip, asked, reader)
     except ValueError:
         return 0.0
-    total = found["event_onsets"] + found["event_impacts"]
+    total = found["event_onsets"] + found["event_contacts"]
     agreement = 2 * found["event_hits"] / total if total else 0.0
     return agreement / (1 + abs(found["event_onsets"] - asked)) if asked is not None else agreement

@@ -120,8 +120,8 @@ def speech(
 
     Returns:
         phones, phone_errors; for English digit strings digits, digit_errors, for GRID sentences
-        grid_words, grid_errors (left out where pocketsphinx is not installed); heard: phones as
-        text; spoken_s: seconds with speech;
+        grid_words, grid_errors (left out where pocketsphinx is not installed); recognized: phones
+        as text; spoken_s: seconds with speech;
         phones_per_s: speaking rate over them.
 
     Raises:
@@ -130,14 +130,14 @@ def speech(
     sound = waveform(clip)
     wanted = list(expected) if expected else spoken_symbols(read(text, language).phones)
     found = phone_times(sound.numpy(), RATE, recognizer=recognizer) if phones is None else phones
-    heard = spoken_symbols(found)
+    recognized = spoken_symbols(found)
     seconds = sum(phone.end - phone.start for phone in found if phone.symbol != SILENCE)
     result = {
         "phones": len(wanted),
-        "phone_errors": edit_distance(wanted, heard),
-        "heard": " ".join(heard),
+        "phone_errors": edit_distance(wanted, recognized),
+        "recognized": " ".join(recognized),
         "spoken_s": seconds,
-        "phones_per_s": len(heard) / seconds if seconds else math.nan,
+        "phones_per_s": len(recognized) / seconds if seconds else math.nan,
     }
     words = plain_words(text)
     try:
@@ -248,7 +248,7 @@ def score(
     expected: Sequence[str] | None = None,
     recognizer: PhoneRecognizer | None = None,
 ) -> float:
-    """Reward: share of the expected phones that are heard right, 1 - PER, not below 0; 0 for a clip
+    """Reward: share of the expected phones that are recognized, 1 - PER, not below 0; 0 for a clip
     without sound.
     """
     if clip.audio is None or not clip.audio.size:

@@ -1,4 +1,4 @@
-"""The table that sums up a model: one line a mark, one column a set of clips (the model, the
+"""The table that sums up a model: one line a metric, one column a set of clips (the model, the
 codecs, the corpus).
 """
 
@@ -71,25 +71,25 @@ def within(key: str, most: float) -> Measure:
 
 #: (name, what is better, measure), in the order of the table; PER of each language and attributes
 #: follow.
-MARKS: list[tuple[str, str, Measure]] = [
+METRICS: list[tuple[str, str, Measure]] = [
     ("clips that could be measured", "1", usable_share),
     ("digit word errors (pocketsphinx)", "0", ratio("digit_wer")),
     ("GRID word errors (pocketsphinx)", "0", ratio("grid_wer")),
     ("phone errors, all languages", "0", ratio("per")),
     ("lip offset within 1 frame", "1", within("offset_frames", 1.0)),
     ("size of the lip offset, ms", "0", mean("offset_ms", np.abs)),
-    ("lips against heard phones, r", "1", mean("mouth_r")),
+    ("lips against recognized phones, r", "1", mean("mouth_r")),
     ("lag of its peak, ms", "0", mean("mouth_lag_ms")),
     ("bilabials seen closed", "1", ratio("bilabial_recall")),
     ("open vowels seen open", "1", ratio("open_vowel_recall")),
     ("visemes right", "1", ratio("viseme_accuracy")),
-    ("attributes right, all told", "1", ratio("attribute_accuracy")),
-    ("voice of the told gender", "1", mean("voice_as_told")),
+    ("attributes right, all stated", "1", ratio("attribute_accuracy")),
+    ("voice of the stated gender", "1", mean("voice_as_stated")),
     ("attributes kept, first to last picture", "1", mean("identity_kept")),
     ("background step, of 255", "0", mean("background_difference")),
-    ("event onsets with an impact within 1 frame", "1", ratio("event_hit_rate")),
-    ("strokes heard as asked", "1", mean("count_heard_right")),
-    ("strokes seen as asked", "1", mean("count_seen_right")),
+    ("event onsets with a contact within 1 frame", "1", ratio("event_hit_rate")),
+    ("strokes in the sound as asked", "1", mean("count_sound_right")),
+    ("strokes in the picture as asked", "1", mean("count_picture_right")),
     ("peak", "<1", mean("peak")),
     ("loudness, LUFS", "", mean("loudness_lufs")),
     ("clipped samples", "0", mean("clipped_share")),
@@ -100,7 +100,7 @@ MARKS: list[tuple[str, str, Measure]] = [
 
 @dataclass(frozen=True)
 class MetricsTable:
-    """Marks by name, then by set of clips; `better` tells the best value there is."""
+    """Metrics by name, then by set of clips; `better` tells the best value there is."""
 
     sets: tuple[str, ...]
     better: dict[str, str]
@@ -109,16 +109,16 @@ class MetricsTable:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows as text."""
 
-        def told(found: Estimate) -> str:
+        def cell(found: Estimate) -> str:
             return f"{found.mean:.3g} [{found.low:.3g}, {found.high:.3g}] (n {found.n})".replace(
                 "nan", "-"
             )
 
         rows = [
-            [name, *(told(one[s]) if s in one else "-" for s in self.sets), self.better[name]]
+            [name, *(cell(one[s]) if s in one else "-" for s in self.sets), self.better[name]]
             for name, one in self.metrics.items()
         ]
-        return ["mark", *self.sets, "best"], rows
+        return ["metric", *self.sets, "best"], rows
 
     def record(self) -> dict[str, Any]:
         """The same for JSON; NaN becomes null."""
@@ -133,14 +133,14 @@ class MetricsTable:
 
 
 def metrics_table(rows: Mapping[str, Sequence[Row]]) -> MetricsTable:
-    """Marks of each set of clips; a mark that no set has is left out.
+    """Metrics of each set of clips; a metric that no set has is left out.
 
     One line is relative: the correlation of lips and sound over that of the set "corpus", on the
     prompts of both.
     """
-    lines = list(MARKS)
+    lines = list(METRICS)
     if "corpus" in rows:
-        place = 1 + [name for name, _, _ in lines].index("lips against heard phones, r")
+        place = 1 + [name for name, _, _ in lines].index("lips against recognized phones, r")
         lines.insert(
             place,
             (

@@ -40,9 +40,9 @@ table{border-collapse:collapse;font-size:.92em}td,th{padding:.2em .7em;border-bo
 text-align:left}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
 section{background:var(--panel);border-radius:8px;padding:.8em 1em;margin:0 0 1em}
 .clip{display:flex;gap:1em;flex-wrap:wrap;align-items:flex-start}video{width:192px;max-height:192px;border-radius:4px;background:#000}
-.heard{position:relative;flex:1 1 320px;min-width:280px;max-width:640px}
-.heard img{display:block;width:100%;height:160px;border-radius:4px}
-.heard svg{position:absolute;inset:0;width:100%;height:160px}
+.sound{position:relative;flex:1 1 320px;min-width:280px;max-width:640px}
+.sound img{display:block;width:100%;height:160px;border-radius:4px}
+.sound svg{position:absolute;inset:0;width:100%;height:160px}
 .bad{color:var(--bad)}svg text{fill:var(--text)}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(205px,1fr));
 gap:.1em 1em;margin:.5em 0 0;font-size:.88em}dl div{display:flex;justify-content:space-between;gap:.6em}
@@ -103,7 +103,7 @@ def _text(value: Any) -> str:
 
 
 def _summary(summary: Mapping[str, Any]) -> str:
-    told = ", ".join(f"{count} {_text(status)}" for status, count in summary["status"].items())
+    counts = ", ".join(f"{count} {_text(status)}" for status, count in summary["status"].items())
     lines = "".join(
         f"<tr><td>{_text(key)}</td><td class=n>{short(one.mean)}</td><td "
         f"class=n>{short(one.low)}</td>"
@@ -111,7 +111,7 @@ def _summary(summary: Mapping[str, Any]) -> str:
         for key, one in summary["numbers"].items()
     )
     return (
-        f"<p>{summary['clips']} clips: {told}.</p><table><tr><th>number<th class=n>mean<th "
+        f"<p>{summary['clips']} clips: {counts}.</p><table><tr><th>number<th class=n>mean<th "
         "class=n>95 % from"
         f"<th class=n>to<th class=n>clips</tr>{lines}</table>"
     )
@@ -175,12 +175,12 @@ def _clip(row: Row, folder: Path, left: int) -> tuple[str, int]:
         source, used = _source(file, folder, left)
         player = f'<video controls loop preload=metadata src="{source}"></video>'
         parts.append(f"<div class=clip>{player}{_heard(row, file)}</div>")
-    told = "".join(
+    facts = "".join(
         f"<div><dt>{_text(key)}</dt><dd>{_value(value)}</dd></div>"
         for key, value in row.items()
         if key not in SAID and (is_number(value) or (isinstance(value, str) and value))
     )
-    return "".join([*parts, f"<dl>{told}</dl></section>"]), used
+    return "".join([*parts, f"<dl>{facts}</dl></section>"]), used
 
 
 def _value(value: Any) -> str:
@@ -230,7 +230,7 @@ def _heard(row: Row, file: Path) -> str:
         else ""
     )
     return (
-        f'<div class=heard><img alt="spectrogram" src="data:image/webp;base64,{drawn}">'
+        f'<div class=sound><img alt="spectrogram" src="data:image/webp;base64,{drawn}">'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none">{curves}</svg>{note}</div>'
     )
 

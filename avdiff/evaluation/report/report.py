@@ -39,7 +39,7 @@ RATIOS: dict[str, tuple[str, str]] = {
     "open_vowel_recall": ("open_vowels_open", "open_vowels"),
     "viseme_accuracy": ("visemes_right", "viseme_frames"),
     "event_hit_rate": ("event_hits", "event_onsets"),
-    "attribute_accuracy": ("attributes_right", "attributes_told"),
+    "attribute_accuracy": ("attributes_right", "attributes_stated"),
 }
 _COUNTED = frozenset(name for pair in RATIOS.values() for name in pair)
 #: a larger value is worse where a key holds one of these words; size alone counts for offsets and
@@ -413,8 +413,8 @@ def print_summary(summary: Mapping[str, Any], header: Mapping[str, Any] | None =
     console = Console(highlight=False)
     for key, value in (header or {}).items():
         console.print(f"{key}: {value}", markup=False)
-    told = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
-    console.print(f"{summary['clips']} clips: {told}", markup=False)
+    counts = ", ".join(f"{count} {status}" for status, count in summary["status"].items())
+    console.print(f"{summary['clips']} clips: {counts}", markup=False)
     table = Table("number", "mean", "95 % interval", "clips")
     for key, found in summary["numbers"].items():
         table.add_row(

@@ -1,7 +1,7 @@
 """ContactDetector: when does something hit something in a drawn scene, read from pixels alone.
 
 Pictures and their steps from one to the next go through a small convolutional network, each for
-itself; a few convolutions over time then say how near an impact is to the middle of each picture.
+itself; a few convolutions over time then say how near a contact is to the middle of each picture.
 It knows the drawn events of the corpus; real footage is not what it was taught.
 
 Shape legend: B clips, F pictures at 25 a second, C channels.
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 # pixels and pictures a second that it sees
 SIDE = 64
 FPS = 25
-SPREAD = 0.8  # pictures: standard deviation of the bump around an impact
+SPREAD = 0.8  # pictures: standard deviation of the bump around a contact
 
 
 class ContactDetector(ModelMixin, ConfigMixin):
-    """Bumps around impacts.
+    """Bumps around contacts.
 
     Args:
         widths: channels at 32, 16 and 8 pixels. dim: values of a picture. layers, kernel:
@@ -59,7 +59,7 @@ class ContactDetector(ModelMixin, ConfigMixin):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (B, F, 3, 64, 64) in [-1, 1] -> logits (B, F) of exp(-d^2 / 2) for the distance
-        d, in units of 0.8 pictures, of the middle of each picture's time from the nearest impact.
+        d, in units of 0.8 pictures, of the middle of each picture's time from the nearest contact.
 
         Raises:
             ValueError: another shape.
@@ -83,7 +83,7 @@ class ContactDetector(ModelMixin, ConfigMixin):
 
 
 def bumps(contacts: list[float], frames: int) -> Tensor:
-    """What the reader should say for impacts in seconds: (F,)."""
+    """What the reader should say for contacts in seconds: (F,)."""
     middle = torch.arange(frames) + 0.5
     if not contacts:
         return torch.zeros(frames)
@@ -92,7 +92,7 @@ def bumps(contacts: list[float], frames: int) -> Tensor:
 
 
 def peaks(heat: Tensor, least: float = 0.4) -> list[float]:
-    """Bumps (F,) in [0, 1] -> impacts in seconds: local maxima, placed by the parabola through
+    """Bumps (F,) in [0, 1] -> contacts in seconds: local maxima, placed by the parabola through
     three logarithms.
     """
     found: list[float] = []

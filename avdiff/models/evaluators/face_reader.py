@@ -149,9 +149,9 @@ class FaceReader(ModelMixin, ConfigMixin):
         box = torch.cat([centres[:, 0] - half, centres[:, 0] + half], dim=1)
         where = self.looks(deep).flatten(2).softmax(dim=-1)  # (B, A, 64)
         seen = torch.einsum("bap,bcp->bac", where, deep.flatten(2))  # (B, A, c)
-        told = torch.cat([seen, pooled[:, None].expand_as(seen)], dim=-1)
+        joined = torch.cat([seen, pooled[:, None].expand_as(seen)], dim=-1)
         attributes = {
-            name: answer(told[:, i]).float()
+            name: answer(joined[:, i]).float()
             for i, (name, answer) in enumerate(self.answers.items())
         }
         face = self.is_face(pooled)[:, 0].float()

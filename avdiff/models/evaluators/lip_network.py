@@ -190,11 +190,11 @@ class LipNetwork(ModelMixin, ConfigMixin):
         return self.mel_head(x).float()
 
 
-def lag_scores(seen: Tensor, heard: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+def lag_scores(seen: Tensor, audio_vectors: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     """Products of lips at t and sound at t + lag, for every lag.
 
     Args:
-        seen: vectors of the lips (B, T, E). heard: vectors of the sound (B, T + 2 reach, E),
+        seen: vectors of the lips (B, T, E). audio_vectors: those of the sound (B, T + 2 reach, E),
             `reach` frames more on either side. reach: largest lag, R.
 
     Returns:
@@ -202,15 +202,16 @@ def lag_scores(seen: Tensor, heard: Tensor, reach: int) -> tuple[Tensor, Tensor]
     """
     batch, frames, _ = seen.shape
     lags = 2 * reach + 1
-    if heard.shape[1] != frames + 2 * reach:
+    if audio_vectors.shape[1] != frames + 2 * reach:
         raise ValueError(
-            f"heard has {heard.shape[1]} frames: needs {frames + 2 * reach}, {reach} more on "
+            f"audio_vectors has {audio_vectors.shape[1]} frames: needs {frames + 2 * reach}, "
+            f"{reach} more on "
             "either side"
         )
-    table = (seen @ heard.transpose(1, 2)).contiguous()  # (B, T, T + 2R)
+    table = (seen @ audio_vectors.transpose(1, 2)).contiguous()  # (B, T, T + 2R)
     wide = frames + 2 * reach
     product = table.as_strided(
         (batch, frames, lags), (frames * wide, wide + 1, 1)
     )  # row t begins at column t
-    power = heard.square().sum(dim=-1).unfold(1, lags, 1)  # (B, T, L)
+    power = audio_vectors.square().sum(dim=-1).unfold(1, lags, 1)  # (B, T, L)
     return product, power

@@ -171,7 +171,7 @@ def test_adherence_asks_only_what_was_told() -> None:
     wanted = {"hair_color": "red", "glasses": "round glasses", "hat": "cap", "skin": "fair"}
     told = {"hair_color": "value", "glasses": "presence", "hat": "presence", "skin": "value"}
     found = looks.attribute_accuracy(reading, wanted, told)
-    assert (found["attributes_told"], found["attributes_right"]) == (
+    assert (found["attributes_stated"], found["attributes_right"]) == (
         3,
         2,
     )  # the reader here knows no skin
@@ -182,4 +182,4 @@ def test_adherence_asks_only_what_was_told() -> None:
         np.zeros(1), np.zeros((1, 4)), np.zeros((1, 20, 2)), np.zeros((1, 3)), ("",), {}, {}
     )
     assert looks.attribute_accuracy(faceless, wanted, told)["attributes_right"] == 0
-    assert looks.attribute_accuracy(reading, wanted)["attributes_told"] == 3
+    assert looks.attribute_accuracy(reading, wanted)["attributes_stated"] == 3
