@@ -188,6 +188,18 @@ def cache(
             min=0.0, max=1.0, help="Presenters: share of captions that tell most of what is seen."
         ),
     ] = 0.0,
+    attribute_lists: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Presenters: share of captions with a list of all that is seen."
+        ),
+    ] = 0.0,
+    names: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Presenters: share of clips with a named member of the cast."
+        ),
+    ] = 0.0,
     buckets: Annotated[str, typer.Option(help="Real clips: WxHxF joined by ';'.")] = "128x128x51",
     allow_silent: Annotated[
         bool, typer.Option("--allow-silent", help="Keep clips without sound.")
@@ -248,6 +260,8 @@ def cache(
         rank,
         ranks,
         _progress("encoding"),
+        attribute_lists,
+        names,
     )
     print(f"{made}: {count} clips")
 

@@ -39,6 +39,8 @@ OWN_COLOUR = (
     "silver",
     "hands",
 )  # materials whose colour goes without saying
+NAME_ALONE = 0.7  # of the captions of a clip whose presenter has a name
+_ARTICLES = re.compile("एक |一位")  # in patterns of what somebody has; a name takes none
 SPEECH = "\x00"  # stands for the quoted words until the sentence around them is finished
 
 
@@ -81,6 +83,7 @@ def speech_captions(
     language: str,
     rng: np.random.Generator,
     full_share: float = 0.0,
+    name: str = "",
 ) -> list[str]:
     """Captions of a presenter who says `text`: four in English, then (for other languages) two in
     the language.
@@ -91,11 +94,12 @@ def speech_captions(
         text: spoken words. language: code of the language they are in.
         full_share: chance of a caption that tells most of what is there to be seen, where people
             tell some of it.
+        name: of the presenter: it stands alone in most captions, in the others with features.
     """
 
     def caption(written: str) -> str:
         full = full_share > 0 and rng.random() < full_share
-        return _speech_caption(attributes, text, written, language, rng, full)
+        return _speech_caption(attributes, text, written, language, rng, full, name)
 
     captions = [caption("en") for _ in range(4)]
     return captions if language == "en" else captions + [caption(language) for _ in range(2)]
@@ -108,17 +112,22 @@ def _speech_caption(
     spoken: str,
     rng: np.random.Generator,
     full: bool,
+    name: str = "",
 ) -> str:
     table = phrases(language)
     draw = rng.random(5)
     male = attributes.get("gender") == "male"
-    if draw[0] < 0.08 and not full:
+    pronoun = table.get("pronoun", {}).get("male" if male else "female", "")
+    if name and rng.random() < NAME_ALONE:
+        template = _pick(rng, table["say"])
+        words = {"who": name, "she": pronoun}
+    elif draw[0] < 0.08 and not full and not name:
         template = _pick(rng, table["speech_only"])
         words = {}
     else:
         words = {
-            "who": _who(attributes, table, rng, full),
-            "she": table.get("pronoun", {}).get("male" if male else "female", ""),
+            "who": _who(attributes, table, rng, full, name),
+            "she": pronoun,
         }
         background = attributes.get("background_color", "none")
         if draw[1] < (0.8 if full else 0.3) and background in table["colors"]:
@@ -143,13 +152,19 @@ def _speech_caption(
 
 
 def _who(
-    attributes: Mapping[str, str], table: Mapping[str, Any], rng: np.random.Generator, full: bool
+    attributes: Mapping[str, str],
+    table: Mapping[str, Any],
+    rng: np.random.Generator,
+    full: bool,
+    name: str = "",
 ) -> str:
-    """The person with some of what can be seen: "a woman with red hair and glasses"."""
+    """The person, or the bearer of a name, with some of what can be seen: "a woman with red hair
+    and glasses".
+    """
     gender = "male" if attributes.get("gender") == "male" else "female"
     told = _features(attributes, table, rng, full)
-    person = _pick(rng, table["person"][gender])
-    adjective = _adjective(attributes, table, told, rng)
+    person = name or _pick(rng, table["person"][gender])
+    adjective = "" if name else _adjective(attributes, table, told, rng)
     if adjective:
         person = table["adjective_person"].format(
             adjective=adjective, noun=_pick(rng, table["noun"][gender])
@@ -163,7 +178,12 @@ def _who(
             if len(listed) == 1
             else table["comma"].join(listed[:-1]) + table["and"] + listed[-1]
         )
-        who = _form(_pick(rng, table["with"]), gender == "male").format(person=person, list=items)
+        pattern = _form(_pick(rng, table["with"]), gender == "male")
+        if name:
+            pattern = _ARTICLES.sub("", pattern)
+        who = pattern.format(person=person, list=items)
+    elif name:
+        who = name
     else:
         who = table.get("alone", {}).get(gender, "{person}").format(person=person)
     clothes = attributes.get("clothes", "none")

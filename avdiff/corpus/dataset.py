@@ -19,12 +19,15 @@ import torch
 from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec, as_fps
+from avdiff.corpus.attribute_list import attribute_list, caption_with_list
 from avdiff.corpus.augment import Plan, degrade, draw_plan
 from avdiff.corpus.captions import event_captions, join_sentences, speech_captions
+from avdiff.corpus.cast import CastMember, cast_members
 from avdiff.corpus.events.drawing import render_event
-from avdiff.corpus.events.scene import sample_event
+from avdiff.corpus.events.scene import Event, sample_event
 from avdiff.corpus.events.sound import event_audio
 from avdiff.corpus.face.presenter import (
+    Identity,
     identity_key,
     lip_points,
     pose_track,
@@ -54,6 +57,7 @@ TAIL_SECONDS = (0.05, 0.4)  # after the last word
 SPARE_SECONDS = (
     0.5  # sound made beyond the clip, so that rounding to whole frames never asks for more
 )
+SHARES = ("event_share", "augment_share", "full_captions", "attribute_lists", "names")
 LONGEST_EVENT = 4.0  # seconds, where clips may be shorter or longer
 
 
@@ -72,6 +76,8 @@ class CorpusOptions:
         video, audio: leave one out to save its time.
         full_captions: chance of a caption that tells most of what is there to be seen, where people
             tell some of it.
+        attribute_lists: share of captions with a list of all that is seen behind them.
+        names: share of speech clips with a member of the cast, whose captions say the name.
         still: one picture of a random moment instead, without sound or words: many presenters for
             little time.
     """
@@ -83,6 +89,8 @@ class CorpusOptions:
     event_share: float = 0.2
     augment_share: float = 0.2
     full_captions: float = 0.0
+    attribute_lists: float = 0.0
+    names: float = 0.0
     keep_clean: bool = False
     video: bool = True
     audio: bool = True
@@ -96,7 +104,7 @@ class CorpusOptions:
             raise ValueError(
                 f"seconds={self.seconds}: needs a number, or (shortest, longest), from 0.2 to 60"
             )
-        for name in ("event_share", "augment_share", "full_captions"):
+        for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: needs a share from 0 to 1")
         if self.max_sentences < 1:
@@ -164,6 +172,7 @@ class PresenterCorpus(Dataset):
         self._by_voice: dict[tuple[str, str], list[Utterance]] = defaultdict(list)
         for utterance in self._fitting:
             self._by_voice[utterance.lang, utterance.voice].append(utterance)
+        self._cast = members_by_voice(self.bank) if self.options.names else {}
 
     def __len__(self) -> int:
         return self.length
@@ -196,9 +205,14 @@ class PresenterCorpus(Dataset):
         plan = draw_plan(sound, self.options.augment_share)
         passage, clip = self._passage(words, plan)
         first = passage.utterances[0]
-        identity = sample_identity(
-            face, first.gender, "test" if self.split == "test_voices" else self.split
-        )
+        (extra,) = rng.spawn(1)  # after the others: what they draw stays as it was
+        member = self._member(extra, first)
+        if member is None:
+            identity = sample_identity(
+                face, first.gender, "test" if self.split == "test_voices" else self.split
+            )
+        else:
+            identity = member.identity
         times = self._times(clip, moment)
         mouth = viseme_track(passage.phones, times)
         poses = pose_track(motion, times, passage.phones)
@@ -208,8 +222,17 @@ class PresenterCorpus(Dataset):
             "identity": identity_key(identity),
             "voice": first.voice,
             "augmented": ",".join(plan.kinds),
+            **({"name": member.name} if member else {}),
         }
-        captions = speech_captions(attributes, text, first.lang, phrase, self.options.full_captions)
+        captions = speech_captions(
+            attributes,
+            text,
+            first.lang,
+            phrase,
+            self.options.full_captions,
+            member.name if member else "",
+        )
+        captions = self._listed(captions, identity, extra)
         item |= {
             "kind": "speech",
             "language": first.lang,
@@ -241,6 +264,23 @@ class PresenterCorpus(Dataset):
                 lambda i: render_face(identity, mouth[i], poses[i], self.options.size), len(times)
             )
         return item
+
+    def _member(self, rng: np.random.Generator, spoken: Utterance) -> CastMember | None:
+        """For a share of clips, somebody of the cast who has this voice."""
+        members = self._cast.get((spoken.lang, spoken.voice), ())
+        if not members or rng.random() >= self.options.names:
+            return None
+        return members[int(rng.integers(len(members)))]
+
+    def _listed(
+        self, captions: list[str], shown: Identity | Event, rng: np.random.Generator
+    ) -> list[str]:
+        """Captions, a share of them with a list of all that is seen behind."""
+        share = self.options.attribute_lists
+        if not share:
+            return captions
+        listed = attribute_list(shown)
+        return [caption_with_list(c, listed) if rng.random() < share else c for c in captions]
 
     def _passage(self, rng: np.random.Generator, plan: Plan) -> tuple[Concatenation, ClipSpec]:
         """Sentences of one voice, and the clip that holds them; sound and phones reach
@@ -296,7 +336,8 @@ class PresenterCorpus(Dataset):
         event = sample_event(shape, seconds)
         languages = sorted({u.lang for u in self.utterances}) or list(LANGUAGES)
         language = str(phrase.choice(languages))
-        captions = event_captions(event, language, phrase)
+        (extra,) = rng.spawn(1)
+        captions = self._listed(event_captions(event, language, phrase), event, extra)
         item |= {
             "kind": "event",
             "language": language,
@@ -345,6 +386,23 @@ def split_utterances(
         and (not languages or u.lang in languages)
         and normalised_text(u.text) not in taken
     ]
+
+
+def members_by_voice(bank: SpeechCorpus) -> dict[tuple[str, str], list[CastMember]]:
+    """(language, voice) -> the members of the cast who speak it with this voice.
+
+    Only voices of training are given away, so a member sounds alike in every split.
+    """
+    voices: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for utterance in bank:
+        if utterance.split == "train":
+            voices[utterance.lang, utterance.gender].add(utterance.voice)
+    members: dict[tuple[str, str], list[CastMember]] = defaultdict(list)
+    for (language, gender), held in sorted(voices.items()):
+        for member in cast_members():
+            if member.gender == gender:
+                members[language, member.voice(sorted(held))].append(member)
+    return dict(members)
 
 
 def _middles(clip: ClipSpec) -> np.ndarray:

@@ -213,6 +213,8 @@ def cache_presenters(
     rank: int = 0,
     ranks: int = 1,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    attribute_lists: float = 0.0,
+    names: float = 0.0,
 ) -> Path:
     """Draw `count` clips of the presenter corpus and cache their latents.
 
@@ -237,6 +239,8 @@ def cache_presenters(
         event_share=event_share,
         still=stills,
         full_captions=full_captions,
+        attribute_lists=attribute_lists,
+        names=names,
     )
     options = {
         "source": "presenters",
@@ -248,6 +252,8 @@ def cache_presenters(
         "event_share": event_share,
         **({"stills": True} if stills else {}),
         **({"full_captions": full_captions} if full_captions else {}),
+        **({"attribute_lists": attribute_lists} if attribute_lists else {}),
+        **({"names": names} if names else {}),
     }
     return write_cache(corpus, codecs, folder, options, rank, ranks, progress)
 

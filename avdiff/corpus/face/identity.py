@@ -7,6 +7,7 @@ Colours are continuous but each comes from a class with a name, so captions can 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -73,6 +74,15 @@ LIPSTICKS: dict[str, RGB] = {
     "plum": (150, 62, 96),
     "coral": (224, 100, 86),
 }
+FRAME_COLORS: dict[str, RGB] = {
+    "black": (40, 40, 46),
+    "brown": (110, 62, 40),
+    "red": (170, 50, 58),
+    "navy": (52, 76, 124),
+}
+INNER_COLORS: dict[str, RGB] = {
+    name: COLORS[name] for name in ("white", "grey", "blue", "pink", "black")
+}  # of a shirt under a blazer
 
 FACE_SHAPES = ("oval", "round", "square", "heart", "long")
 NOSES = ("button", "straight", "wide", "pointed")
@@ -107,6 +117,26 @@ HATS = ("none", "beanie", "cap", "sun hat")
 EARRINGS = ("none", "studs", "hoops")
 CLOTHES = ("T-shirt", "shirt", "blazer", "sweater", "hoodie")
 BACKGROUNDS = ("plain", "gradient", "studio", "shelf", "window")
+# How often each value of a table is drawn, in the table's order
+HAIR_WEIGHTS = {
+    "female": (22, 24, 18, 12, 9, 6, 2, 3),
+    "male": (26, 26, 15, 11, 12, 8, 1, 0),
+}
+HAT_WEIGHTS = {"female": (84, 6, 6, 4), "male": (84, 6, 6, 2)}
+HATLESS_STYLES = ("afro", "bun", "quiff")  # no hat fits over them
+BEARD_WEIGHTS = (46, 14, 16, 12, 12)
+GLASSES_WEIGHTS = (66, 14, 14, 6)
+EARRING_WEIGHTS = {"female": (55, 25, 20), "male": (94, 5, 1)}
+BACKGROUND_WEIGHTS = (30, 25, 15, 15, 15)
+LIPSTICK_SHARE = 0.45  # of women
+FRECKLES_SHARE = 0.12
+
+
+def eye_weights(skin: str) -> tuple[int, ...]:
+    """How often each colour of eyes is drawn with a skin."""
+    return (8, 1, 1, 1) if skin in ("brown", "dark") else (4, 3, 2, 1)
+
+
 SPLITS = ("train", "val", "test")
 
 
@@ -199,7 +229,7 @@ def _near(rng: np.random.Generator, base: RGB, spread: float = 9.0) -> RGB:
 def _pick(
     rng: np.random.Generator,
     names: dict[str, RGB] | tuple[str, ...],
-    weights: tuple[float, ...] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> str:
     probability = None if weights is None else np.asarray(weights) / np.sum(weights)
     return str(rng.choice(list(names), p=probability))
@@ -236,7 +266,7 @@ def _lips(rng: np.random.Generator, skin_rgb: RGB, gender: str) -> tuple[str, RG
     natural = (red, int(green * 0.86), int(blue * 0.88))
     if gender == "male":
         return "none", natural
-    if rng.random() < 0.45:
+    if rng.random() < LIPSTICK_SHARE:
         name = _pick(rng, LIPSTICKS)
         return name, _near(rng, LIPSTICKS[name], 6)
     return "none", natural
@@ -245,13 +275,9 @@ def _lips(rng: np.random.Generator, skin_rgb: RGB, gender: str) -> tuple[str, RG
 def _hair(rng: np.random.Generator, gender: str) -> tuple[str, str, RGB, str]:
     """Style, colour name, colour, hat (a hat only over styles that show beneath it)."""
     style = _pick(rng, HAIR_STYLES[gender])
-    color = _pick(
-        rng,
-        HAIRS,
-        (22, 24, 18, 12, 9, 6, 2, 3) if gender == "female" else (26, 26, 15, 11, 12, 8, 1, 0),
-    )
-    hat = _pick(rng, HATS, (84, 6, 6, 4 if gender == "female" else 2))
-    if style in ("afro", "bun", "quiff"):
+    color = _pick(rng, HAIRS, HAIR_WEIGHTS[gender])
+    hat = _pick(rng, HATS, HAT_WEIGHTS[gender])
+    if style in HATLESS_STYLES:
         hat = "none"
     return style, color, _near(rng, HAIRS[color], 7), hat
 
@@ -290,7 +316,7 @@ def _sample(rng: np.random.Generator, gender: str | None) -> Identity:
     clothes_color = _pick(rng, COLORS)
     hat_color = _pick(rng, COLORS)
     clothes_rgb = _near(rng, COLORS[clothes_color])
-    iris = _pick(rng, IRISES, (8, 1, 1, 1) if skin in ("brown", "dark") else (4, 3, 2, 1))
+    iris = _pick(rng, IRISES, eye_weights(skin))
     background_color, background_rgb = _backdrop(rng, (hair_rgb, skin_rgb, clothes_rgb))
     decor = tuple(_near(rng, COLORS[_pick(rng, COLORS)]) for _ in range(3))
     return Identity(
@@ -314,28 +340,24 @@ def _sample(rng: np.random.Generator, gender: str | None) -> Identity:
         lip_rgb=lip_rgb,
         lipstick=lipstick,
         blush=float(rng.uniform(0.1, 0.5) * (1.0 if woman else 0.6)),
-        freckles=bool(rng.random() < 0.12),
+        freckles=bool(rng.random() < FRECKLES_SHARE),
         hair_style=style,
         hair_color=hair_color,
         hair_rgb=hair_rgb,
         hair_seed=int(rng.integers(1 << 30)),
         mirrored=bool(rng.random() < 0.5),
-        beard="none" if woman else _pick(rng, BEARDS, (46, 14, 16, 12, 12)),
-        glasses=_pick(rng, GLASSES, (66, 14, 14, 6)),
-        glasses_rgb=_near(
-            rng, ((40, 40, 46), (110, 62, 40), (170, 50, 58), (52, 76, 124))[int(rng.integers(4))]
-        ),
+        beard="none" if woman else _pick(rng, BEARDS, BEARD_WEIGHTS),
+        glasses=_pick(rng, GLASSES, GLASSES_WEIGHTS),
+        glasses_rgb=_near(rng, list(FRAME_COLORS.values())[int(rng.integers(4))]),
         hat=hat,
         hat_color=hat_color,
         hat_rgb=_near(rng, COLORS[hat_color]),
-        earrings=_pick(rng, EARRINGS, (55, 25, 20)) if woman else _pick(rng, EARRINGS, (94, 5, 1)),
+        earrings=_pick(rng, EARRINGS, EARRING_WEIGHTS[gender]),
         clothes=clothes,
         clothes_color=clothes_color,
         clothes_rgb=clothes_rgb,
-        shirt_rgb=_near(
-            rng, COLORS[("white", "grey", "blue", "pink", "black")[int(rng.integers(5))]]
-        ),
-        background=_pick(rng, BACKGROUNDS, (30, 25, 15, 15, 15)),
+        shirt_rgb=_near(rng, list(INNER_COLORS.values())[int(rng.integers(5))]),
+        background=_pick(rng, BACKGROUNDS, BACKGROUND_WEIGHTS),
         background_color=background_color,
         background_rgb=background_rgb,
         decor_rgb=(decor[0], decor[1], decor[2]),
