@@ -20,7 +20,12 @@ from avdiff.families.protocols import Family
 __all__ = ["FAMILIES", "class_name_of", "family_of", "load"]
 
 # `_class_name` of a model folder -> package with the object FAMILY in it.
-FAMILIES = {"AVDiffPipeline": "avdiff.families.presenter"}
+FAMILIES = {
+    "AVDiffPipeline": "avdiff.families.presenter",
+    "LTX2ConditionPipeline": "avdiff.families.ltx2",
+    "LTX2ImageToVideoPipeline": "avdiff.families.ltx2",
+    "LTX2Pipeline": "avdiff.families.ltx2",
+}
 
 
 def class_name_of(model: str | os.PathLike[str], **options: Any) -> str:
