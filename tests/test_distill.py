@@ -53,7 +53,7 @@ def task_of(data, folder, start, **changes):
 
 def batch_of(task, rows=3):
     batch = task.collate([task.dataset[i] for i in range(rows)])
-    return batch, Positions.of(CLIP), Joint(batch["video"], batch["audio"])
+    return batch, Positions.of(CLIP), Joint(batch.video, batch.audio)
 
 
 def test_teacher_answers_as_its_pipeline_does(data, tmp_path, teacher):
@@ -65,14 +65,14 @@ def test_teacher_answers_as_its_pipeline_does(data, tmp_path, teacher):
     pipe = AVDiffPipeline.from_pretrained(teacher)
     pipe.set_progress_bar_config(disable=True)
     sigmas = Joint(torch.full((3,), 0.7), torch.full((3,), 0.4))
-    question = task.teacher.ask(batch, positions, batch["track"])
+    question = task.teacher.conditions(batch, positions, batch.track)
     got = task.teacher.estimate(question, clean, sigmas)
-    mask = batch["attention_mask"].bool()
+    mask = batch.attention_mask.bool()
     with torch.no_grad():
-        text = pipe.text_encoder(batch["input_ids"], batch["attention_mask"])
+        text = pipe.text_encoder(batch.input_ids, batch.attention_mask)
         told = [
-            pipe.transformer.prepare(text, mask, positions, batch["track"]),
-            pipe.transformer.prepare(None, None, positions, batch["track"].without(), 3),
+            pipe.transformer.prepare(text, mask, positions, batch.track),
+            pipe.transformer.prepare(None, None, positions, batch.track.without(), 3),
         ]
         inputs = clean.video, clean.audio, sigmas.video, sigmas.audio
         cond, free = (pipe.transformer(*inputs, conditions=c) for c in told)
@@ -123,7 +123,7 @@ def test_trained_further_a_distilled_pipeline_asks_for_guidance_again(data, tmp_
     tuned = finetune.setup(
         recipe(data, tmp_path, pretrained_model_name_or_path=str(tmp_path / "base"), rank="2")
     )
-    assert tuned.recommended() == {**told, "guidance_scale": 2.0}
+    assert tuned.model.sampling == {**told, "guidance_scale": 2.0}
     tuned.save(tmp_path / "lora")
     pipe = AVDiffPipeline.from_pretrained(tmp_path / "base")
     load_lora(pipe, str(tmp_path / "lora"))
@@ -139,14 +139,14 @@ def test_student_lands_where_the_teacher_lands(data, tmp_path, teacher):
     place = torch.tensor([3, 3, 3])
     rows = row_generators(torch.Generator().manual_seed(0), 3)
     n = task.objective.noised(clean, positions, rows, {"extend": 1.0}, place / 4)
-    question = task.teacher.ask(batch, positions, batch["track"])
+    question = task.teacher.conditions(batch, positions, batch.track)
     target = task._target(question, n, place)
 
     def stepped(steps, first, count, estimate):
         scheduler = Objective(ObjectiveOptions()).scheduler
         scheduler.set_timesteps(steps)
-        given = n.wanted.map(torch.logical_not)
-        state = JointLatents(n.noisy.video, n.noisy.audio, n.sigmas, Joint())
+        given = n.denoise_mask.map(torch.logical_not)
+        state = JointLatents(n.noisy.video, n.noisy.audio, n.token_sigma, Joint())
         for i in range(first, first + count):
             levels = Joint(
                 *(s[i].expand(3) for s in (scheduler.sigmas.video, scheduler.sigmas.audio))
@@ -160,7 +160,8 @@ def test_student_lands_where_the_teacher_lands(data, tmp_path, teacher):
     for m, end in slow.items():
         assert not torch.allclose(end, getattr(n.noisy, m))
         torch.testing.assert_close(getattr(fast, m), end, rtol=1e-4, atol=1e-4)
-        assert torch.equal(end[~getattr(n.wanted, m)], getattr(clean, m)[~getattr(n.wanted, m)])
+        conditioning = ~getattr(n.denoise_mask, m)
+        assert torch.equal(end[conditioning], getattr(clean, m)[conditioning])
 
 
 def test_own_steps_walk_the_students_path(data, tmp_path, teacher):
@@ -171,17 +172,17 @@ def test_own_steps_walk_the_students_path(data, tmp_path, teacher):
     batch, positions, clean = batch_of(task)
     rows = row_generators(torch.Generator().manual_seed(0), 3)
     n = task.objective.noised(clean, positions, rows, None, torch.ones(3))
-    rolled = task._rolled(batch, n, positions, batch["track"], False, torch.tensor([2, 2, 4]), 2)
+    rolled = task._rolled(batch, n, positions, batch.track, False, torch.tensor([2, 2, 4]), 2)
     with torch.no_grad():
-        network = task._student(task._conditions(batch, positions, batch["track"]))
+        network = task._student(task._conditions(batch, positions, batch.track))
         stops = [torch.full((3,), t) for t in (1.0, 0.75, 0.5)]
-        whole = task.walk(n.noisy, n.wanted, stops, network)
+        whole = task.walk(n.noisy, n.denoise_mask, stops, network)
     for m, tokens in whole.items():
         torch.testing.assert_close(getattr(rolled.noisy, m)[:2], tokens[:2])
         assert torch.equal(
             getattr(rolled.noisy, m)[2], getattr(n.noisy, m)[2]
         )  # it starts in noise and stays there
-    torch.testing.assert_close(rolled.levels.audio, torch.tensor([0.5, 0.5, 1.0]))
+    torch.testing.assert_close(rolled.sigma.audio, torch.tensor([0.5, 0.5, 1.0]))
     for seed in range(4):  # some of them take own steps
         task.common_seed = seed
         task.transformer.zero_grad()

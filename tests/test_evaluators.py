@@ -129,14 +129,10 @@ def test_frame_labels_spell_the_utterance() -> None:
 
 def test_segments_hold_what_their_labels_say() -> None:
     segments = SpokenSegments(bank(), seconds=2.0)
-    rows = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        rows.append(segments[0])
+    rows = [segments.sample(0, seed=3) for _ in range(2)]
     torch.testing.assert_close(rows[0].sound, rows[1].sound)
     assert rows[0].sound.shape == (48000,) and rows[0].phones.shape == (100,)
-    torch.manual_seed(9)
-    rows = [segments[k] for k in range(6)]
+    rows = [segments.sample(k, seed=9 + k) for k in range(6)]
     power = torch.stack([row.sound.view(100, 480).square().mean(1) for row in rows])
     spoken = torch.stack([row.phones for row in rows]) > 0
     assert power[spoken].mean() > 5 * power[~spoken].mean()

@@ -16,14 +16,12 @@ from avdiff.clip import ClipSpec
 from avdiff.core.memory_table import memory_tables
 from avdiff.data.cache import FORMAT, SHARD
 from avdiff.latents import Joint
-from avdiff.models import presets
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.phone import inventory
 from avdiff.train import finetune
-from avdiff.train.joint import lora as adapters
 from avdiff.train.joint.lora import branch_of, owner_of
-from avdiff.train.joint.objective import LossBalance, Objective, given_tokens
+from avdiff.train.joint.objective import LossBalance, Objective, conditioning_tokens
 from avdiff.train.loop.config import load_options, to_toml
 from avdiff.train.loop.fit import fit
 from avdiff.train.loop.run_log import read_log
@@ -109,7 +107,7 @@ def run(data, folder, **changes):
 
 
 def weights(task):
-    return {n: p.detach().clone() for n, p in task._named()} | {
+    return {n: p.detach().clone() for n, p in task.model.named_parameters()} | {
         n: t.rows.clone() for n, t in memory_tables(task.transformer)
     }
 
@@ -136,8 +134,8 @@ def test_loss_equals_its_formula_token_by_token():
     )
     losses = objective.row_losses(answer, clean, n)
     for m, x in clean.items():
-        z, t, out = getattr(n.noisy, m), getattr(n.levels, m), getattr(answer, m)
-        wanted, eps = getattr(n.wanted, m), getattr(n.noise, m)
+        z, t, out = getattr(n.noisy, m), getattr(n.sigma, m), getattr(answer, m)
+        wanted, eps = getattr(n.denoise_mask, m), getattr(n.noise, m)
         for row in range(3):
             costs = []
             for k in range(x.shape[1]):
@@ -161,7 +159,7 @@ def test_both_predictions_cost_the_same():
     )
     rows = [torch.Generator().manual_seed(k) for k in range(3)]
     n = as_x0.noised(clean, positions, rows)
-    x0 = as_x0.scheduler.x0_from_velocity(velocity, n.noisy, n.sigmas)
+    x0 = as_x0.scheduler.x0_from_velocity(velocity, n.noisy, n.token_sigma)
     for m, loss in as_v.row_losses(velocity, clean, n).items():
         torch.testing.assert_close(
             loss, getattr(as_x0.row_losses(x0, clean, n), m), rtol=1e-3, atol=1e-4
@@ -173,7 +171,7 @@ def test_what_a_task_gives(task):
     positions = Positions.of(ClipSpec(49, Fraction(25), 128, 128))
     v, a = positions.video[:, 0], positions.audio[:, 0]
     for seed in range(20):
-        given = given_tokens(task, positions, torch.Generator().manual_seed(seed))
+        given = conditioning_tokens(task, positions, torch.Generator().manual_seed(seed))
         shares = (float(given.video.float().mean()), float(given.audio.float().mean()))
         if task == "joint":
             assert shares == (0, 0)
@@ -207,7 +205,7 @@ def test_rows_do_not_depend_on_the_split():
         clean.map(lambda x: x[2:]), positions, [torch.Generator().manual_seed(2)], tasks
     )
     assert torch.equal(whole.noisy.video[2:], last.noisy.video)
-    assert torch.equal(whole.levels.audio[2:], last.levels.audio)
+    assert torch.equal(whole.sigma.audio[2:], last.sigma.audio)
 
 
 def test_balances():
@@ -382,70 +380,6 @@ def test_clips_of_two_lengths_share_no_batch(tmp_path):
     task, _ = run((held, held), tmp_path / "out", max_train_steps="2", checkpointing_steps="0")
     assert len(set(task.groups)) == 2
     assert set(task.validate()) >= {"video", "audio"}
-
-
-@pytest.fixture(scope="module")
-def base(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    run(data, folder, max_train_steps="2", checkpointing_steps="0")
-    return str(folder / "final")
-
-
-def test_lora_trains_its_branches_and_loads_elsewhere(data, tmp_path, base):
-    options = {
-        "pretrained_model_name_or_path": base,
-        "rank": "4",
-        "lora_targets": "audio,cross",
-        "branch_rank": "cross=2",
-        "max_train_steps": "3",
-        "learning_rate": "1e-2",
-        "checkpointing_steps": "0",
-    }
-    made = recipe(data, tmp_path, **options)
-    task = finetune.setup(made)
-    before = weights(task)
-    fit(task, made.training)
-    changed = moved(before, task)
-    assert {branch_of(n) for n in changed} == {"audio", "cross"}
-    assert all(".lora_" in n for n in changed)
-    assert {len(p) for n, p in task._named() if "lora_A" in n and branch_of(n) == "cross"} == {2}
-    assert set(load_file(tmp_path / "checkpoint-3" / "transformer.safetensors")) == {
-        n.removeprefix("transformer.") for n, _ in task._named() if ".lora_" in n
-    }
-    norms = {k: v for k, v in task.report().items() if k.startswith("adapter_norm")}
-    assert norms.keys() == {"adapter_norm/audio", "adapter_norm/cross"}
-    assert min(norms.values()) > 0
-
-    def held_out_loss(transformer):
-        other = finetune.setup(recipe(data, tmp_path, pretrained_model_name_or_path=base))
-        other.transformer = other.modules["transformer"] = transformer.eval()
-        with torch.no_grad():
-            return other.validate()["audio"]
-
-    loaded = AVTransformer.from_pretrained(base, subfolder="transformer")
-    plain = held_out_loss(loaded)
-    loaded.load_lora_adapter(
-        tmp_path / "final", prefix=None, weight_name="pytorch_lora_weights.safetensors"
-    )
-    adapted = held_out_loss(loaded)
-    assert adapted == pytest.approx(held_out_loss(task.transformer), rel=1e-5)
-    assert adapted != pytest.approx(plain, rel=1e-5)
-    adapters.merge(loaded)
-    assert not adapters.lora_layers(loaded)
-    assert held_out_loss(loaded) == pytest.approx(adapted, rel=1e-4)
-    adapters.scale_branches(task.transformer, {"audio": 0.0, "cross": 0.0})
-    assert held_out_loss(task.transformer) == pytest.approx(plain, rel=1e-5)
-
-
-def test_every_weight_has_a_branch():
-    task_names = [n for n, _ in AVTransformer(**presets.tiny()).named_parameters()]
-    found = {n: (branch_of(n), owner_of(n)) for n in task_names}
-    assert {b for b, _ in found.values()} == set(BRANCHES)
-    assert found["transformer_blocks.0.video.cross_attn.to_q.weight"] == ("cross", "video")
-    assert found["transformer_blocks.0.audio.text_attn.to_q.weight"] == ("text", "audio")
-    assert found["phoneme_encoder.to_video.weight"] == ("text", "video")
-    assert found["shared_time_proj.video.weight"] == ("shared", "both")
-    assert found["proj_in_audio.weight"] == ("audio", "audio")
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,14 @@ def test_training_uses_the_good_clips_and_names_the_bad_ones(folder, tmp_path):
         checkpointing_steps="0",
     )
     task = finetune.setup(told)
-    used, inner = [], task.dataset.__class__.__getitem__
+    used, inner = [], task.dataset.__class__.sample
     cache = LatentCache([tmp_path / "cache"])
     names = [cache.items[i][1]["name"] for i in range(len(cache))]
 
     class Watched(task.dataset.__class__):
-        def __getitem__(self, index):
+        def sample(self, index, seed):
             used.append(names[index])
-            return inner(self, index)
+            return inner(self, index, seed)
 
     task.dataset.__class__ = Watched
     summary = fit(task, told.training)

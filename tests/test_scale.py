@@ -18,7 +18,7 @@ from avdiff.models import presets
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
 from avdiff.train import finetune
-from avdiff.train.joint.dry_run import activation_bytes, weight_bytes
+from avdiff.train.joint.dry_run import Plan, activation_bytes, weight_bytes
 from avdiff.train.loop.fit import fit
 from tests.test_finetune import CLIP, recipe, write_clips
 from tests.tiny import fill_zeros
@@ -107,7 +107,8 @@ def test_the_memory_estimate_holds_within_a_fifth(tmp_path, rows):
         }
         made = recipe((data, data), tmp_path / "out", **options)
         task = finetune.setup(made)
-        told = weight_bytes(task) + activation_bytes(task)
+        plan = Plan(task.model, task.clips, task.collate, task.loss, task.device)
+        told = weight_bytes(task.model) + activation_bytes(plan)
         weights = sum(p.numel() * 4 for m in task.modules.values() for p in m.parameters())
         gc.collect()
         ctypes.CDLL(None).malloc_trim(

@@ -114,7 +114,7 @@ def test_two_processes_train_like_one(data, tmp_path, kind):
 
     def work(rank):
         task = trained(made(data, tmp_path / "two", **changes), CUT)
-        cut = [n for n, p in task._named() if isinstance(p, DTensor)]
+        cut = [n for n, p in task.model.named_parameters() if isinstance(p, DTensor)]
         assert len(cut) > 50
         assert {n.split(".")[1] for n in cut if n.startswith("transformer")} == {
             "transformer_blocks"

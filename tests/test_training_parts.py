@@ -73,18 +73,18 @@ def test_memory_tables_are_averaged_and_clipped_with_the_rest(data, tmp_path):
     name = next(n for n in loop.ema.shadow if n.endswith("memory.table.rows"))
     before = table.rows.clone()
     norms = []
-    original = task.rows.step
+    original = task.model.rows.step
 
     def step():
         norms.append(
             (
-                task.rows.grad_norm().item(),
+                task.model.rows.grad_norm().item(),
                 [p.grad for p in loop.phase_params["main"] if p.grad is not None],
             )
         )
         original()
 
-    task.rows.step = step
+    task.model.rows.step = step
     batches = loop.next_batches(None)
     loop.train_step(batches, 0.0)
     loop.loader.close()
@@ -110,9 +110,7 @@ def test_one_branch_alone_can_leave_the_caption_unread(data, tmp_path):
     level = torch.full((3,), 0.5)
 
     def answer(conditions):
-        out = model(
-            batch["video"], batch["audio"], level, level, conditions=conditions, isolated=True
-        )
+        out = model(batch.video, batch.audio, level, level, conditions=conditions, isolated=True)
         return out.video, out.audio
 
     with torch.no_grad():

@@ -20,36 +20,38 @@ Shape legend: B rows, N tokens of a modality, C values per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 
 from avdiff.core.modulation import rms_norm
+from avdiff.data.cache import LatentCache
 from avdiff.latents import MODALITIES, Joint, per_token
 from avdiff.models.conditions import Conditions, Positions
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.track import PhonemeTrack
 from avdiff.train import finetune
-from avdiff.train.joint.dataset import positions_of, same_shape, to_device
+from avdiff.train.joint.dataset import Batch, positions_of
 from avdiff.train.joint.model_init import from_folder, from_preset
-from avdiff.train.joint.objective import PATH, Noised, parts_of, supervised
+from avdiff.train.joint.objective import PATH, Noised, Objective, mask_sigma, parts_of
 from avdiff.train.joint.teacher import (
-    Question,
+    Features,
     Teacher,
+    TeacherConditions,
     as_clean,
     estimate,
     inherit,
     matching_blocks,
     tapped,
 )
-from avdiff.train.loop.dataloader import mix
+from avdiff.train.joint.trained_model import TrainedModel
+from avdiff.train.loop.dataloader import hash_seed
 from avdiff.train.loop.fit import Loss, row_generators
 from avdiff.train.recipe import Recipe
 
@@ -57,6 +59,22 @@ Tokens = Joint[torch.Tensor]
 Estimate = Callable[
     [Tokens, Tokens], Tokens
 ]  # noisy (B, N, C), sigmas (B,) or (B, N) -> clean (B, N, C)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A held-out batch and where the teacher leads.
+
+    Args:
+        batch: on the device. noise: where both start. target: the teacher's guided samples (B, N,
+            C). plain: its samples when it is run like the student, without guidance and in few
+            steps.
+    """
+
+    batch: Batch
+    noise: Noised
+    target: Tokens
+    plain: Tokens
 
 
 class DistillTask(finetune.FinetuneTask):
@@ -71,212 +89,204 @@ class DistillTask(finetune.FinetuneTask):
 
     def __init__(
         self,
-        recipe: Recipe,
-        transformer: AVTransformer,
-        text_encoder: CaptionEncoder,
-        tokenizer: Any,
-        train: Any,
-        held_out: Any,
+        model: TrainedModel,
+        train: LatentCache,
+        held_out: LatentCache | None,
         teacher: Teacher,
     ) -> None:
-        _refuse_misfits(recipe, transformer, tokenizer, teacher)
-        super().__init__(recipe, transformer, text_encoder, tokenizer, train, held_out)
+        _refuse_misfits(model, teacher)
         self.teacher = teacher
-        self.how = recipe.distillation
-        self.prompt_domain = teacher.prompt_domain
+        self.how = model.recipe.distillation
+        model.prompt_domain = teacher.prompt_domain
+        model.sampling = self._sampling()
+        super().__init__(model, train, held_out)
         self.bridge: nn.ModuleDict | None = None
         if self.how.feature_weight:
-            self.pairs = matching_blocks(transformer, teacher.transformer)
-            self.bridge = _bridge(transformer, teacher.transformer)
-            self.modules = {**self.modules, "bridge": self.bridge}
-        self._references: list[tuple[dict[str, Any], Noised, Tokens, Tokens]] = []
+            self.pairs = matching_blocks(model.transformer, teacher.transformer)
+            self.bridge = _bridge(model.transformer, teacher.transformer)
+            model.modules["bridge"] = self.bridge
+        self._references: list[Reference] = []
 
     # ------------------------------------------------------------------------------------- the loss
-    def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
+    def loss(self, batch: Batch, phase: str, generator: torch.Generator) -> Loss:
         """Velocity distance to the teacher's answer, per modality, plus features and the experts'
         balance.
         """
         self.teacher.to(self.device)
-        side = torch.Generator().manual_seed(self.common_seed)  # what all ranks must do alike
-        clean, structure = self._structure(batch, side)
+        common = torch.Generator().manual_seed(self.common_seed)  # what all ranks must do alike
+        clean, structure = self.structure(batch, common)
         isolated = structure == "isolated"
-        positions = positions_of(batch["clip"], str(self.device))
+        positions = positions_of(batch.clip, str(self.device))
         alone = clean.audio is None or isolated
-        track = self._script(batch["track"], alone, self.recipe.data.video_phonemes, side)
-        own = int(torch.randint(0, self.how.own_steps + 1, (), generator=side))
+        track = self.visible_track(batch.track, alone, self.recipe.data.video_phonemes, common)
+        steps_back = int(torch.randint(0, self.how.own_steps + 1, (), generator=common))
 
-        rows = row_generators(generator, len(batch["input_ids"]))
-        place = self._places(rows) if own or self.how.distill == "steps" else None
-        start = None if place is None else (place + own).clamp(max=self.how.student_steps)
-        time = None if start is None else start / self.how.student_steps
+        rows = row_generators(generator, len(batch))
+        grid = self._grid_points(rows) if steps_back or self.how.distill == "steps" else None
+        time = None
+        if grid is not None:
+            time = (grid + steps_back).clamp(max=self.how.student_steps) / self.how.student_steps
         noised = self.objective.noised(clean, positions, rows, self.recipe.objective.tasks, time)
-        if place is not None and own:
-            noised = self._rolled(batch, noised, positions, track, isolated, place, own)
-        question = self.teacher.ask(batch, positions, track, isolated)
-        with tapped(self._watched(self.teacher.transformer)) as theirs:
-            target = self._target(question, noised, place)
-        with tapped(self._watched(self.transformer)) as ours:
+        if grid is not None and steps_back:
+            noised = self._rolled(batch, noised, positions, track, isolated, grid, steps_back)
+        conditions = self.teacher.conditions(batch, positions, track, isolated)
+        with tapped(self._tapped_blocks(self.teacher.transformer)) as theirs:
+            target = self._target(conditions, noised, grid)
+        with tapped(self._tapped_blocks(self.transformer)) as ours:
             output, routing = self.predict(batch, noised, positions, track, isolated)
-        answer = as_clean(
-            output, self.recipe.objective.prediction_type, noised.noisy, noised.sigmas
-        )
+        prediction = self.recipe.objective.prediction_type
+        answer = as_clean(output, prediction, noised.noisy, noised.token_sigma)
 
         losses = self._distance(answer, target, noised)
-        if self.how.data_weight and not own:
+        share = self.how.data_weight
+        if share and not steps_back:
             plain = self._distance(answer, clean, noised)
-            w = self.how.data_weight
-            losses = losses.map(lambda a, b: (1 - w) * a + w * b, plain)
-        only = self.recipe.objective.modalities
-        learned: dict[str, torch.Tensor] = {m: loss for m, loss in losses.items() if m in only}
-        means = {m: loss.mean() for m, loss in learned.items()}
-        self._remember(means)
-        total = self.balance(means)
+            losses = losses.map(lambda taught, data: (1 - share) * taught + share * data, plain)
         parts = parts_of(losses, noised)
+        total, metrics = self.weighted(losses, noised, None)
         if self.bridge is not None:
             parts["feature"] = self._features(ours, theirs, batch)
             total = total + self.how.feature_weight * parts["feature"]
+        # after the features: a sum's order is part of its last bit
         balance, load = self.router(routing)
         if balance is not None:
             total = total + self.recipe.objective.router_balance * balance
-        trained = Joint(learned.get("video"), learned.get("audio"))
-        return Loss(total, parts, supervised(trained, noised) | load)
+        return Loss(total, parts, metrics | load)
 
-    def _places(self, rows: list[torch.Generator]) -> torch.Tensor:
+    def _grid_points(self, rows: Sequence[torch.Generator]) -> torch.Tensor:
         """(B,) points of the student's grid, from 1 (the last step) to student_steps (pure
         noise).
         """
-        return torch.cat(
-            [
-                torch.randint(1, self.how.student_steps + 1, (1,), generator=g, device=g.device)
-                for g in rows
-            ]
-        )
+        last = self.how.student_steps
+        points = [torch.randint(1, last + 1, (1,), generator=g, device=g.device) for g in rows]
+        return torch.cat(points)
 
     def _distance(self, answer: Tokens, target: Tokens, n: Noised) -> Joint[torch.Tensor]:
         """(B,) squared distance of the velocities: that of clean estimates over max(t, floor)^2,
-        wanted tokens only.
+        tokens of `denoise_mask` only.
         """
         floor = self.recipe.objective.loss_floor
 
-        def one(
-            x: torch.Tensor, target: torch.Tensor, level: torch.Tensor, wanted: torch.Tensor
+        def row_distance(
+            x: torch.Tensor, target: torch.Tensor, sigma: torch.Tensor, mask: torch.Tensor
         ) -> torch.Tensor:
-            square = (x - target.float()).square().mean(-1) / level.clamp(min=floor)[
-                :, None
-            ].square()  # (B, N)
-            return (square * wanted).sum(1) / wanted.sum(1).clamp(min=1)
+            square = (x - target.float()).square().mean(-1)  # (B, N)
+            square = square / sigma.clamp(min=floor)[:, None].square()
+            return (square * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-        return answer.map(one, target, n.levels, n.wanted)
+        return answer.map(row_distance, target, n.sigma, n.denoise_mask)
 
     # ------------------------------------------------------------------------- the teacher's answer
-    def _target(self, question: Question, n: Noised, place: torch.Tensor | None) -> Tokens:
+    def _target(
+        self, conditions: TeacherConditions, n: Noised, grid: torch.Tensor | None
+    ) -> Tokens:
         """The clean tokens (B, N, C) that the student shall estimate at `n`."""
-        asked: Estimate = partial(self.teacher.estimate, question)
-        if self.how.distill != "steps" or place is None:
-            return asked(n.noisy, n.sigmas)
+        network: Estimate = partial(self.teacher.estimate, conditions)
+        if self.how.distill != "steps" or grid is None:
+            return network(n.noisy, n.token_sigma)
         k = self.how.teacher_substeps
-        stops = [(place * k - j) / (self.how.student_steps * k) for j in range(k + 1)]
-        end = self.walk(n.noisy, n.wanted, stops, asked)
+        stops = [(grid * k - j) / (self.how.student_steps * k) for j in range(k + 1)]
+        end = self.walk(n.noisy, n.denoise_mask, stops, network)
         last = self.objective.sigmas_at(stops[-1])
 
         def implied_x0(
             z: torch.Tensor, z_end: torch.Tensor, s: torch.Tensor, s_end: torch.Tensor
         ) -> torch.Tensor:
-            return z - (z_end - z) * per_token(
-                s / (s_end - s), z
-            )  # x = z - s v with v = (z_end - z) / (s_end - s)
+            # x = z - s v with v = (z_end - z) / (s_end - s)
+            return z - (z_end - z) * per_token(s / (s_end - s), z)
 
-        return n.noisy.map(implied_x0, end, n.levels, last)
+        return n.noisy.map(implied_x0, end, n.sigma, last)
 
     def walk(
         self,
         tokens: Tokens,
-        wanted: Joint[torch.Tensor],
+        denoise_mask: Joint[torch.Tensor],
         stops: list[torch.Tensor],
         network: Estimate,
     ) -> Tokens:
-        """Euler steps through base times (B,) each; tokens that are not wanted stay. A stop twice
+        """Euler steps through base times (B,) each; tokens outside of the mask stay. A stop twice
         is no step.
         """
         for here, there in pairwise(stops):
             s = self.objective.sigmas_at(here)
             s_next = self.objective.sigmas_at(there)
-            clean = network(tokens, mask_levels(s, tokens, wanted))
+            here_sigma = tokens.map(lambda _, levels: levels, s)
+            clean = network(tokens, mask_sigma(here_sigma, denoise_mask))
 
             def moved(
                 z: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor
             ) -> torch.Tensor:
                 return torch.where(w[..., None], z + (z - x) * per_token((b - a) / a, z), z)
 
-            tokens = tokens.map(moved, clean, s, s_next, wanted)
+            tokens = tokens.map(moved, clean, s, s_next, denoise_mask)
         return tokens
 
     def _rolled(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         n: Noised,
         positions: Positions,
         track: PhonemeTrack | None,
         isolated: bool,
-        place: torch.Tensor,
-        own: int,
+        grid: torch.Tensor,
+        steps_back: int,
     ) -> Noised:
-        """`n` after `own` steps of the student down to its point of the grid; rows that start in
-        noise take fewer.
+        """`n` after `steps_back` steps of the student down to its point of the grid; rows that
+        start in noise take fewer.
         """
         steps = self.how.student_steps
-        stops = [(place + j).clamp(max=steps) / steps for j in range(own, -1, -1)]
+        stops = [(grid + j).clamp(max=steps) / steps for j in range(steps_back, -1, -1)]
         with torch.no_grad():
             network = self._student(self._conditions(batch, positions, track), isolated)
-            tokens = self.walk(n.noisy, n.wanted, stops, network)
+            tokens = self.walk(n.noisy, n.denoise_mask, stops, network)
         # bf16 copies of weights made without gradients must not serve the next forward
         torch.clear_autocast_cache()
-        levels = self.objective.sigmas_at(stops[-1])
-        levels = Joint(
-            *(None if getattr(tokens, m) is None else getattr(levels, m) for m in MODALITIES)
-        )
-        return replace(n, noisy=tokens, levels=levels, sigmas=mask_levels(levels, tokens, n.wanted))
+        sigma = tokens.map(lambda _, levels: levels, self.objective.sigmas_at(stops[-1]))
+        token_sigma = mask_sigma(sigma, n.denoise_mask)
+        return replace(n, noisy=tokens, sigma=sigma, token_sigma=token_sigma)
 
     def _conditions(
-        self, batch: Mapping[str, Any], positions: Positions, track: PhonemeTrack | None
+        self, batch: Batch, positions: Positions, track: PhonemeTrack | None
     ) -> Conditions:
         text = self.text_of(batch)
-        return self.transformer.prepare(
-            text, batch["attention_mask"].bool(), positions, track, len(text)
-        )
+        mask = batch.attention_mask.bool()
+        return self.transformer.prepare(text, mask, positions, track, len(text))
 
     def _student(self, conditions: Conditions, isolated: bool = False) -> Estimate:
         kind = self.recipe.objective.prediction_type
         return lambda z, s: estimate(self.transformer, kind, conditions, z, s, isolated)
 
     # ------------------------------------------------------------------------------------- features
-    def _watched(self, transformer: AVTransformer) -> list[nn.Module]:
+    def _tapped_blocks(self, transformer: AVTransformer) -> list[nn.Module]:
+        """Blocks whose outputs are compared: all of the student's, their partners of the
+        teacher's.
+        """
         blocks = list(transformer.transformer_blocks)
         if self.bridge is None:
             return []
-        return (
-            blocks
-            if transformer is self.transformer
-            else [blocks[j] for j in sorted(set(self.pairs))]
-        )
+        if transformer is self.transformer:
+            return blocks
+        return [blocks[j] for j in sorted(set(self.pairs))]
 
-    def _features(self, ours: Any, theirs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _features(self, ours: Features, theirs: Features, batch: Batch) -> torch.Tensor:
         """Mean squared distance of RMS-normalized block outputs, the student's through a learned
         linear map.
         """
         assert self.bridge is not None
-        rows = len(batch["input_ids"])
+        rows = len(batch)
         order = sorted(set(self.pairs))
-        theirs = theirs[
-            : len(order)
-        ]  # of several passes the first: the point that the student sees
+        theirs = theirs[: len(order)]  # of several passes the first: where the student is too
         costs = []
         for i, j in enumerate(self.pairs):
-            for m, own, other in zip(MODALITIES, ours[i], theirs[order.index(j)], strict=True):
-                if own is not None and batch.get(m) is not None:
-                    tokens = batch[m].shape[1]
-                    mapped = rms_norm(self.bridge[m].get_submodule(str(i))(own[:, :tokens]).float())
-                    costs.append((mapped - rms_norm(other[:rows, :tokens].float())).square().mean())
+            outputs = zip(MODALITIES, ours[i], theirs[order.index(j)], strict=True)
+            for m, mine, other in outputs:
+                tokens = getattr(batch, m)
+                if mine is None or other is None or tokens is None:
+                    continue
+                length = tokens.shape[1]
+                mapped = self.bridge[m].get_submodule(str(i))(mine[:, :length])
+                wanted = rms_norm(other[:rows, :length].float())
+                costs.append((rms_norm(mapped.float()) - wanted).square().mean())
         return torch.stack(costs).mean()
 
     # ----------------------------------------------------------------------------- what is measured
@@ -292,18 +302,20 @@ class DistillTask(finetune.FinetuneTask):
         if self.held_out is None or not len(self.held_out):
             return metrics
         if not self._references:
-            self._references = list(self._teach())
+            self._references = list(self._make_references())
         sums: dict[str, float] = dict.fromkeys(
             (f"{k}/{m}" for k in ("far", "plain", "size") for m in MODALITIES), 0.0
         )
-        for batch, noise, target, plain in self._references:
-            positions = positions_of(batch["clip"], str(self.device))
-            track = self._script(batch["track"], target.audio is None, 0.0, torch.Generator())
+        for reference in self._references:
+            batch = reference.batch
+            target = reference.target
+            positions = positions_of(batch.clip, str(self.device))
+            track = self.visible_track(batch.track, target.audio is None, 0.0, torch.Generator())
             network = self._student(self._conditions(batch, positions, track))
-            made = self._sample(noise, network, self._shown_steps)
+            made = self._sample(reference.noise, network, self._sampling_steps)
             for m, x in target.items():
                 sums[f"far/{m}"] += float((getattr(made, m) - x).square().sum())
-                sums[f"plain/{m}"] += float((getattr(plain, m) - x).square().sum())
+                sums[f"plain/{m}"] += float((getattr(reference.plain, m) - x).square().sum())
                 sums[f"size/{m}"] += float(x.square().sum())
         for m in MODALITIES:
             if sums[f"size/{m}"] > 0:
@@ -315,7 +327,7 @@ class DistillTask(finetune.FinetuneTask):
         return metrics
 
     @property
-    def _shown_steps(self) -> int:
+    def _sampling_steps(self) -> int:
         """Steps with which the student is measured, and which its pipeline will recommend."""
         own_grid = self.how.distill == "steps" or self.how.own_steps > 0
         return (
@@ -327,51 +339,42 @@ class DistillTask(finetune.FinetuneTask):
     def _sample(self, start: Noised, network: Estimate, steps: int) -> Tokens:
         rows = len(next(x for _, x in start.noisy.items()))
         stops = [torch.full((rows,), i / steps, device=self.device) for i in range(steps, -1, -1)]
-        return self.walk(start.noisy, start.wanted, stops, network)
+        return self.walk(start.noisy, start.denoise_mask, stops, network)
 
-    def _teach(self) -> Any:
-        """Held-out batches, pure noise, the teacher's guided samples, and its samples when run like
-        the student.
-        """
-        assert self.held_out is not None
+    def _make_references(self) -> Iterator[Reference]:
+        """Held-out batches, pure noise, and the teacher's samples with and without guidance."""
         self.teacher.to(self.device)
-        size = self.recipe.training.train_batch_size
-        steps = self._shown_steps * (
-            self.how.teacher_substeps if self.how.distill == "steps" else 1
-        )
-        for indices in same_shape(self.held_out, self.recipe.data.validation_items, size):
-            batch = to_device(self.collate([self.held_out[i] for i in indices]), self.device)
-            clean = Joint(batch.get("video"), batch.get("audio"))
-            positions = positions_of(batch["clip"], str(self.device))
-            track = self._script(batch["track"], clean.audio is None, 0.0, torch.Generator())
-            noise = [torch.Generator(self.device).manual_seed(mix(i, 97)) for i in indices]
+        factor = self.how.teacher_substeps if self.how.distill == "steps" else 1
+        for indices, batch in self.held_out_batches():
+            clean = batch.tokens
+            positions = positions_of(batch.clip, str(self.device))
+            track = self.visible_track(batch.track, clean.audio is None, 0.0, torch.Generator())
+            seeds = [hash_seed(i, 97) for i in indices]
+            noise = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
             start = self.objective.noised(clean, positions, noise, time=1.0)
             samples = []
-            for guided, count in ((True, steps), (False, self._shown_steps)):
-                question = self.teacher.ask(batch, positions, track, guided=guided)
-                samples.append(self._sample(start, partial(self.teacher.estimate, question), count))
-            yield batch, start, samples[0], samples[1]
+            for guided, steps in (
+                (True, self._sampling_steps * factor),
+                (False, self._sampling_steps),
+            ):
+                conditions = self.teacher.conditions(batch, positions, track, guided=guided)
+                network = partial(self.teacher.estimate, conditions)
+                samples.append(self._sample(start, network, steps))
+            yield Reference(batch, start, samples[0], samples[1])
 
-    def recommended(self) -> dict[str, Any]:
+    def _sampling(self) -> dict[str, float]:
         """Steps and guidance of the exported pipeline: what was distilled into the student is not
         asked for again.
         """
-        told = dict(self.teacher.recommended)
+        defaults = dict(self.teacher.recommended)
         if self.how.distill != "size" or self.teacher.guided:
-            told |= {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
-        return {**told, "num_inference_steps": self._shown_steps}
+            defaults |= {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
+        return {**defaults, "num_inference_steps": self._sampling_steps}
 
 
-def mask_levels(
-    levels: Joint[torch.Tensor], tokens: Tokens, wanted: Joint[torch.Tensor]
-) -> Joint[torch.Tensor]:
-    """Levels (B,) as the network is told them: (B,), or (B, N) with 0 at tokens that are given."""
-    return tokens.map(
-        lambda _, s, w: s if bool(w.all()) else s[:, None].masked_fill(~w, 0.0), levels, wanted
-    )
-
-
-def setup_distillation(recipe: Recipe, train: Any, held_out: Any) -> DistillTask:
+def setup_distillation(
+    recipe: Recipe, train: LatentCache, held_out: LatentCache | None
+) -> DistillTask:
     """Teacher and student that a recipe names.
 
     Raises:
@@ -395,7 +398,9 @@ def setup_distillation(recipe: Recipe, train: Any, held_out: Any) -> DistillTask
             )
         if recipe.distillation.start_from_teacher:
             inherit(transformer, teacher.transformer)
-    return DistillTask(recipe, transformer, text_encoder, tokenizer, train, held_out, teacher)
+    scheduler = Objective(recipe.objective).scheduler
+    model = TrainedModel(recipe, transformer, text_encoder, tokenizer, scheduler)
+    return DistillTask(model, train, held_out, teacher)
 
 
 def _bridge(student: AVTransformer, teacher: AVTransformer) -> nn.ModuleDict:
@@ -412,9 +417,9 @@ def _bridge(student: AVTransformer, teacher: AVTransformer) -> nn.ModuleDict:
     )
 
 
-def _refuse_misfits(
-    recipe: Recipe, student: AVTransformer, tokenizer: Any, teacher: Teacher
-) -> None:
+def _refuse_misfits(model: TrainedModel, teacher: Teacher) -> None:
+    recipe = model.recipe
+    student = model.transformer
     o = recipe.objective
     theirs = teacher.scheduler.config
     for name in PATH:
@@ -437,14 +442,14 @@ def _refuse_misfits(
         "mels_per_token",
         "shared_rate",
     ):
-        own = getattr(student.config, name)
+        mine = getattr(student.config, name)
         other = getattr(teacher.transformer.config, name)
-        if own != other:
+        if mine != other:
             raise ValueError(
-                f"teacher={recipe.distillation.teacher}: has {name}={other}, the student {own}; "
+                f"teacher={recipe.distillation.teacher}: has {name}={other}, the student {mine}; "
                 "choose a student that works on the same latents and clock"
             )
-    if tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    if model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ValueError(
             f"teacher={recipe.distillation.teacher}: reads captions with another tokenizer than "
             "the "

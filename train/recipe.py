@@ -5,8 +5,8 @@ is loaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -244,151 +244,211 @@ class Recipe:
     export: ExportOptions
     training: FitOptions
 
-    def check(self) -> None:  # noqa: C901
+    def check(self) -> None:
         """Refuse what cannot work, without loading anything heavy.
 
         Raises:
             ValueError: names the option, its value and what fits.
         """
-        o = self.objective
-        d = self.data
-        a = self.adapter
-        if not d.train_data:
-            raise ValueError(
-                "train_data=[]: needs folders of cached latents; `avdiff data cache` makes one"
-            )
-        for name in ("train_data", "validation_data"):
-            for folder in getattr(d, name):
-                if not (Path(folder) / "cache.json").is_file():
-                    raise ValueError(
-                        f"{name}: {folder} holds no cache.json; make it with `avdiff data cache`"
-                    )
-        if not o.modalities:
-            raise ValueError("modalities=[]: needs video, audio or both")
-        _shares("tasks", o.tasks, TASKS)
-        if not sum(o.tasks.values()) > 0:
-            raise ValueError(f"tasks={o.tasks}: needs at least one share above 0")
-        for only, wrong in (("video", ("t2a", "v2a")), ("audio", ("t2v", "a2v", "image"))):
-            hit = [t for t in wrong if o.tasks.get(t)]
-            if o.modalities == (only,) and hit:
-                raise ValueError(
-                    f"tasks contain {hit[0]}, but modalities={[only]} learns nothing from it; "
-                    "drop it"
-                )
-        for name in (
-            "caption_dropout",
-            "phoneme_dropout",
-            "text_dropout",
-            "video_phonemes",
-            "video_caption_dropout",
-            "audio_caption_dropout",
-        ):
-            if not 0 <= getattr(d, name) <= 1:
-                raise ValueError(f"{name}={getattr(d, name)}: needs a share from 0 to 1")
-        for name in ("phoneme_head", "viseme_head", "router_balance"):
-            if not getattr(o, name) >= 0:
-                raise ValueError(f"{name}={getattr(o, name)}: needs a weight of at least 0")
-        for name in ("shift_video", "shift_audio", "logit_std", "loss_floor"):
-            value = getattr(o, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: needs a number above 0")
-        for m, scale in o.learned_guidance.items():
-            if m not in ("video", "audio") or not 1 <= scale <= 20:
-                raise ValueError(
-                    f"learned_guidance={o.learned_guidance}: needs video, audio or both, from 1 "
-                    "to 20"
-                )
-        if o.learned_guidance and not d.text_dropout:
-            raise ValueError(
-                "learned_guidance: leads away from the answer without text, which only rows "
-                "without text "
-                "teach; set text_dropout above 0, such as 0.1"
-            )
-        if o.frame_correlation is not None and not 0 <= o.frame_correlation < 1:
-            raise ValueError(
-                f"frame_correlation={o.frame_correlation}: needs a number from 0 to below 1"
-            )
-        _shares("loss_weights", o.loss_weights, ("video", "audio"))
-        _shares("branch_learning_rate", self.rates.branch_learning_rate, BRANCHES)
-        _shares("branch_rank", a.branch_rank, BRANCHES)
-        if a.rank < 0:
-            raise ValueError(f"rank={a.rank}: needs a whole number, 0 for full training")
-        if a.rank and not self.model.pretrained_model_name_or_path:
-            raise ValueError(
-                f"rank={a.rank}: LoRA needs a trained model; set pretrained_model_name_or_path"
-            )
-        for target in a.lora_targets:
-            if target not in (*BRANCHES, "all"):
-                raise ValueError(
-                    f"lora_targets: {target!r} matches nothing; needs {', '.join(BRANCHES)} or all"
-                )
-        if a.branch_rank and not a.rank:
-            raise ValueError(f"branch_rank={a.branch_rank}: has no effect with rank=0; set rank")
-        if self.model.preset_changes and self.model.pretrained_model_name_or_path:
-            raise ValueError(
-                f"preset_changes={self.model.preset_changes}: change a preset, but this run "
-                "starts from "
-                "pretrained_model_name_or_path; drop one of them"
-            )
-        self._check_distillation()
-        self._check_outputs()
+        for section, rules in RANGES.items():
+            options = getattr(self, section)
+            for name, rule in rules.items():
+                value = getattr(options, name)
+                if value is not None and not rule.fits(value):
+                    raise ValueError(f"{name}={value}: needs {rule.words}")
+        for section, tables in TABLES.items():
+            for name, keys in tables.items():
+                _shares(name, getattr(getattr(self, section), name), keys)
+        for rule in RULES:
+            rule(self)
 
-    def _check_outputs(self) -> None:
-        e = self.export
-        model = self.model
-        if e.push_to_hub and not e.hub_model_id:
-            raise ValueError("push_to_hub=true: needs hub_model_id, such as user/model")
-        if e.push_to_hub and os.environ.get("HF_HUB_OFFLINE", "0").lower() in (
-            "1",
-            "true",
-            "yes",
-            "on",
-        ):
+    def settings(self) -> dict[str, object]:
+        """What must not change between interruption and resume, by "section.name"."""
+        sections = ["model", "data", "objective", "rates", "adapter"]
+        if self.distillation.teacher is not None:
+            sections.append("distillation")
+        flat: dict[str, object] = {}
+        for section in sections:
+            flat |= {f"{section}.{k}": v for k, v in asdict(getattr(self, section)).items()}
+        return flat
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number must be, as a test and in words."""
+
+    fits: Callable[[float], bool]
+    words: str
+
+
+SHARE = Range(lambda value: 0 <= value <= 1, "a share from 0 to 1")
+WEIGHT = Range(lambda value: value >= 0, "a weight of at least 0")
+POSITIVE = Range(lambda value: value > 0, "a number above 0")
+AT_LEAST_0 = Range(lambda value: value >= 0, "at least 0")
+AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
+CORRELATION = Range(lambda value: 0 <= value < 1, "a number from 0 to below 1")
+RANK = Range(lambda value: value >= 0, "a whole number, 0 for full training")
+
+# section -> option -> what fits; an option without a value passes
+RANGES: dict[str, dict[str, Range]] = {
+    "data": {
+        "caption_dropout": SHARE,
+        "phoneme_dropout": SHARE,
+        "text_dropout": SHARE,
+        "video_phonemes": SHARE,
+        "video_caption_dropout": SHARE,
+        "audio_caption_dropout": SHARE,
+    },
+    "objective": {
+        "phoneme_head": WEIGHT,
+        "viseme_head": WEIGHT,
+        "router_balance": WEIGHT,
+        "shift_video": POSITIVE,
+        "shift_audio": POSITIVE,
+        "logit_std": POSITIVE,
+        "loss_floor": POSITIVE,
+        "frame_correlation": CORRELATION,
+    },
+    "adapter": {"rank": RANK},
+    "distillation": {
+        "student_steps": AT_LEAST_1,
+        "teacher_substeps": AT_LEAST_1,
+        "own_steps": AT_LEAST_0,
+        "feature_weight": AT_LEAST_0,
+        "data_weight": SHARE,
+    },
+}
+# section -> option -> keys that its table may have, each with a number of at least 0
+TABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "objective": {"tasks": TASKS, "loss_weights": ("video", "audio")},
+    "rates": {"branch_learning_rate": BRANCHES},
+    "adapter": {"branch_rank": BRANCHES},
+}
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if not data.train_data:
+        raise ValueError(
+            "train_data=[]: needs folders of cached latents; `avdiff data cache` makes one"
+        )
+    for name in ("train_data", "validation_data"):
+        for folder in getattr(data, name):
+            if not (Path(folder) / "cache.json").is_file():
+                raise ValueError(
+                    f"{name}: {folder} holds no cache.json; make it with `avdiff data cache`"
+                )
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    o = recipe.objective
+    if not o.modalities:
+        raise ValueError("modalities=[]: needs video, audio or both")
+    if not sum(o.tasks.values()) > 0:
+        raise ValueError(f"tasks={o.tasks}: needs at least one share above 0")
+    for only, useless in (("video", ("t2a", "v2a")), ("audio", ("t2v", "a2v", "image"))):
+        hit = [task for task in useless if o.tasks.get(task)]
+        if o.modalities == (only,) and hit:
             raise ValueError(
-                "push_to_hub=true: HF_HUB_OFFLINE is set, so nothing can be pushed; unset one of "
-                "them"
-            )
-        if self.samples.sample_prompts and not self.training.validation_steps:
-            raise ValueError(
-                "sample_prompts: are made at validations, but validation_steps=0; set it"
-            )
-        if self.samples.sample_prompts and not (
-            model.codecs or model.pretrained_model_name_or_path or self.distillation.teacher
-        ):
-            raise ValueError(
-                "sample_prompts: need codecs to be heard and seen; set codecs to a folder with "
-                "vae, "
-                "audio_vae and vocoder, such as presenter"
+                f"tasks contain {hit[0]}, but modalities={[only]} learns nothing from it; drop it"
             )
 
-    def _check_distillation(self) -> None:
-        d = self.distillation
-        for name, low in (
-            ("student_steps", 1),
-            ("teacher_substeps", 1),
-            ("own_steps", 0),
-            ("feature_weight", 0),
-        ):
-            if not getattr(d, name) >= low:
-                raise ValueError(f"{name}={getattr(d, name)}: needs at least {low}")
-        if not 0 <= d.data_weight <= 1:
-            raise ValueError(f"data_weight={d.data_weight}: needs a share from 0 to 1")
-        if d.teacher is None:
-            changed = [f.name for f in fields(d) if getattr(d, f.name) != f.default]
-            if changed:
-                raise ValueError(
-                    f"{changed[0]}={getattr(d, changed[0])}: has no effect without a teacher; set "
-                    "teacher"
-                )
-        elif self.objective.phoneme_head or self.objective.viseme_head:
+
+def _check_guidance(recipe: Recipe) -> None:
+    guidance = recipe.objective.learned_guidance
+    for m, scale in guidance.items():
+        if m not in ("video", "audio") or not 1 <= scale <= 20:
             raise ValueError(
-                "phoneme_head, viseme_head: have no effect in a distillation; use feature_weight"
+                f"learned_guidance={guidance}: needs video, audio or both, from 1 to 20"
             )
-        elif d.distill == "steps" and d.data_weight:
+    if guidance and not recipe.data.text_dropout:
+        raise ValueError(
+            "learned_guidance: leads away from the answer without text, which only rows without "
+            "text teach; set text_dropout above 0, such as 0.1"
+        )
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    a = recipe.adapter
+    if a.rank and not recipe.model.pretrained_model_name_or_path:
+        raise ValueError(
+            f"rank={a.rank}: LoRA needs a trained model; set pretrained_model_name_or_path"
+        )
+    for target in a.lora_targets:
+        if target not in (*BRANCHES, "all"):
             raise ValueError(
-                f"data_weight={d.data_weight}: a point where several steps lead has no plain loss; "
-                "set it to 0 or distill to size or guidance"
+                f"lora_targets: {target!r} matches nothing; needs {', '.join(BRANCHES)} or all"
             )
+    if a.branch_rank and not a.rank:
+        raise ValueError(f"branch_rank={a.branch_rank}: has no effect with rank=0; set rank")
+
+
+def _check_model(recipe: Recipe) -> None:
+    changes = recipe.model.preset_changes
+    if changes and recipe.model.pretrained_model_name_or_path:
+        raise ValueError(
+            f"preset_changes={changes}: change a preset, but this run starts from "
+            "pretrained_model_name_or_path; drop one of them"
+        )
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    d = recipe.distillation
+    heads = recipe.objective.phoneme_head or recipe.objective.viseme_head
+    if d.teacher is None:
+        changed = [f.name for f in fields(d) if getattr(d, f.name) != f.default]
+        if changed:
+            raise ValueError(
+                f"{changed[0]}={getattr(d, changed[0])}: has no effect without a teacher; set "
+                "teacher"
+            )
+    elif heads:
+        raise ValueError(
+            "phoneme_head, viseme_head: have no effect in a distillation; use feature_weight"
+        )
+    elif d.distill == "steps" and d.data_weight:
+        raise ValueError(
+            f"data_weight={d.data_weight}: a point where several steps lead has no plain loss; "
+            "set it to 0 or distill to size or guidance"
+        )
+
+
+def _check_export(recipe: Recipe) -> None:
+    export = recipe.export
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+    if export.push_to_hub and not export.hub_model_id:
+        raise ValueError("push_to_hub=true: needs hub_model_id, such as user/model")
+    if export.push_to_hub and offline:
+        raise ValueError(
+            "push_to_hub=true: HF_HUB_OFFLINE is set, so nothing can be pushed; unset one of them"
+        )
+
+
+def _check_samples(recipe: Recipe) -> None:
+    model = recipe.model
+    if not recipe.samples.sample_prompts:
+        return
+    if not recipe.training.validation_steps:
+        raise ValueError("sample_prompts: are made at validations, but validation_steps=0; set it")
+    teacher = recipe.distillation.teacher
+    if not (model.codecs or model.pretrained_model_name_or_path or teacher):
+        raise ValueError(
+            "sample_prompts: need codecs to be heard and seen; set codecs to a folder with vae, "
+            "audio_vae and vocoder, such as presenter"
+        )
+
+
+# what no single option tells; the first that is broken is the one that is said
+RULES: tuple[Callable[[Recipe], None], ...] = (
+    _check_data,
+    _check_tasks,
+    _check_guidance,
+    _check_adapter,
+    _check_model,
+    _check_distillation,
+    _check_export,
+    _check_samples,
+)
 
 
 def taught(objective: ObjectiveOptions) -> tuple[str, ...]:

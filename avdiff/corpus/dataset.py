@@ -34,6 +34,7 @@ from avdiff.corpus.face.presenter import (
     render_face,
     sample_identity,
 )
+from avdiff.corpus.sample import ClipSample
 from avdiff.corpus.speech.concatenate import (
     Concatenation,
     UtteranceSegment,
@@ -118,7 +119,7 @@ class CorpusOptions:
 
 
 class PresenterCorpus(Dataset):
-    """Clips by number. Items are dicts:
+    """Clips by number. Items are `ClipSample`s:
 
     video (F, S, S, 3) uint8 and audio (1, samples) float32 tensors (absent if not wanted), fps
     Fraction, sample_rate, caption str, captions list, language, text (spoken words, "" for events),
@@ -177,10 +178,10 @@ class PresenterCorpus(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[ClipSample]:
         return (self[i] for i in range(self.length))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> ClipSample:
         if not 0 <= index < self.length:
             raise IndexError(f"index={index}: this corpus has clips 0 to {self.length - 1}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
@@ -199,7 +200,7 @@ class PresenterCorpus(Dataset):
         first = int(moment.integers(len(times)))
         return times[first : first + 1] if self.options.still else times
 
-    def _speech(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
+    def _speech(self, rng: np.random.Generator, item: ClipSample) -> ClipSample:
         """A presenter says one or more sentences."""
         words, face, motion, phrase, sound, moment = rng.spawn(6)
         plan = draw_plan(sound, self.options.augment_share)
@@ -327,7 +328,7 @@ class PresenterCorpus(Dataset):
             f"seconds={self.options.seconds}: too short for the sentences of this bank"
         )
 
-    def _event(self, rng: np.random.Generator, item: dict[str, Any]) -> dict[str, Any]:
+    def _event(self, rng: np.random.Generator, item: ClipSample) -> ClipSample:
         """An object sounds."""
         shape, phrase, moment = rng.spawn(3)
         low, high = self.options.range

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec
 from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.sample import ClipSample
 from avdiff.latents import MODALITIES, normalize_latents, pack_audio, pack_video
 from avdiff.media.write import MediaError
 from avdiff.phonetics.phone import Phone
@@ -35,7 +36,40 @@ class Source(Protocol):
     """Anything that gives clips by number, such as `PresenterCorpus`."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> ClipSample: ...
+
+
+class CachedClip(TypedDict, total=False):
+    """An item of a cache: what its table says, and its tensors; a key is absent where there is
+    nothing.
+
+    Args:
+        video: (N_v, C_v), audio: (N_a, C_a) fp32 latent tokens, normalized. text: (L, D) features
+            of each caption.
+        index: number in its source. modalities: names of its latents. num_frames, height, width,
+            fps (as text) and sample_rate: size on the clock. The rest is as in `ClipSample`.
+    """
+
+    video: torch.Tensor
+    audio: torch.Tensor
+    text: list[torch.Tensor]
+    phones: tuple[Phone, ...]
+    index: int
+    name: str
+    split: str
+    kind: str
+    caption: str
+    captions: list[str]
+    language: str
+    contacts: Sequence[float]
+    attributes: dict[str, str]
+    modalities: list[str]
+    num_frames: int
+    height: int
+    width: int
+    fps: str
+    sample_rate: int
+    refused: str
 
 
 @dataclass(frozen=True)
@@ -281,7 +315,7 @@ def check_fingerprint(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def _encode_one(
-    sample: dict[str, Any], codecs: Codecs
+    sample: ClipSample, codecs: Codecs
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One clip -> its tensors and its JSON-able record."""
     video = sample.get("video")
@@ -339,7 +373,7 @@ class LatentCache(Dataset):
     def __init__(
         self, folders: Sequence[str | os.PathLike[str]], expect: dict[str, Any] | None = None
     ) -> None:
-        self.items: list[tuple[Path, dict[str, Any]]] = []
+        self.items: list[tuple[Path, CachedClip]] = []
         codecs: dict[str, Any] = dict(expect or {})
         self.refused: list[str] = []
         for folder in map(Path, folders):
@@ -370,7 +404,7 @@ class LatentCache(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> CachedClip:
         path, record = self.items[index]
         shard = self._shard(path)
         name = record["index"]

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from avdiff.clip import ClipSpec, Clock, as_fps
 from avdiff.corpus.captions import parse_prompt
+from avdiff.corpus.sample import ClipSample
 from avdiff.corpus.speech.concatenate import tile
 from avdiff.data.clip_table import PICTURE_SUFFIXES, ClipEntry, find_clips
 from avdiff.data.forced_alignment import phones_of_clip
@@ -118,7 +119,7 @@ def choose_bucket(
 
 
 class RealClips(Dataset):
-    """Clips of a folder. Items are dicts:
+    """Clips of a folder. Items are `ClipSample`s:
 
     video (F, H, W, 3) uint8 and audio (C, samples) float32 tensors (where the clip has them), fps,
     sample_rate, caption, captions, language, text (the words that the caption quotes), phones (when
@@ -210,7 +211,7 @@ class RealClips(Dataset):
         """Bucket of each clip: clips with equal values may share a batch."""
         return [(spec, *held) for spec, held in zip(self.specs, self._held, strict=True)]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> ClipSample:
         """Decode one clip.
 
         Raises:
@@ -220,7 +221,7 @@ class RealClips(Dataset):
         entry = self.entries[index]
         spec = self.specs[index]
         held = self._held[index]
-        item: dict[str, Any] = {
+        item: ClipSample = {
             "name": entry.name,
             "index": index,
             "kind": "clip",

@@ -19,6 +19,7 @@ from avdiff.models.codecs.pitch import hertz_bin
 from avdiff.models.codecs.vocoder import AVVocoder, Pitch
 from avdiff.train.codecs.pitch import PitchBank, PitchTrack, track
 from avdiff.train.codecs.spectral_loss import SpectralLoss
+from avdiff.train.loop.dataloader import SeededDataset, row_generator
 from avdiff.train.loop.task import Loss, Task
 
 EventSource = Callable[
@@ -26,7 +27,7 @@ EventSource = Callable[
 ]  # (rng, samples) -> float32 (samples,)
 
 
-class SoundSegments(Dataset[Tensor]):
+class SoundSegments(SeededDataset[Tensor]):
     """Random pieces of speech, with some event-like sounds, of one length: item -> float32 (1, S)
     in [-1, 1].
 
@@ -61,8 +62,8 @@ class SoundSegments(Dataset[Tensor]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Tensor:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+    def sample(self, index: int, seed: int) -> Tensor:
+        rng = row_generator(seed)
         if rng.random() < self.event_share and self.events is not None:
             piece = self.events(rng, self.samples)
         else:
@@ -229,7 +230,7 @@ class Voiced(NamedTuple):
     voiced: Tensor
 
 
-class VoicedSegments(Dataset[Voiced]):
+class VoicedSegments(SeededDataset[Voiced]):
     """`SoundSegments` with pitch tracks: an item is one `Voiced` without the batch dimension, cut
     on the frame grid.
     """
@@ -245,8 +246,8 @@ class VoicedSegments(Dataset[Voiced]):
     def __len__(self) -> int:
         return len(self.segments)
 
-    def __getitem__(self, index: int) -> Voiced:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+    def sample(self, index: int, seed: int) -> Voiced:
+        rng = row_generator(seed)
         if rng.random() < self.segments.event_share and self.segments.events is not None:
             sound = self.segments.events(rng, self.segments.samples)
             pitch = track([sound], self.hop)[0]

@@ -26,6 +26,7 @@ from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.evaluation.metrics.video import gradient_energy, mouth_boxes, psnr
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.phonetics.visemes import viseme_track
+from avdiff.train.loop.dataloader import SeededDataset
 from avdiff.train.loop.muon import MuonAdam, muon_groups
 from avdiff.train.loop.task import FitOptions, Loss, Task
 
@@ -99,7 +100,7 @@ def _wandering_mouth(rng: np.random.Generator, frames: int) -> np.ndarray:
     return (knots[low] * (1 - share) + knots[low + 1] * share).astype(np.float32)
 
 
-class FrameStore:
+class FrameStore(SeededDataset[dict[str, Tensor]]):
     """Clips of equal shape in one memory-mapped file, so that training does not wait for a
     renderer.
 
@@ -116,16 +117,17 @@ class FrameStore:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         """video uint8 (F, H, W, 3) and mouth boxes (F, 4) from a random moment, mirrored in half of
         the cases.
         """
-        start = int(torch.randint(self.clips.shape[1] - self.num_frames + 1, ()))
+        rng = torch.Generator().manual_seed(seed)
+        start = int(torch.randint(self.clips.shape[1] - self.num_frames + 1, (), generator=rng))
         part = slice(start, start + self.num_frames)
         video, boxes = (
             torch.from_numpy(np.array(array[index, part])) for array in (self.clips, self.boxes)
         )
-        if torch.rand(()) < 0.5:
+        if torch.rand((), generator=rng) < 0.5:
             video = video.flip(2)
             boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
         return {"video": video, "boxes": boxes}

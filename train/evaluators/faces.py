@@ -27,6 +27,7 @@ from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.evaluators.face_reader import SIDE, FaceReader, Mouth, Place, to_pictures
 from avdiff.phonetics.visemes import PARAMS, TARGETS, VISEMES, viseme_track
+from avdiff.train.loop.dataloader import SeededDataset
 from avdiff.train.loop.task import Loss, Task
 
 FACE = (-26.0, -37.0, 26.0, 34.0)  # left, top, right, bottom of a face in the head's frame
@@ -143,7 +144,7 @@ def draw_event(rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-class FaceStore:
+class FaceStore(SeededDataset[dict[str, Tensor]]):
     """Drawn pictures in one memory-mapped file: pictures.u8 (N, 128, 128, 3), truth.safetensors,
     shape.json.
     """
@@ -160,12 +161,14 @@ class FaceStore:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         """`picture` uint8 (S, S, 3), in `jpeg_share` of the cases through JPEG, and its truth."""
         picture = np.array(self.pictures[index])
-        if float(torch.rand(())) < self.jpeg_share:
+        rng = torch.Generator().manual_seed(seed)
+        if float(torch.rand((), generator=rng)) < self.jpeg_share:
+            quality = int(torch.randint(12, 70, (), generator=rng))
             file = io.BytesIO()
-            Image.fromarray(picture).save(file, "JPEG", quality=int(torch.randint(12, 70, ())))
+            Image.fromarray(picture).save(file, "JPEG", quality=quality)
             picture = np.array(Image.open(file))
         truth = {
             name: torch.from_numpy(np.array(values[index])) for name, values in self.truth.items()

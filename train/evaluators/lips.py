@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from avdiff.corpus.augment import add_room
 from avdiff.corpus.face.mouth import GAP
@@ -23,6 +22,7 @@ from avdiff.evaluators.load import lag_curve
 from avdiff.models.evaluators.lip_network import RATE, LipNetwork, lag_scores, lips_on_clock
 from avdiff.phonetics.visemes import viseme_track
 from avdiff.train.evaluators.phones import some_noise
+from avdiff.train.loop.dataloader import SeededDataset, row_generator
 from avdiff.train.loop.task import Loss, Task
 
 FRAME_RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60.0)
@@ -174,7 +174,7 @@ class Pair(NamedTuple):
     lag: Tensor
 
 
-class LipPairs(Dataset[Pair]):
+class LipPairs(SeededDataset[Pair]):
     """Passages of speech with badly seen lips; an item draws from torch's global generator.
 
     Args:
@@ -202,8 +202,8 @@ class LipPairs(Dataset[Pair]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Pair:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+    def sample(self, index: int, seed: int) -> Pair:
+        rng = row_generator(seed)
         lag = int(rng.integers(-self.reach // 2, self.reach // 2 + 1))
         wide = self.frames + 2 * self.reach
         passage = self.passage(rng, wide / RATE)

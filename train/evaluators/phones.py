@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from avdiff.corpus.augment import SNR_DB, add_room, coloured_noise, draw_plan, shift_pitch
 from avdiff.corpus.speech.read import SAMPLE_RATE, SpeechCorpus, Utterance
@@ -22,6 +21,7 @@ from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.vocoder import AVVocoder
 from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import encode_phones, phones_on_frames
+from avdiff.train.loop.dataloader import SeededDataset, row_generator
 from avdiff.train.loop.task import Loss, Task
 
 RATE = 50  # frames a second
@@ -82,12 +82,11 @@ def some_noise(rng: np.random.Generator, samples: int) -> np.ndarray:
     return np.resize(np.roll(whole, -int(rng.integers(len(whole)))), samples)
 
 
-class SpokenSegments(Dataset[Heard]):
+class SpokenSegments(SeededDataset[Heard]):
     """Segments of one length, filled with sentences one after the other, each with its own voice
     and augmentation.
 
-    An item draws from torch's global generator, which the training loop seeds per row. Languages
-    are drawn by the square root of their share, so that small ones are not left behind.
+    Languages are drawn by the square root of their share, so that small ones are not left behind.
 
     Args:
         bank: source. seconds: length. augment_share: part of sentences that are degraded. size:
@@ -109,8 +108,8 @@ class SpokenSegments(Dataset[Heard]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Heard:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+    def sample(self, index: int, seed: int) -> Heard:
+        rng = row_generator(seed)
         samples = self.frames * SAMPLE_RATE // RATE
         sound = np.zeros(samples, np.float32)
         labels = np.zeros(self.frames, np.int64)

@@ -5,20 +5,22 @@ either is loaded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from transformers import PreTrainedTokenizerBase
 
+from avdiff.data.cache import LatentCache
 from avdiff.latents import MODALITIES
 from avdiff.models import presets
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
-from avdiff.train.joint.dataset import TrainingClips
+from avdiff.train.joint.dataset import TrainingClips, captions_of
 from avdiff.train.joint.export import CODECS
 from avdiff.train.joint.objective import PATH
 from avdiff.train.loop.dataloader import SeededLoader
@@ -34,8 +36,9 @@ def preset_config(recipe: Recipe) -> dict[str, Any]:
     model = recipe.model
     if model.preset not in presets.PRESETS:
         raise ValueError(f"preset={model.preset!r}: needs one of {', '.join(presets.PRESETS)}")
-    own = inspect.signature(AVTransformer.__init__).parameters
-    config = {n: p.default for n, p in own.items() if n != "self"} | presets.PRESETS[model.preset]()
+    arguments = inspect.signature(AVTransformer.__init__).parameters
+    defaults = {n: p.default for n, p in arguments.items() if n != "self"}
+    config = defaults | presets.PRESETS[model.preset]()
     for name in model.preset_changes:
         if not isinstance(config.get(name), int | float):
             raise ValueError(
@@ -56,7 +59,7 @@ def from_preset(recipe: Recipe) -> AVTransformer:
     return AVTransformer(**preset_config(recipe))
 
 
-def from_folder(base: str) -> tuple[AVTransformer, CaptionEncoder, Any]:
+def from_folder(base: str) -> tuple[AVTransformer, CaptionEncoder, PreTrainedTokenizerBase]:
     """Transformer, caption encoder and tokenizer of a pipeline folder or hub name."""
     from transformers import AutoTokenizer
 
@@ -83,7 +86,7 @@ def with_path(recipe: Recipe) -> Recipe:
     return replace(recipe, objective=replace(o, **open_ones))
 
 
-def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:
+def refuse_early(recipe: Recipe, caches: Sequence[LatentCache]) -> None:
     """What would fail later, found before a model is loaded.
 
     Raises:
@@ -133,7 +136,7 @@ def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:
     if recipe.data.caption_dropout < 1 and recipe.data.text_dropout < 1:
         for index in range(len(caches[0])):
             record = caches[0].items[index][1]
-            if not any(c.strip() for c in record.get("captions") or [record.get("caption") or ""]):
+            if not any(caption.strip() for caption in captions_of(record)):
                 raise ValueError(
                     f"train_data: clip {index} ({record.get('name', record.get('kind', 'clip'))}) "
                     "has no "
@@ -141,7 +144,7 @@ def refuse_early(recipe: Recipe, caches: Sequence[Any]) -> None:
                 )
 
 
-def _refuse_foreign_latents(name: str, cache: Any, config: Any) -> None:
+def _refuse_foreign_latents(name: str, cache: LatentCache, config: Mapping[str, Any]) -> None:
     item = cache[0]
     for m in MODALITIES:
         if m in item and item[m].shape[-1] != config[f"{m}_channels"]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,17 +31,18 @@ class Noised:
     """One micro-batch on its way into the network.
 
     Args:
-        noisy: tokens (B, N, C). noise: the eps they were mixed with. levels: noise level of each
-            row (B,).
-        sigmas: what the network is told: (B,), or (B, N) where some tokens are given. wanted: (B,
-            N) bool, tokens that are to be learned; given ones are False and have level 0.
+        noisy: tokens (B, N, C). noise: the eps they were mixed with. sigma: noise level of each row
+            (B,), in (0, 1].
+        token_sigma: what the network is told: (B,), or (B, N) where some tokens are conditioning.
+        denoise_mask: (B, N) bool, tokens that are to be learned; conditioning is False and has
+            level 0.
     """
 
     noisy: Joint[torch.Tensor]
     noise: Joint[torch.Tensor]
-    levels: Joint[torch.Tensor]
-    sigmas: Joint[torch.Tensor]
-    wanted: Joint[torch.Tensor]
+    sigma: Joint[torch.Tensor]
+    token_sigma: Joint[torch.Tensor]
+    denoise_mask: Joint[torch.Tensor]
 
 
 def draw_structure(tasks: Mapping[str, float], generator: torch.Generator) -> str:
@@ -60,10 +60,10 @@ def draw_task(tasks: Mapping[str, float], generator: torch.Generator) -> str:
     return TOGETHER[int(torch.multinomial(shares, 1, generator=generator))]
 
 
-def given_tokens(
+def conditioning_tokens(
     task: str, positions: Positions, generator: torch.Generator
 ) -> Joint[torch.Tensor]:
-    """Bool masks (N_v,), (N_a,) of the tokens that a task gives.
+    """Bool masks (N_v,), (N_a,) of the conditioning tokens of a task.
 
     extend: the first 15 to 75 % of both. image: the first frame, in a quarter of the cases the last
         one too.
@@ -113,6 +113,30 @@ def _outside_a_rectangle(positions: Positions, generator: torch.Generator) -> to
     return ~inside
 
 
+def mask_sigma(
+    sigma: Joint[torch.Tensor], denoise_mask: Joint[torch.Tensor]
+) -> Joint[torch.Tensor]:
+    """Noise levels of rows (B,) as the network is told them: (B,), or (B, N) with 0 at conditioning
+    tokens, where there are any.
+    """
+
+    def masked(levels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return levels if bool(mask.all()) else levels[:, None].masked_fill(~mask, 0.0)
+
+    return sigma.map(masked, denoise_mask)
+
+
+def _row_noise(
+    clean: Joint[torch.Tensor], row: int, generator: torch.Generator
+) -> Joint[torch.Tensor]:
+    """(N, C) noise of one row and each modality, video first."""
+
+    def draw(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tokens[row].shape, generator=generator, device=generator.device)
+
+    return clean.map(draw)
+
+
 class Objective:
     """Noises a micro-batch and weighs the network's answer.
 
@@ -144,51 +168,41 @@ class Objective:
         With `time` in (0, 1], for all rows or one for each (B,), levels are those of the sampler at
         this base time.
         """
-        tasks = (
-            tasks if tasks is not None and any(tasks.get(t) for t in TOGETHER) else {"joint": 1.0}
-        )
-        o = self.options
+        together = tasks is not None and any(tasks.get(t) for t in TOGETHER)
+        tasks = tasks if tasks is not None and together else {"joint": 1.0}
         both = clean.video is not None and clean.audio is not None
-        levels = []
+        sigmas = []
         noise = []
-        given = []
+        conditioning = []
         for row, generator in enumerate(generators):
-            drawn = self.scheduler.sample_sigmas(
-                1, generator, None, o.logit_mean, o.logit_std, o.uniform_share
-            )
-            if time is not None:
-                base = time[row] if isinstance(time, torch.Tensor) else torch.tensor(time)
-                drawn = self.sigmas_at(base.reshape(1).to(generator.device))
-            levels.append(
-                Joint(
-                    *(
-                        getattr(drawn, m) if getattr(clean, m) is not None else None
-                        for m in MODALITIES
-                    )
-                )
-            )
-            noise.append(
-                clean.map(
-                    lambda x, r=row, g=generator: torch.randn(
-                        x[r].shape, generator=g, device=g.device
-                    )
-                )
-            )
+            # the order of the draws is part of what a seed means: level, noise, task, its extent
+            sigma = self._draw_sigma(row, generator, time)
+            sigmas.append(clean.map(lambda _, drawn: drawn, sigma))
+            noise.append(_row_noise(clean, row, generator))
             task = draw_task(tasks, generator) if both and tasks != {"joint": 1.0} else "joint"
-            given.append(given_tokens(task, positions, generator))
-        level = levels[0].map(lambda *rows: torch.cat(rows), *levels[1:])
+            conditioning.append(conditioning_tokens(task, positions, generator))
+        sigma = sigmas[0].map(lambda *rows: torch.cat(rows), *sigmas[1:])
         eps = noise[0].map(lambda *rows: torch.stack(rows), *noise[1:])
         if eps.video is not None:
             eps = replace(eps, video=self.scheduler.share_frames(eps.video, positions.grid[0]))
-        known = clean.map(lambda x, *rows: torch.stack(rows).to(x.device), *given)
-        sigmas = level.map(lambda s, k: s if not k.any() else s[:, None].masked_fill(k, 0.0), known)
-        return Noised(
-            self.scheduler.add_noise(clean, eps, sigmas),
-            eps,
-            level,
-            sigmas,
-            known.map(torch.logical_not),
+        masks = clean.map(lambda x, *rows: torch.stack(rows).to(x.device), *conditioning)
+        denoise_mask = masks.map(torch.logical_not)
+        token_sigma = mask_sigma(sigma, denoise_mask)
+        noisy = self.scheduler.add_noise(clean, eps, token_sigma)
+        return Noised(noisy, eps, sigma, token_sigma, denoise_mask)
+
+    def _draw_sigma(
+        self, row: int, generator: torch.Generator, time: torch.Tensor | float | None
+    ) -> Joint[torch.Tensor]:
+        """Noise levels (1,) of a row; with `time` the draw is made and not used."""
+        o = self.options
+        drawn = self.scheduler.sample_sigmas(
+            1, generator, None, o.logit_mean, o.logit_std, o.uniform_share
         )
+        if time is None:
+            return drawn
+        base = time[row] if isinstance(time, torch.Tensor) else torch.tensor(time)
+        return self.sigmas_at(base.reshape(1).to(generator.device))
 
     def sigmas_at(self, base: torch.Tensor) -> Joint[torch.Tensor]:
         """Noise levels (B,) of both modalities where the sampler is at base times (B,)."""
@@ -197,7 +211,7 @@ class Objective:
         return Joint(shift_time(base, c.shift_video), shift_time(base, audio))
 
     def guided(
-        self, clean: Joint[torch.Tensor], told: Joint[torch.Tensor], uncond: Joint[torch.Tensor]
+        self, clean: Joint[torch.Tensor], cond: Joint[torch.Tensor], uncond: Joint[torch.Tensor]
     ) -> Joint[torch.Tensor]:
         """What stands for the clean tokens (B, N, C) where guidance w is trained into the weights:
         x + s (x_c - x_u) with s = 1 - 1/w and the network's own answers with and without text (Tang
@@ -209,43 +223,42 @@ class Objective:
         sign = -1.0 if self.options.prediction_type == "velocity" else 1.0
         scales = {m: self.options.learned_guidance.get(m, 1.0) for m in MODALITIES}
         shares = Joint(*(sign * (1 - 1 / scales[m]) for m in MODALITIES))
-        return clean.map(lambda x, c, u, s: x + s * (c.detach() - u).to(x), told, uncond, shares)
+        return clean.map(lambda x, c, u, s: x + s * (c.detach() - u).to(x), cond, uncond, shares)
 
     def row_losses(
         self, output: Joint[torch.Tensor], clean: Joint[torch.Tensor], n: Noised
     ) -> Joint[torch.Tensor]:
-        """(B,) velocity loss of each row and modality in fp32, mean over its wanted tokens; 0 where
-        all is given.
+        """(B,) velocity loss of each row and modality in fp32, mean over the tokens of its
+        `denoise_mask`; 0 where all is conditioning.
         """
         floor = self.options.loss_floor
+        is_velocity = self.options.prediction_type == "velocity"
 
-        def one(
+        def row_loss(
             out: torch.Tensor,
             x: torch.Tensor,
             eps: torch.Tensor,
-            level: torch.Tensor,
-            wanted: torch.Tensor,
+            sigma: torch.Tensor,
+            mask: torch.Tensor,
         ) -> torch.Tensor:
-            if self.options.prediction_type == "velocity":
-                square = (out.float() - (eps - x).float()).square().mean(-1)  # (B, N)
-            else:
-                square = (out.float() - x.float()).square().mean(-1) / level.clamp(min=floor)[
-                    :, None
-                ].square()
-            return (square * wanted).sum(1) / wanted.sum(1).clamp(min=1)
+            target = eps - x if is_velocity else x
+            square = (out.float() - target.float()).square().mean(-1)  # (B, N)
+            if not is_velocity:  # an error of x counts 1 / t^2 as one of the velocity
+                square = square / sigma.clamp(min=floor)[:, None].square()
+            return (square * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-        return output.map(one, clean, n.noise, n.levels, n.wanted)
+        return output.map(row_loss, clean, n.noise, n.sigma, n.denoise_mask)
 
 
 def parts_of(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor]:
     """For the log: loss of the rows that learned something, by modality and by noise bucket."""
     parts: dict[str, torch.Tensor] = {}
     for m, loss in losses.items():
-        wanted = getattr(n.wanted, m)
-        level = getattr(n.levels, m)
-        learns = wanted.any(1)
+        mask = getattr(n.denoise_mask, m)
+        sigma = getattr(n.sigma, m)
+        learns = mask.any(1)
         parts[m] = loss[learns]
-        bucket = (level * BUCKETS).long().clamp(max=BUCKETS - 1)
+        bucket = (sigma * BUCKETS).long().clamp(max=BUCKETS - 1)
         for k in range(BUCKETS):
             parts[f"{m}/t{k / BUCKETS:.1f}"] = loss[learns & (bucket == k)]
     return parts
@@ -257,9 +270,10 @@ def supervised(losses: Joint[torch.Tensor], n: Noised) -> dict[str, torch.Tensor
     """
     rows = len(next(loss for _, loss in losses.items()))
     absent = {f"supervised/{m}": torch.zeros(rows) for m in MODALITIES}
-    return absent | {
-        f"supervised/{m}": getattr(n.wanted, m).float().mean(1) for m, _ in losses.items()
+    shares = {
+        f"supervised/{m}": getattr(n.denoise_mask, m).float().mean(1) for m, _ in losses.items()
     }
+    return absent | shares
 
 
 class LossBalance(nn.Module):
@@ -279,6 +293,8 @@ class LossBalance(nn.Module):
         self.kind = kind
         self.decay = decay
         self.weights = {m: float(weights.get(m, 1.0)) for m in MODALITIES}
+        self._sums: dict[str, float] = {}  # over the micro-batches of the step under way
+        self._counts: dict[str, int] = {}
         self.register_buffer("means", torch.ones(2))
         self.register_buffer("seen", torch.zeros(2))
         if kind == "uncertainty":
@@ -299,12 +315,30 @@ class LossBalance(nn.Module):
                 total = total.to(loss) + weight * norm[m] * loss
         return total
 
-    def _norm(self, losses: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _norm(self, losses: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | float]:
         if self.kind != "ema":
             return dict.fromkeys(losses, 1.0)
         inverse = {m: 1 / self.means[MODALITIES.index(m)].clamp(min=1e-6) for m in losses}
         scale = len(inverse) / sum(inverse.values())
         return {m: value * scale for m, value in inverse.items()}
+
+    def remember(self, means: Mapping[str, torch.Tensor]) -> None:
+        """Keep the mean losses of a micro-batch until `finish_step`."""
+        for m, mean in means.items():
+            # summed as Python numbers, that is in double precision
+            self._sums[m] = self._sums.get(m, 0.0) + float(mean.detach())
+            self._counts[m] = self._counts.get(m, 0) + 1
+
+    def finish_step(self) -> None:
+        """Take in what the micro-batches of this step cost on all ranks."""
+        rows = [[self._sums.get(m, 0.0), self._counts.get(m, 0)] for m in MODALITIES]
+        sums = torch.tensor(rows)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        means = zip(MODALITIES, sums.tolist(), strict=True)
+        self.observe({m: total / count for m, (total, count) in means if count})
+        self._sums.clear()
+        self._counts.clear()
 
     @torch.no_grad()
     def observe(self, means: Mapping[str, float]) -> None:
@@ -325,7 +359,7 @@ class RouterBalance:
     """
 
     def __init__(self) -> None:
-        self._load: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._load: dict[tuple[int, int], torch.Tensor] = {}
 
     def forget(self) -> None:
         """Start a new step."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint
@@ -22,15 +22,20 @@ from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.track import PhonemeTrack
 from avdiff.pipelines.pipeline_av import RECOMMENDED, AVDiffPipeline
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
+from avdiff.train.joint.dataset import Batch
 from avdiff.train.recipe import Recipe
 
 Features = Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Question:
-    """What the teacher is asked about a micro-batch: conditions of the rows and, below them, of the
-    same rows without text where guidance needs them.
+class TeacherConditions:
+    """What the teacher reads of a micro-batch, the same at all its steps.
+
+    Args:
+        conditions: of the rows and, below them, of the same rows without text where guidance needs
+            them. isolated: the modalities do not see each other. doubled: whether there are rows
+            without text.
     """
 
     conditions: Conditions
@@ -44,15 +49,15 @@ class Teacher:
     Args:
         transformer, text_encoder, tokenizer, scheduler: of its pipeline. guidance: text scales of
             each modality.
-        recommended: steps and guidance that its pipeline uses by default. world: what its pipeline
-            can make.
+        recommended: steps and guidance that its pipeline uses by default. prompt_domain: what its
+            pipeline can make.
     """
 
     def __init__(
         self,
         transformer: AVTransformer,
         text_encoder: CaptionEncoder,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         scheduler: JointFlowMatchScheduler,
         guidance: Guidance,
         recommended: Mapping[str, float],
@@ -95,13 +100,13 @@ class Teacher:
                 f"({' '.join(str(error).split())})"
             ) from error
         recommended = {**RECOMMENDED, **{k: config[k] for k in RECOMMENDED if k in config}}
-        wanted = (d.teacher_guidance_scale, d.teacher_audio_guidance_scale)
+        requested = (d.teacher_guidance_scale, d.teacher_audio_guidance_scale)
         usual = (
             [1.0, 1.0]
             if d.distill == "size"
             else [recommended[k] for k in RECOMMENDED if "guidance" in k]
         )
-        scales = [u if w is None else w for w, u in zip(wanted, usual, strict=True)]
+        scales = [u if r is None else r for r, u in zip(requested, usual, strict=True)]
         return cls(
             *parts,
             guidance=Guidance(text=Joint(*scales)),
@@ -121,47 +126,56 @@ class Teacher:
         return self
 
     @torch.no_grad()
-    def ask(
+    def conditions(
         self,
-        batch: Mapping[str, Any],
+        batch: Batch,
         positions: Positions,
         track: PhonemeTrack | None,
         isolated: bool = False,
         guided: bool = True,
-    ) -> Question:
+    ) -> TeacherConditions:
         """Conditions of a micro-batch (see `Collate`); what does not change between steps is
         computed here.
         """
         doubled = guided and self.guided
-        mask = batch["attention_mask"].bool()
-        text = self.text_encoder(batch["input_ids"], batch["attention_mask"])
+        mask = batch.attention_mask.bool()
+        text = self.text_encoder(batch.input_ids, batch.attention_mask)
         rows = len(text)
         if doubled:
             text = torch.cat([text, text])
             mask = torch.cat([mask, torch.zeros_like(mask)])
             track = None if track is None else PhonemeTrack.cat([track, track.without()])
         conditions = self.transformer.prepare(text, mask, positions, track, rows * (1 + doubled))
-        return Question(conditions, isolated, doubled)
+        return TeacherConditions(conditions, isolated, doubled)
 
     @torch.no_grad()
     def estimate(
-        self, q: Question, noisy: Joint[torch.Tensor], sigmas: Joint[torch.Tensor]
+        self,
+        known: TeacherConditions,
+        noisy: Joint[torch.Tensor],
+        token_sigma: Joint[torch.Tensor],
     ) -> Joint[torch.Tensor]:
-        """Guided estimate of the clean tokens (B, N, C), fp32; sigmas (B,) or (B, N)."""
-        if q.doubled:
-            noisy, sigmas = (x.map(lambda t: torch.cat([t, t])) for x in (noisy, sigmas))
+        """Guided estimate of the clean tokens (B, N, C), fp32; token_sigma (B,) or (B, N)."""
+        if known.doubled:
+            noisy = noisy.map(_twice)
+            token_sigma = token_sigma.map(_twice)
         x0 = estimate(
             self.transformer,
             self.scheduler.config.prediction_type,
-            q.conditions,
+            known.conditions,
             noisy,
-            sigmas,
-            q.isolated,
+            token_sigma,
+            known.isolated,
         )
-        if not q.doubled:
+        if not known.doubled:
             return x0
-        halves = [x0.map(lambda t, h=h: t.chunk(2)[h]) for h in range(2)]
-        return self.guidance.combine({"cond": halves[0], "no_text": halves[1]})
+        cond = x0.map(lambda rows: rows.chunk(2)[0])
+        uncond = x0.map(lambda rows: rows.chunk(2)[1])
+        return self.guidance.combine({"cond": cond, "no_text": uncond})
+
+
+def _twice(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows, rows])
 
 
 def estimate(
@@ -169,39 +183,41 @@ def estimate(
     prediction: str,
     conditions: Conditions,
     noisy: Joint[torch.Tensor],
-    sigmas: Joint[torch.Tensor],
+    token_sigma: Joint[torch.Tensor],
     isolated: bool = False,
 ) -> Joint[torch.Tensor]:
     """Clean tokens (B, N, C) as a network sees them, fp32, whatever it predicts."""
     out = transformer(
         hidden_states=noisy.video,
         audio_hidden_states=noisy.audio,
-        timestep=sigmas.video,
-        audio_timestep=sigmas.audio,
+        timestep=token_sigma.video,
+        audio_timestep=token_sigma.audio,
         conditions=conditions,
         isolated=isolated,
     )
-    return as_clean(Joint(out.video, out.audio), prediction, noisy, sigmas)
+    return as_clean(Joint(out.video, out.audio), prediction, noisy, token_sigma)
 
 
 def as_clean(
     output: Joint[torch.Tensor],
     prediction: str,
     noisy: Joint[torch.Tensor],
-    sigmas: Joint[torch.Tensor],
+    token_sigma: Joint[torch.Tensor],
 ) -> Joint[torch.Tensor]:
     """A network's answer as an estimate of the clean tokens, fp32: x0 = z - t v."""
     output = output.map(lambda x: x.float())
     if prediction == "x0":
         return output
-    return JointFlowMatchScheduler().x0_from_velocity(output, noisy, sigmas)
+    return JointFlowMatchScheduler().x0_from_velocity(output, noisy, token_sigma)
 
 
 @contextmanager
 def tapped(
     blocks: Sequence[nn.Module],
 ) -> Iterator[list[tuple[torch.Tensor | None, torch.Tensor | None]]]:
-    """Outputs (video, audio with ticks) of these blocks in the order in which they run."""
+    """Outputs (video, audio with the shared tokens behind it) of these blocks in the order in which
+    they run.
+    """
     seen: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
     handles = [
         b.register_forward_hook(lambda _, __, out: seen.append(tuple(out[:2]))) for b in blocks
@@ -218,7 +234,7 @@ def matching_blocks(student: AVTransformer, teacher: AVTransformer) -> list[int]
     relative depth among those that have all of its kinds of layers (text attention, shared stream).
     """
 
-    def kinds(block: Any) -> set[str]:
+    def kinds(block: nn.Module) -> set[str]:
         return {
             name.split(".")[1] if name.startswith(("video", "audio")) else name.split(".")[0]
             for name, _ in block.named_parameters()
@@ -229,9 +245,9 @@ def matching_blocks(student: AVTransformer, teacher: AVTransformer) -> list[int]
     last = len(theirs) - 1
 
     def nearest(i: int) -> int:
-        own = kinds(blocks[i])
-        place = i * last / max(1, len(blocks) - 1)
-        return min(range(len(theirs)), key=lambda j: (len(own - theirs[j]), abs(j - place)))
+        needed = kinds(blocks[i])
+        depth = i * last / max(1, len(blocks) - 1)
+        return min(range(len(theirs)), key=lambda j: (len(needed - theirs[j]), abs(j - depth)))
 
     return [nearest(i) for i in range(len(blocks))]
 
@@ -244,12 +260,12 @@ def inherit(student: AVTransformer, teacher: AVTransformer) -> int:
     pairs = matching_blocks(student, teacher)
     theirs = teacher.state_dict()
     copied = 0
-    for name, own in student.state_dict().items():
+    for name, tensor in student.state_dict().items():
         source = name
         if name.startswith("transformer_blocks.") and ".memory." not in name:
             _, i, rest = name.split(".", 2)
             source = f"transformer_blocks.{pairs[int(i)]}.{rest}"
-        if source in theirs and theirs[source].shape == own.shape:
-            own.copy_(theirs[source])
+        if source in theirs and theirs[source].shape == tensor.shape:
+            tensor.copy_(theirs[source])
             copied += 1
     return copied

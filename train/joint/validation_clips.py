@@ -12,19 +12,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from avdiff.evaluation.report.report import write_reports, write_text
 from avdiff.evaluators.load import BUNDLED
 from avdiff.media.write import read_clip, write_clip
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
 from avdiff.train.joint.export import codecs_of, load_codec_parts
+from avdiff.train.joint.trained_model import TrainedModel
 from avdiff.train.loop.run_log import read_log
-
-if TYPE_CHECKING:
-    from avdiff.train.finetune import FinetuneTask
 
 
 def _heard(clip: Any, prompt: str) -> float:
@@ -63,8 +62,8 @@ def available_evaluators(folder: Path = BUNDLED) -> list[str]:
     ]
 
 
-class Samples:
-    """Makes, evaluators and shows clips of fixed prompts and seeds.
+class ValidationClips:
+    """Makes, judges and shows clips of fixed prompts and seeds.
 
     Args:
         root: output_dir of the run. prompts: one clip each. evaluators: names of `EVALUATORS`.
@@ -74,10 +73,10 @@ class Samples:
         self.root = root / "samples"
         self.prompts = list(prompts)
         self.evaluators = list(evaluators)
-        self._codecs: dict[str, Any] | None = None
+        self._codecs: dict[str, ModelMixin] | None = None
 
     @torch.no_grad()
-    def make(self, task: FinetuneTask) -> dict[str, float]:
+    def make(self, model: TrainedModel, step: int) -> dict[str, float]:
         """Metrics "evaluator/<name>", means over prompts; called with the averaged weights in
         place, on every rank.
         """
@@ -86,12 +85,12 @@ class Samples:
             parallel and torch.distributed.get_rank() > 0
         ):  # the same clips, so that ranks agree on what is best
             with tempfile.TemporaryDirectory() as temporary_path:
-                return _means(self._clips(task, Path(temporary_path)), self.evaluators)
-        folder = self.root / f"step-{task.step:06d}"
+                return _means(self._clips(model, Path(temporary_path)), self.evaluators)
+        folder = self.root / f"step-{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = self._clips(task, folder)
+        rows = self._clips(model, folder)
         header = {
-            "step": task.step,
+            "step": step,
             "evaluators": ", ".join(self.evaluators) or "none: their weights are not here",
         }
         write_reports(
@@ -99,13 +98,13 @@ class Samples:
             header,
             json=folder / "report.json",
             html=folder / "report.html",
-            title=f"Samples at step {task.step}",
+            title=f"Samples at step {step}",
         )
         write_text(self.root / "index.html", curves_page(self.root.parent / "log.jsonl", self.root))
         return _means(rows, self.evaluators)
 
-    def _clips(self, task: FinetuneTask, folder: Path) -> list[dict[str, Any]]:
-        pipe = self._pipeline(task)
+    def _clips(self, model: TrainedModel, folder: Path) -> list[dict[str, Any]]:
+        pipe = self._pipeline(model)
         rows = []
         for number, prompt in enumerate(self.prompts):
             row: dict[str, Any] = {
@@ -115,7 +114,7 @@ class Samples:
                 "prompt": prompt,
             }
             generator = torch.Generator("cpu").manual_seed(number)
-            with torch.autocast(task.device.type, enabled=False):
+            with torch.autocast(model.device.type, enabled=False):
                 out = pipe(prompt, generator=generator, output_type="np", check_prompt=False)
             sound = None if out.audio is None else out.audio[0].float().cpu().numpy()
             write_clip(
@@ -135,18 +134,18 @@ class Samples:
             rows.append(row)
         return rows
 
-    def _pipeline(self, task: FinetuneTask) -> AVDiffPipeline:
+    def _pipeline(self, model: TrainedModel) -> AVDiffPipeline:
         if self._codecs is None:
-            self._codecs = load_codec_parts(str(codecs_of(task.recipe)))
+            self._codecs = load_codec_parts(str(codecs_of(model.recipe)))
             for part in self._codecs.values():
-                part.to(task.device).eval()
+                part.to(model.device).eval()
         pipe = AVDiffPipeline(
-            transformer=task.transformer,
-            text_encoder=task.text_encoder,
-            tokenizer=task.tokenizer,
-            scheduler=task.objective.scheduler,
+            transformer=model.transformer,
+            text_encoder=model.text_encoder,
+            tokenizer=model.tokenizer,
+            scheduler=model.scheduler,
             **self._codecs,
-            **task.recommended(),
+            **model.sampling,
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe

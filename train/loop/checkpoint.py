@@ -1,5 +1,4 @@
-"""What a run is made of besides its weights: EMA, random-number states, and checkpoints that are
-whole or absent.
+"""Checkpoints that are whole or absent, and the states of the random-number generators.
 
 A checkpoint is a directory `checkpoint-N`. It is written under a temporary name, its
 `manifest.json` (size and SHA-256 of every file) comes last, then the directory is renamed: a killed
@@ -9,7 +8,6 @@ skipped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -22,10 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from avdiff.core.memory_table import memory_tables
-from avdiff.train.loop.fsdp import local, slices
+from avdiff.files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -35,77 +31,6 @@ os.umask(_UMASK)
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; what was there before is untouched."""
-
-
-# ----------------------------------------------------------------------------------- moving average
-class EMA:
-    """fp32 exponential moving average of parameters: shadow <- decay * shadow + (1 - decay) *
-    parameter.
-
-    The decay warms up as min(decay, (1 + n) / (10 + n)) at update n, so that early weights are
-    forgotten.
-
-    Args:
-        modules: the modules to follow. Averaged are parameters with `requires_grad` and memory
-            tables that a row optimizer trains; buffers stay as they are.
-        decay: in [0, 1).
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self._live: dict[str, torch.Tensor] = {
-            f"{m}.{name}": p
-            for m, module in modules.items()
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        }
-        self._live |= {
-            f"{m}.{name}.rows": table.rows
-            for m, module in modules.items()
-            for name, table in memory_tables(module)
-            if table.collecting and table.rows is not None
-        }
-        self.shadow = {name: p.detach().float().clone() for name, p in self._live.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the current parameters."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        live = [local(p.detach()).float() for p in self._live.values()]
-        torch._foreach_lerp_([local(s) for s in self.shadow.values()], live, 1 - decay)
-        self.updates += 1
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside this context the modules hold the averaged weights; afterwards their own again,
-        bit for bit.
-        """
-        own = {name: p.detach().clone() for name, p in self._live.items()}
-        self._write(self.shadow)
-        try:
-            yield
-        finally:
-            self._write(own)
-
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._live.items():
-            parameter.copy_(values[name])
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Shadow tensors, in slices where the weights are, plus the number of updates."""
-        return {**self.shadow, "updates": torch.tensor(self.updates)}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over a saved average of whole tensors; names must match exactly."""
-        missing = self.shadow.keys() ^ (state.keys() - {"updates"})
-        if missing:
-            raise ValueError(f"the saved EMA does not fit the model: {_some(missing)}")
-        self.updates = int(state["updates"])
-        cut = slices(state, self.shadow)
-        for name, shadow in self.shadow.items():
-            shadow.copy_(cut[name])
 
 
 # ----------------------------------------------------------------------------------- random numbers
@@ -229,7 +154,7 @@ def seal(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:
     name.
     """
     files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
         for p in sorted(temporary.iterdir())
     }
     manifest = {"format": FORMAT, **facts, "files": files}
@@ -278,7 +203,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise ValueError(f"{checkpoint}: {name} is missing or cut short")
-        if _sha256(path) != facts["sha256"]:
+        if sha256(path) != facts["sha256"]:
             raise ValueError(
                 f"{checkpoint}: {name} is damaged (its SHA-256 differs from the manifest)"
             )
@@ -368,16 +293,6 @@ def changed(
     return [
         f"{k}: {before.get(k)!r} -> {new.get(k)!r}" for k in keys if before.get(k) != new.get(k)
     ]
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -1,51 +1,80 @@
-"""The feed: which rows each step sees, on which rank, with which seed; and the position to save.
+"""The data loader: which rows each step sees, on which rank, with which seed; and the position to
+save.
 
 The order is a function of (seed, epoch). A step of B rows x W ranks x A micro-batches takes the
-same rows whatever the split, so one process with the same global batch sees what two see. Every row
-is fetched with python's, numpy's and torch's generators seeded from (seed, epoch, row), so random
-augmentation does not depend on workers or on resuming.
+same rows whatever the split, so one process with the same global batch sees what two see. A dataset
+that augments at random gets the seed of each row, made from (seed, epoch, row), so what it draws
+does not depend on workers or on resuming.
 """
 
 from __future__ import annotations
 
-import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from avdiff.train.loop.checkpoint import rng_kept
+Item = TypeVar("Item", covariant=True)
 
 
-def mix(*numbers: int) -> int:
+class SizedItems(Protocol):
+    """A map-style dataset: `len` and items by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class SeededDataset(Dataset[Item]):
+    """Items with random augmentation: a function of the item's number and a seed, of nothing else.
+
+    Implement `__len__` and `sample`; the loader calls `sample` with the seed of the row. An index
+    alone stands for the item drawn with its own number as the seed.
+    """
+
+    def sample(self, index: int, seed: int) -> Item:
+        """Item `index`, everything random in it drawn from `seed` (0 to 2**62)."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Item:
+        return self.sample(index, index)
+
+
+def hash_seed(*numbers: int) -> int:
     """Hash whole numbers >= 0 to one seed in [0, 2**62)."""
     high, low = np.random.SeedSequence(numbers).generate_state(2)
     return (int(high) << 30) ^ int(low)
 
 
-class _SeededRows(Dataset):
-    """Map-style view: key (index, seed) -> dataset[index], drawn under that seed."""
+def row_generator(seed: int) -> np.random.Generator:
+    """numpy's generator of a row, by way of torch's: the draws of rows trained before stay what
+    they were.
+    """
+    drawn = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
+    return np.random.default_rng(int(drawn))
 
-    def __init__(self, dataset: Dataset) -> None:
+
+class _Rows(Dataset[Any]):
+    """Map-style view with the keys (index, seed) that the loader hands over."""
+
+    def __init__(self, dataset: SizedItems) -> None:
         self.dataset = dataset
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         index, seed = key
-        with rng_kept(devices=False):  # a forked worker must not touch CUDA
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002 - for datasets that use the global one
-            torch.random.default_generator.manual_seed(seed)
-            return self.dataset[index]
+        if isinstance(self.dataset, SeededDataset):
+            return self.dataset.sample(index, seed)
+        return self.dataset[index]
 
 
 class SeededLoader:
     """Endless, seeded, resumable source of micro-batches for one rank.
 
     Args:
-        dataset: map-style; `dataset[i]` is a function of i (and of the seeded global generators).
+        dataset: a `SeededDataset`, or map-style without anything random in its items.
         collate: list of items -> batch. batch_size: rows of one micro-batch on one rank.
         accumulation: micro-batches per step. rank, world_size: this process among how many.
         num_workers: loader processes. groups: a hashable key per item; a micro-batch never mixes
@@ -57,7 +86,7 @@ class SeededLoader:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: SizedItems,
         collate: Callable[[list[Any]], Any] | None,
         batch_size: int,
         accumulation: int = 1,
@@ -65,7 +94,7 @@ class SeededLoader:
         world_size: int = 1,
         seed: int = 0,
         num_workers: int = 0,
-        groups: Sequence[Any] | None = None,
+        groups: Sequence[Hashable] | None = None,
     ) -> None:
         self.dataset = dataset
         self.collate = collate
@@ -128,7 +157,7 @@ class SeededLoader:
 
     def _loader(self) -> DataLoader:
         return DataLoader(
-            _SeededRows(self.dataset),
+            _Rows(self.dataset),
             batch_sampler=self._keys(self.epoch, self.step_in_epoch),
             collate_fn=self.collate,
             num_workers=self.num_workers,
@@ -147,8 +176,11 @@ class SeededLoader:
             for chunk in range(step * self.accumulation, self.steps_per_epoch * self.accumulation):
                 first = self.rank * self.batch_size
                 row = chunk * self.batch_size * self.world_size + first
-                own = order[chunk][first : first + self.batch_size]
-                yield [(int(i), mix(self.seed, epoch, row + k)) for k, i in enumerate(own)]
+                indices = order[chunk][first : first + self.batch_size]
+                yield [
+                    (int(index), hash_seed(self.seed, epoch, row + k))
+                    for k, index in enumerate(indices)
+                ]
             epoch = epoch + 1
             step = 0
 
@@ -166,10 +198,10 @@ class SeededLoader:
             chunks = [chunks[i] for i in rng.permutation(len(chunks))]
         return chunks
 
-    def _by_group(self, groups: Sequence[Any] | None) -> list[np.ndarray]:
+    def _by_group(self, groups: Sequence[Hashable] | None) -> list[np.ndarray]:
         if groups is None:
             return [np.arange(len(self.dataset))]
-        members: dict[Any, list[int]] = {}
+        members: dict[Hashable, list[int]] = {}
         for index, key in enumerate(groups):
             members.setdefault(key, []).append(index)
         return [np.asarray(m) for m in members.values()]

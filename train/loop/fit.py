@@ -1,5 +1,5 @@
-"""The one training loop: step, log, validate, save, resume. Codecs, evaluators, readers and the
-transformer all use it.
+"""The one training loop: step, log, validate, save, resume. Codecs, evaluators, the networks of G2P
+and the transformer all use it.
 
     summary = fit(MyTask(...), FitOptions(output_dir="runs/a", max_train_steps=1000))
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 
 from avdiff.train.loop import checkpoint as state
-from avdiff.train.loop import fsdp as fsdp
-from avdiff.train.loop import optim
+from avdiff.train.loop import fsdp, optim
 from avdiff.train.loop.accelerator import Stop, make_accelerator, open_trackers
-from avdiff.train.loop.dataloader import SeededLoader, mix
+from avdiff.train.loop.dataloader import SeededLoader, hash_seed
+from avdiff.train.loop.ema import EMA, averaged_weights
 from avdiff.train.loop.fsdp import Sharding
 from avdiff.train.loop.malloc import keep_freed_memory
 from avdiff.train.loop.optim import (
@@ -46,7 +46,7 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient became NaN or infinite; the message names the step and the part."""
 
 
-def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> FitSummary:
+def fit(task: Task[Any], options: FitOptions, sharding: Sharding | None = None) -> FitSummary:
     """Train `task` until `max_train_steps`, a signal or `max_seconds`; always leaves a checkpoint
     to go on from.
 
@@ -103,7 +103,9 @@ def fit(task: Task, options: FitOptions, sharding: Sharding | None = None) -> Fi
 class Run:
     """Everything that moves during training; `train_step` and `save` are its two halves."""
 
-    def __init__(self, task: Task, options: FitOptions, sharding: Sharding | None = None) -> None:
+    def __init__(
+        self, task: Task[Any], options: FitOptions, sharding: Sharding | None = None
+    ) -> None:
         self.task = task
         self.options = options
         self.root = Path(options.output_dir)
@@ -119,7 +121,7 @@ class Run:
         if self.sharding is not None:
             fsdp.shard(task.modules, task.device, self.sharding)
         for module in task.modules.values() if self.sharding is None else ():
-            fsdp.settle(module.to(task.device), task.device)
+            fsdp.move_buffers(module.to(task.device), task.device)
         self.optimizers = {phase: build_optimizer(task, phase, options) for phase in task.phases}
         self.schedulers = {
             phase: build_scheduler(o, options) for phase, o in self.optimizers.items()
@@ -137,7 +139,7 @@ class Run:
             if task.ema_modules is None
             else {m: task.modules[m] for m in task.ema_modules}
         )
-        self.ema = state.EMA(followed, options.ema_decay) if options.ema_decay else None
+        self.ema = EMA(followed, options.ema_decay) if options.ema_decay else None
         self.loader = SeededLoader(
             task.dataset,
             task.collate,
@@ -177,7 +179,7 @@ class Run:
         """Every phase once on the same micro-batches: forward, backward, average, clip, update."""
         phases = self.task.phases_at(self.step)
         for phase in phases:
-            with self._only(phase):
+            with optim.only_phase(self.phase_params, phase):
                 for optimizer in self.optimizers.values():
                     optimizer.zero_grad(set_to_none=True)
                 for micro, batch in enumerate(batches):
@@ -196,9 +198,9 @@ class Run:
 
     def _accumulate(self, phase: str, micro: int, batch: Any) -> None:
         row = (micro * self.world_size + self.rank) * self.options.train_batch_size
-        seed = mix(self.options.seed, self.step, self.task.phases.index(phase)) + row
+        seed = hash_seed(self.options.seed, self.step, self.task.phases.index(phase)) + row
         generator = torch.Generator(self.task.device).manual_seed(seed)
-        self.task.common_seed = mix(
+        self.task.common_seed = hash_seed(
             self.options.seed, self.step, self.task.phases.index(phase), micro
         )
         with self.accelerator.autocast():
@@ -238,22 +240,6 @@ class Run:
             if rows is not None:
                 rows.scale_grads((self.options.max_grad_norm / (total + 1e-6)).clamp(max=1.0))
 
-    @contextmanager
-    def _only(self, phase: str) -> Iterator[None]:
-        """Parameters of the other phases ask for no gradient meanwhile (no graph for a generator
-        that rests).
-        """
-        others = {id(p): p for name, ps in self.phase_params.items() if name != phase for p in ps}
-        for p in self.phase_params[phase]:
-            others.pop(id(p), None)
-        for p in others.values():
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in others.values():
-                p.requires_grad_(True)
-
     def _key(self, phase: str, name: str) -> str:
         return name if len(self.task.phases) == 1 else f"{phase}/{name}"
 
@@ -283,7 +269,7 @@ class Run:
         } | self.task.report()
         values["samples_per_second"] = steps * self.loader.rows_per_step / elapsed
         values["data_wait"] = min(1.0, waited * steps / elapsed)
-        self._tell(values)
+        self._record(values)
         for sentence in self.task.warnings(values):
             self.log.warn(self.step, sentence)
 
@@ -291,10 +277,11 @@ class Run:
         """Measure with the averaged weights; keep them in `best` if the chosen metric never was
         better.
         """
-        with self._averaged(), state.rng_kept(), torch.no_grad(), self.accelerator.autocast():
+        averaged = averaged_weights(self.task.modules, self.ema)
+        with averaged, state.rng_kept(), torch.no_grad(), self.accelerator.autocast():
             self.task.step = self.step
             self.metrics = self.task.validate()
-            self._tell({f"validation/{k}": v for k, v in self.metrics.items()})
+            self._record({f"validation/{k}": v for k, v in self.metrics.items()})
             name = self.options.best_metric.lstrip("+")
             if not name:
                 return
@@ -314,28 +301,13 @@ class Run:
                 self.best = value
                 self._export("best")
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Averaged weights, eval mode; training mode of every submodule is put back afterwards."""
-        modes = [(m, m.training) for module in self.task.modules.values() for m in module.modules()]
-        fsdp.reshard(self.task.modules)
-        with self.ema.applied() if self.ema else nullcontext():
-            for module in self.task.modules.values():
-                module.eval()
-            try:
-                yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
-                fsdp.reshard(self.task.modules)
-
     def _export(self, name: str) -> None:
         with fsdp.exportable(self.task.modules, self.first):
             if self.first:
                 with state.replacing(self.root / name) as directory:
                     self.task.save(directory)
 
-    def _tell(self, values: dict[str, float]) -> None:
+    def _record(self, values: dict[str, float]) -> None:
         if values:
             self.log.record(self.step, values)
             self.accelerator.log(values, step=self.step)
@@ -356,9 +328,9 @@ class Run:
     # ------------------------------------------------------------------------------ save and resume
     def start(self) -> None:
         """Resume if asked for; refuse to mix a fresh run with an old one."""
-        wanted = self.options.resume_from_checkpoint
-        found = state.find_checkpoint(self.root, wanted) if wanted else None
-        if not wanted and (old := state.list_checkpoints(self.root)):
+        requested = self.options.resume_from_checkpoint
+        found = state.find_checkpoint(self.root, requested) if requested else None
+        if not requested and (old := state.list_checkpoints(self.root)):
             raise ValueError(
                 f"output_dir={str(self.root)!r}: holds {old[-1].name} already; pass "
                 "resume_from_checkpoint='latest' to go on, or choose another folder"
@@ -366,7 +338,7 @@ class Run:
         self.root.mkdir(parents=True, exist_ok=True)
         if found:
             self._load(*found)
-        elif wanted:
+        elif requested:
             self.log.say(f"no checkpoint in {self.root} yet: starting at step 0")
         for module in self.task.modules.values():
             module.train()
@@ -412,10 +384,9 @@ class Run:
         """Files of a checkpoint and what the first rank writes to them. All ranks must go through
         them all.
         """
-        own = {"rng": state.rng_state(), "means": self.means.state_dict()}
-        others = (
-            gather_object([own]) if self.world_size > 1 else [own]
-        )  # small: rank 0 writes it all
+        local = {"rng": state.rng_state(), "means": self.means.state_dict()}
+        # small, so that rank 0 writes it all
+        ranks = gather_object([local]) if self.world_size > 1 else [local]
         for name in self.task.modules:
             yield f"{name}.safetensors", fsdp.gathered(self.task.module_state(name), self.first)
         if self.ema:
@@ -428,7 +399,7 @@ class Run:
                 "step": self.step,
                 "best": self.best,
                 "loader": self.loader.state_dict(),
-                "ranks": others,
+                "ranks": ranks,
                 "optimizers": {
                     p: fsdp.gathered(o.state_dict(), self.first) for p, o in self.optimizers.items()
                 },
@@ -463,8 +434,9 @@ class Run:
             self.task.load_extra_state_dict(state.read_tensors(checkpoint / "extra.safetensors"))
         tree = state.read_tree(checkpoint / "training.pt")
         for phase in self.task.phases:
-            own = fsdp.optimizer_slices(tree["optimizers"][phase], self.optimizers[phase])
-            self.optimizers[phase].load_state_dict(own)
+            optimizer = self.optimizers[phase]
+            sliced = fsdp.optimizer_slices(tree["optimizers"][phase], optimizer)
+            optimizer.load_state_dict(sliced)
             self.schedulers[phase].load_state_dict(tree["schedulers"][phase])
         self.loader.load_state_dict(tree["loader"])
         self.step = tree["step"]
@@ -489,7 +461,7 @@ class Run:
             self.validate()
         self.save()
         if reason == "finished":
-            with self._averaged(), state.rng_kept():
+            with averaged_weights(self.task.modules, self.ema), state.rng_kept():
                 self._export("final")
         else:
             self.log.say(

@@ -135,9 +135,9 @@ def _cut(
 ) -> None:
     whole = {p for part in module.modules() if isinstance(part, Engram) for p in part.parameters()}
     for block in blocks:
-        settle(block, device)
+        move_buffers(block, device)
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, ignored_params=whole)
-    settle(module, device)
+    move_buffers(module, device)
     if (
         blocks and module not in blocks
     ):  # a root without weights of its own: it lines up the gathers of its blocks
@@ -146,7 +146,7 @@ def _cut(
 
 
 @torch.no_grad()
-def settle(module: nn.Module, device: torch.device) -> None:
+def move_buffers(module: nn.Module, device: torch.device) -> None:
     """Move the tensors of a module that are not in slices to the device, and make them those of the
     first rank.
     """
@@ -181,7 +181,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def apart(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def split_by_sharding(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Whole parameters and sliced ones, empty lists left out: a fused kernel takes no mixture."""
     kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for p in params:

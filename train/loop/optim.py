@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from avdiff.train.loop.fsdp import apart, local
-from avdiff.train.loop.task import FitOptions, Task
+from avdiff.train.loop.fsdp import local, split_by_sharding
+from avdiff.train.loop.task import FitOptions, ParameterGroup, Task
 
 NO_DECAY_OWNERS = (
     nn.Embedding,
@@ -32,15 +32,14 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
         ValueError: no parameters, a parameter twice, one that belongs to no module of the task, or
             an own optimizer over weights in slices.
     """
-    own = task.optimizer(phase, options)
-    if own is not None:
-        if any(isinstance(p, DTensor) for group in own.param_groups for p in group["params"]):
+    custom = task.optimizer(phase, options)
+    if custom is not None:
+        if any(isinstance(p, DTensor) for group in custom.param_groups for p in group["params"]):
             raise ValueError(
-                f"optimizer: {type(own).__name__} works on whole matrices, and FSDP keeps slices "
-                "of them; "
-                "choose adamw, or launch without FSDP"
+                f"optimizer: {type(custom).__name__} works on whole matrices, and FSDP keeps "
+                "slices of them; choose adamw, or launch without FSDP"
             )
-        return own
+        return custom
     names = parameter_names(task.modules)
     spared = _undecayed(task.modules)
     groups = []
@@ -60,8 +59,10 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
         decayed = [p for p in params if p.ndim > 1 and id(p) not in spared]
         rest = [p for p in params if p.ndim <= 1 or id(p) in spared]
         common = {k: v for k, v in entry.items() if k != "params"}
-        groups += [{**common, "params": part} for part in apart(decayed)]
-        groups += [{**common, "params": part, "weight_decay": 0.0} for part in apart(rest)]
+        groups += [{**common, "params": part} for part in split_by_sharding(decayed)]
+        groups += [
+            {**common, "params": part, "weight_decay": 0.0} for part in split_by_sharding(rest)
+        ]
     if not groups:
         raise ValueError(f"parameters({phase!r}): nothing to train; is everything frozen?")
     return torch.optim.AdamW(
@@ -74,7 +75,7 @@ def build_optimizer(task: Task, phase: str, options: FitOptions) -> torch.optim.
     )
 
 
-def eight_bit(groups: Any, options: FitOptions) -> torch.optim.Optimizer:
+def eight_bit(groups: Sequence[ParameterGroup], options: FitOptions) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW with moments in eight bits (Dettmers et al., arXiv 2110.02861); its
     states need an accelerator or a recent CPU build of the package.
     """
@@ -87,6 +88,23 @@ def eight_bit(groups: Any, options: FitOptions) -> torch.optim.Optimizer:
         eps=options.adam_epsilon,
         weight_decay=options.adam_weight_decay,
     )
+
+
+@contextmanager
+def only_phase(params: Mapping[str, Sequence[nn.Parameter]], phase: str) -> Iterator[None]:
+    """Parameters of the other phases ask for no gradient meanwhile (no graph for a generator that
+    rests).
+    """
+    others = {id(p): p for name, held in params.items() if name != phase for p in held}
+    for p in params[phase]:
+        others.pop(id(p), None)
+    for p in others.values():
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others.values():
+            p.requires_grad_(True)
 
 
 def build_scheduler(
@@ -171,13 +189,17 @@ def clip_gradients(params: Sequence[nn.Parameter], max_norm: float, total: torch
         torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0).to(grads[0].device))
 
 
-def _as_groups(entries: Any) -> list[dict[str, Any]]:
+def _as_groups(entries: Iterable[nn.Parameter | ParameterGroup]) -> list[ParameterGroup]:
     """Loose parameters become one group ahead of the given ones."""
-    entries = list(entries)
-    loose = [e for e in entries if isinstance(e, nn.Parameter)]
-    return ([{"params": loose}] if loose else []) + [
-        e for e in entries if not isinstance(e, nn.Parameter)
-    ]
+    loose = []
+    groups = []
+    for entry in entries:
+        if isinstance(entry, nn.Parameter):
+            loose.append(entry)
+        else:
+            groups.append(entry)
+    first: list[ParameterGroup] = [{"params": loose}] if loose else []
+    return first + groups
 
 
 def _undecayed(modules: Mapping[str, nn.Module]) -> set[int]:

@@ -4,10 +4,10 @@ it is run with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -15,7 +15,24 @@ from torch import nn
 
 from avdiff.core.precision import native_bf16
 from avdiff.train.loop.checkpoint import write_tensors
+from avdiff.train.loop.dataloader import SizedItems
 from avdiff.train.loop.sparse_optim import RowOptimizer
+
+BatchT = TypeVar("BatchT")  # what a task's `collate` makes
+
+
+class ParameterGroup(TypedDict, total=False):
+    """A group of parameters in torch's form: what it names overrides the options.
+
+    Args:
+        params: the parameters. lr: peak learning rate. weight_decay: decoupled decay. muon: whether
+            `MuonAdam` turns their momentum into orthogonal matrices.
+    """
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    muon: bool
 
 
 @dataclass(frozen=True)
@@ -35,15 +52,15 @@ class Loss:
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Task:
+class Task(Generic[BatchT]):
     """What is trained on what. Subclass it, set the attributes in `__init__`, implement `loss`.
 
     Attributes:
         modules: name -> module. All of them are moved to the device, put in training mode, saved
             and restored; those in `ema_modules` (None: all) are averaged too. Every trained
             parameter must belong to one of them.
-        dataset: map-style; item i must be a function of i (random augmentation may use the global
-            generators, which are seeded per row).
+        dataset: map-style without anything random in its items, or a `SeededDataset`, whose items
+            are drawn from the seed of their row.
         collate: list of items -> batch (None: torch's default).
         groups: None, or a key per item; a micro-batch never mixes keys (buckets of equal shape).
         phases: the optimizers, in the order in which each step runs them; GANs have ("generator",
@@ -55,16 +72,16 @@ class Task:
     """
 
     modules: dict[str, nn.Module]
-    dataset: Any
-    collate: Callable[[list[Any]], Any] | None = None
-    groups: Sequence[Any] | None = None
+    dataset: SizedItems
+    collate: Callable[[Any], BatchT] | None = None
+    groups: Sequence[Hashable] | None = None
     phases: tuple[str, ...] = ("main",)
     ema_modules: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")
     common_seed: int = 0
     step: int = 0
 
-    def loss(self, batch: Any, phase: str, generator: torch.Generator) -> Loss:
+    def loss(self, batch: BatchT, phase: str, generator: torch.Generator) -> Loss:
         """Loss of one micro-batch (tensors are on the device, bf16 autocast is on if asked for).
 
         `generator` is on the device and seeded from (seed, step, phase, first row): draw every
@@ -74,7 +91,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def parameters(self, phase: str) -> Iterable[nn.Parameter | dict[str, Any]]:
+    def parameters(self, phase: str) -> Iterable[nn.Parameter] | Iterable[ParameterGroup]:
         """Parameters of a phase, or torch parameter groups ({"params", "lr", "weight_decay"}
         override the options).
 
@@ -133,7 +150,7 @@ class Task:
         """
         return name.split(".", 1)[0]
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """JSON-able facts that must not change between interruption and resume (model config,
         dataset).
         """
@@ -256,10 +273,10 @@ class FitOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r}: needs {' or '.join(fits)}")
         if (
             self.mixed_precision == "auto"
-        ):  # settled here, so that a checkpoint tells which one it was
+        ):  # decided here, so that a checkpoint tells which one it was
             object.__setattr__(self, "mixed_precision", "bf16" if native_bf16() else "no")
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> dict[str, object]:
         """The options that shape the result, and so must not change on resume."""
         free = {
             "output_dir",
