@@ -21,6 +21,13 @@ Split = Annotated[str, typer.Option(help="train, val, test or test_voices.")]
 Languages = Annotated[
     str | None, typer.Option(help="Codes joined by commas; default all of the bank.")
 ]
+AudioTrack = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sound track of the files, from 1; default the one players play."),
+]
+AudioChannel = Annotated[
+    int | None, typer.Option(min=1, help="One channel of the sound, from 1; default all, mixed.")
+]
 
 
 @app.command()
@@ -90,6 +97,8 @@ def check(
             help="Model folder whose vae/ each clip goes through and back; 'none' leaves that out."
         ),
     ] = avdiff.PRESENTER,
+    audio_track: AudioTrack = None,
+    audio_channel: AudioChannel = None,
 ) -> None:
     """Decode every clip of a folder and name what is wrong. Exit code 1: some refused; 2: none is
     good.
@@ -111,6 +120,8 @@ def check(
         allow_silent,
         vae,
         progress=lambda e: track(e, "checking", console=Console(stderr=True)),
+        audio_track=audio_track,
+        audio_channel=audio_channel,
     )
     Console().print(_check_table(found.clips))
     for clip in found.clips:
@@ -210,6 +221,8 @@ def cache(
             "--no-words", help="Real clips: do not look for the quoted words in the sound."
         ),
     ] = False,
+    audio_track: AudioTrack = None,
+    audio_channel: AudioChannel = None,
     text: Annotated[
         bool, typer.Option("--text", help="Captions too, for training that freezes the encoder.")
     ] = False,
@@ -235,7 +248,13 @@ def cache(
         from avdiff.data.cache_clips import cache_clips
         from avdiff.data.clips import ClipOptions
 
-        options = ClipOptions(buckets=buckets, allow_silent=allow_silent, words=not no_words)
+        options = ClipOptions(
+            buckets=buckets,
+            allow_silent=allow_silent,
+            words=not no_words,
+            audio_track=audio_track,
+            audio_channel=audio_channel,
+        )
         cached = cache_clips(
             folder, data, load_codecs(model, text), options, rank, ranks, _progress("encoding")
         )

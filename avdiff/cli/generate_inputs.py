@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from avdiff.clip import ClipSpec, as_fps
-from avdiff.media.write import read_clip, write_clip
+from avdiff.media.container import MediaError
+from avdiff.media.read import read_clip
+from avdiff.media.stills import read_still
+from avdiff.media.write import write_clip
 from avdiff.pipelines.conditioning import Retake
 from avdiff.pipelines.streaming import streams
 
@@ -113,13 +116,10 @@ def _span(text: str) -> Retake:
 
 def _read_image(name: str, path: str, size: tuple[int, int]) -> np.ndarray:
     """(1, H, W, 3) uint8, cropped at the centre and scaled."""
-    from PIL import Image, ImageOps
-
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}={path}: cannot be read as a picture ({error})") from error
-    return np.array(ImageOps.fit(picture, (size[1], size[0])))[None]
+        return read_still(path, size)[None]
+    except MediaError as error:
+        raise ValueError(f"{name}={path}: {str(error).removeprefix(f'path={path}: ')}") from error
 
 
 def _to_video(frames: np.ndarray) -> torch.Tensor:

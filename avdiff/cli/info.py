@@ -35,6 +35,7 @@ LIBRARIES = (
     "av",
     "numpy",
 )
+LONGEST_TAG = 500  # characters of a tag that are shown
 ROOM = 2**30  # bytes of free disk below which a training run would soon stop
 MEMORY = 2**30  # bytes of free memory below which the presenter and its codecs do not run well
 BUNDLED_NETWORKS = {  # folder in avdiff/bundled -> what it is for
@@ -165,7 +166,7 @@ def _short(number: float) -> str:
 
 def describe_file(path: Path, as_json: bool) -> str:
     """Streams, exact lengths and tags of a media file."""
-    from avdiff.media.write import probe
+    from avdiff.media.probe import probe
 
     facts = vars(probe(path)) | {"file": str(path)}
     if as_json:
@@ -184,9 +185,15 @@ def describe_file(path: Path, as_json: bool) -> str:
         lines.append(
             f"  sound    {facts['audio_codec']}, {kind}, {_seconds(facts['audio_seconds'])}"
         )
-    return "\n".join(
-        lines + [f"  {key:<8} {value}" for key, value in sorted(facts["metadata"].items())]
-    )
+    lines += [f"  note     {note}" for note in facts["notes"]]
+    lines += [f"  {key:<8} {_cut(str(value))}" for key, value in sorted(facts["metadata"].items())]
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    """A tag's text on one line, at most `LONGEST_TAG` characters of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_TAG else f"{line[:LONGEST_TAG]}... ({len(line)} characters)"
 
 
 def _seconds(value: Any) -> str:

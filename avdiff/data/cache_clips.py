@@ -58,6 +58,9 @@ def cache_clips(
         "allow_silent": options.allow_silent,
         "words": options.words,
     }
+    # only where they are given: caches made before these options stay what they are
+    sound = {"audio_track": options.audio_track, "audio_channel": options.audio_channel}
+    made_by |= {key: value for key, value in sound.items() if value is not None}
     write_cache(clips, codecs, folder, made_by, rank, ranks, progress)
     refused = dict(clips.refused)
     names = [entry.name for entry in clips.entries]
@@ -72,7 +75,8 @@ def _checked(table: ClipTable, folder: Path, options: ClipOptions) -> RealClips:
     """Good clips; the report of the check is kept beside the cache, so a second call does not
     decode all again.
     """
-    note = folder / f"check-{content_hash(table)}-{int(options.allow_silent)}.json"
+    which = "".join(f"-{n}" for n in (options.audio_track, options.audio_channel) if n is not None)
+    note = folder / f"check-{content_hash(table)}-{int(options.allow_silent)}{which}.json"
     if note.is_file():
         told = {
             clip["name"]: clip["problems"]
@@ -83,7 +87,12 @@ def _checked(table: ClipTable, folder: Path, options: ClipOptions) -> RealClips:
         )
         clips.refused |= {name: "; ".join(problems) for name, problems in told.items() if problems}
         return clips
-    report = check_folder(table.folder, options.allow_silent)
+    report = check_folder(
+        table.folder,
+        options.allow_silent,
+        audio_track=options.audio_track,
+        audio_channel=options.audio_channel,
+    )
     clips = checked_clips(table.folder, options, report)
     folder.mkdir(parents=True, exist_ok=True)
     save_report(report, note)

@@ -28,8 +28,11 @@ from avdiff.data.check_measures import (
 )
 from avdiff.data.clip_table import ClipEntry, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
+from avdiff.media.container import MediaError
+from avdiff.media.probe import probe
+from avdiff.media.read import Clip, read_clip
+from avdiff.media.sound import CANCEL_NOTE, channels_cancel
 from avdiff.media.timestamps import has_variable_rate, picture_times
-from avdiff.media.write import Clip, MediaError, probe, read_clip
 
 MOST_SILENCE = 0.9  # share of a clip; above it there is nothing to learn from its sound
 SOME_SILENCE = 0.5
@@ -121,6 +124,8 @@ def check_folder(
     allow_silent: bool = False,
     vae: Any = None,
     progress: Callable[[Iterable[ClipEntry]], Iterable[ClipEntry]] = iter,
+    audio_track: int | None = None,
+    audio_channel: int | None = None,
 ) -> FolderReport:
     """Decode every clip and report.
 
@@ -128,6 +133,7 @@ def check_folder(
         allow_silent: clips without sound, or with silence, get a warning instead of being refused.
         vae: video codec (`AVVideoVAE`); given, each clip goes through it and back.
         progress: wraps the list of clips, for a progress bar.
+        audio_track, audio_channel: as in `ClipOptions`.
 
     Raises:
         ValueError: as `find_clips`.
@@ -136,7 +142,7 @@ def check_folder(
     clips: list[ClipReport] = []
     codes: dict[str, np.ndarray] = {}
     for entry in progress(table.entries):
-        report, code = check_clip(entry, allow_silent, vae)
+        report, code = check_clip(entry, allow_silent, vae, audio_track, audio_channel)
         clips.append(report)
         if code is not None:
             codes[entry.name] = code
@@ -149,12 +155,16 @@ def check_folder(
 
 
 def check_clip(
-    entry: ClipEntry, allow_silent: bool = False, vae: Any = None
+    entry: ClipEntry,
+    allow_silent: bool = False,
+    vae: Any = None,
+    audio_track: int | None = None,
+    audio_channel: int | None = None,
 ) -> tuple[ClipReport, np.ndarray | None]:
     """Check one clip -> report, and its likeness code (None if it cannot be decoded)."""
     report = ClipReport(entry.name)
     try:
-        clip = _decode(entry, report)
+        clip = _decode(entry, report, audio_track, audio_channel)
     except (MediaError, ValueError, MemoryError) as error:
         report.problems.append(str(error))
         return report, None
@@ -168,12 +178,16 @@ def check_clip(
     return report, likeness_code(clip.frames, clip.audio)
 
 
-def _decode(entry: ClipEntry, report: ClipReport) -> Clip:
+def _decode(
+    entry: ClipEntry, report: ClipReport, audio_track: int | None, audio_channel: int | None
+) -> Clip:
     """Headers into the report, then the pictures (small) and the sound."""
     main = entry.video or entry.audio
     assert main is not None, "find_clips refuses entries without media"
-    info = probe(main)
-    heard = probe(entry.audio) if entry.audio else info
+    apart = entry.audio is not None and entry.video is not None
+    own_track = None if apart else audio_track
+    info = probe(main, own_track)
+    heard = probe(entry.audio, audio_track) if entry.audio else info
     report.fps = float(info.fps) if entry.video and info.fps else None
     report.height, report.width = (info.height, info.width) if entry.video else (None, None)
     report.video_seconds = _number(info.video_seconds) if entry.video else None
@@ -191,11 +205,19 @@ def _decode(entry: ClipEntry, report: ClipReport) -> Clip:
     )
     # a limit switches off the test whether a file is cut short, so only long files get one
     long = max(report.video_seconds or 0.0, report.audio_seconds or 0.0) > LONGEST
-    clip = read_clip(main, size=size, max_seconds=LONGEST if long else None)
+    limit = LONGEST if long else None
+    channel = None if apart else audio_channel
+    clip = read_clip(
+        main, size=size, max_seconds=limit, audio_track=own_track, audio_channel=channel
+    )
+    report.warnings += clip.notes
     if entry.video and clip.frames is None:
         raise MediaError(f"{entry.name}: holds no pictures")
     if entry.audio and entry.video:
-        sound = read_clip(entry.audio, max_seconds=LONGEST if long else None)
+        sound = read_clip(
+            entry.audio, max_seconds=limit, audio_track=audio_track, audio_channel=audio_channel
+        )
+        report.warnings += sound.notes
         clip = Clip(clip.frames, sound.audio, clip.fps, sound.sample_rate)
     return clip
 
@@ -234,6 +256,9 @@ def _check_sound(clip: Clip, report: ClipReport, allow_silent: bool) -> None:
         return
     if not np.isfinite(sound).all():
         report.problems.append("its sound holds values that are no numbers")
+        return
+    if channels_cancel(sound):
+        report.problems.append(CANCEL_NOTE)
         return
     seconds = len(clip.frames) / float(clip.fps) if clip.frames is not None and clip.fps else None
     wanted = sound.shape[1] if seconds is None else round(seconds * clip.sample_rate)
@@ -297,7 +322,12 @@ def checked_clips(
         report: of an earlier check; None checks now.
     """
     options = options or ClipOptions()
-    report = report or check_folder(folder, options.allow_silent)
+    report = report or check_folder(
+        folder,
+        options.allow_silent,
+        audio_track=options.audio_track,
+        audio_channel=options.audio_channel,
+    )
     clips = RealClips(folder, options, only=report.good)
     clips.refused |= report.refused
     return clips

@@ -16,7 +16,6 @@ from typing import Any
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m4v"))
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"))
-PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp"))
 TABLES = ("metadata.jsonl", "metadata.csv")
 # column names that other trainers use for the same thing
 VIDEO_COLUMNS = ("file_name", "video", "media_path", "path")

@@ -23,20 +23,17 @@ from avdiff.clip import ClipSpec, Clock, as_fps
 from avdiff.corpus.captions import parse_prompt
 from avdiff.corpus.sample import ClipSample
 from avdiff.corpus.speech.concatenate import tile
-from avdiff.data.clip_table import PICTURE_SUFFIXES, ClipEntry, find_clips
+from avdiff.data.clip_table import ClipEntry, find_clips
 from avdiff.data.forced_alignment import phones_of_clip
+from avdiff.media.container import MediaError
 from avdiff.media.frames import read_sound
-from avdiff.media.write import MediaError, MediaInfo, probe, read_clip
+from avdiff.media.probe import MediaInfo, probe
+from avdiff.media.read import read_clip
+from avdiff.media.sound import CANCEL_NOTE, channels_cancel, mix_channels
+from avdiff.media.stills import STILL_SUFFIXES, read_still
 from avdiff.phonetics.phone import Phone
 
 SILENT_RMS = 10 ** (-60 / 20)  # under this level a sound is no sound
-# channels in FFmpeg's order FL FR FC LFE BL BR (SL SR); ITU-R BS.775 weights, scaled to a sum of 1
-DOWNMIX = {
-    1: (1.0,),
-    2: (0.5, 0.5),
-    6: (0.28, 0.28, 0.20, 0.0, 0.12, 0.12),
-    8: (0.24, 0.24, 0.17, 0.0, 0.0875, 0.0875, 0.0875, 0.0875),
-}
 LONGEST_SPEECH = 60.0  # seconds of sound that words are looked for in
 STRETCH = (
     0.8,
@@ -60,6 +57,8 @@ class ClipOptions:
         words: find out when the words that a caption quotes are heard; a clip that does not say
             them is refused. Without it items have no phones, and training learns no speech from
             them.
+        audio_track, audio_channel: which sound of each file, counted from 1; None takes the track
+            that players play, and all its channels.
     """
 
     buckets: str = "128x128x51"
@@ -69,6 +68,8 @@ class ClipOptions:
     fit: str = "pad"
     allow_silent: bool = False
     words: bool = True
+    audio_track: int | None = None
+    audio_channel: int | None = None
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -76,6 +77,10 @@ class ClipOptions:
             raise ValueError(f"fit={self.fit!r}: needs 'pad' or 'stretch'")
         if self.channels not in (1, 2):
             raise ValueError(f"channels={self.channels}: needs 1 or 2")
+        for name in ("audio_track", "audio_channel"):
+            number = getattr(self, name)
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name}={number!r}: needs a number from 1")
         parse_buckets(self.buckets, self)
 
 
@@ -170,8 +175,9 @@ class RealClips(Dataset):
 
     def _place(self, entry: ClipEntry) -> tuple[ClipSpec, tuple[str, ...]]:
         """Bucket and modalities of an entry, from headers alone."""
-        seen = probe(entry.video) if entry.video else None
-        heard = probe(entry.audio) if entry.audio else seen
+        track = self.options.audio_track
+        seen = probe(entry.video, None if entry.audio else track) if entry.video else None
+        heard = probe(entry.audio, track) if entry.audio else seen
         sounding = heard is not None and heard.sample_rate is not None
         if entry.video and (seen is None or seen.video_seconds is None):
             raise ValueError("holds no pictures")
@@ -275,7 +281,7 @@ class RealClips(Dataset):
             return ()
         rate = spec.sample_rate
         language = entry.extra.get("language")
-        if self.options.fit == "pad" and (whole := read_sound(path)):
+        if self.options.fit == "pad" and (whole := read_sound(path, *self._which_sound)):
             sound = whole[0][: round(LONGEST_SPEECH * whole[1])]
             rate = whole[1]
         return phones_of_clip(text, sound, rate, None if language is None else str(language))
@@ -284,7 +290,9 @@ class RealClips(Dataset):
         self, entry: ClipEntry, path: Path, spec: ClipSpec
     ) -> tuple[torch.Tensor, np.ndarray | None]:
         """(F, H, W, 3) uint8, and the file's own sound (C, S) at the model's rate."""
-        clip = read_clip(path, spec.fps, (spec.height, spec.width), spec.sample_rate, spec.seconds)
+        size = (spec.height, spec.width)
+        which = self._which_sound if path == entry.video and not entry.audio else (None, None)
+        clip = read_clip(path, spec.fps, size, spec.sample_rate, spec.seconds, *which)
         if clip.frames is None:
             raise MediaError(f"{entry.name}: holds no pictures")
         frames = clip.frames[: spec.num_frames]
@@ -301,12 +309,26 @@ class RealClips(Dataset):
         if entry.audio:
             stretch = self.options.fit == "stretch" and entry.video is not None
             limit = None if stretch else spec.seconds
-            sound = read_clip(entry.audio, sample_rate=spec.sample_rate, max_seconds=limit).audio
+            track, channel = self._which_sound
+            sound = read_clip(
+                entry.audio,
+                sample_rate=spec.sample_rate,
+                max_seconds=limit,
+                audio_track=track,
+                audio_channel=channel,
+            ).audio
             if sound is not None and stretch and entry.video:
                 sound = self._stretched(sound, entry.video, spec.sample_rate)
         if sound is None:
             raise MediaError(f"{entry.name}: holds no sound")
+        if len(sound) > self.options.channels and channels_cancel(sound):
+            raise MediaError(f"{entry.name}: {CANCEL_NOTE}")
         return fit_length(mix_channels(sound, self.options.channels), spec.num_samples)
+
+    @property
+    def _which_sound(self) -> tuple[int | None, int | None]:
+        """Track and channel that are asked for, counted from 1."""
+        return self.options.audio_track, self.options.audio_channel
 
     def _stretched(self, sound: np.ndarray, video: Path, rate: int) -> np.ndarray:
         """Bring a separate sound to the length of its video where the gap is small enough."""
@@ -346,36 +368,14 @@ class RealClips(Dataset):
 
 
 def _is_still(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
+    return path.suffix.lower() in STILL_SUFFIXES
 
 
 def _still(path: Path, spec: ClipSpec) -> torch.Tensor:
     """A picture repeated for the whole clip: (F, H, W, 3) uint8."""
-    from PIL import Image, ImageOps
-
-    picture = ImageOps.fit(
-        Image.open(path).convert("RGB"), (spec.width, spec.height), Image.Resampling.BICUBIC
-    )
-    return (
-        torch.from_numpy(np.asarray(picture).copy())[None]
-        .expand(spec.num_frames, -1, -1, -1)
-        .contiguous()
-    )
-
-
-def mix_channels(sound: np.ndarray, channels: int) -> np.ndarray:
-    """(C, S) -> (channels, S): surround is mixed down by fixed weights, mono doubled for stereo."""
-    count = len(sound)
-    if count == channels:
-        return sound
-    if channels == 2 and count > 2:
-        left = sound[0] + 0.7 * sound[2] if count > 2 else sound[0]
-        right = sound[1] + 0.7 * sound[2] if count > 2 else sound[1]
-        return np.stack([left, right]) * np.float32(0.6)
-    mono = np.tensordot(
-        np.array(DOWNMIX.get(count, (1 / count,) * count), np.float32), sound, axes=1
-    )[None]
-    return np.repeat(mono, channels, axis=0)
+    picture = read_still(path, (spec.height, spec.width))
+    frames = torch.from_numpy(np.array(picture))[None]
+    return frames.expand(spec.num_frames, -1, -1, -1).contiguous()
 
 
 def fit_length(sound: np.ndarray, samples: int) -> np.ndarray:

@@ -1,30 +1,63 @@
-"""Decode media files by their timestamps; callers import these names from `avdiff.media.write`."""
+"""Decode clips by their timestamps: pictures on a steady clock, sound aligned with them."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from PIL import Image, ImageOps
 
 from avdiff.clip import as_fps
+from avdiff.media.color import conversion_note, to_sdr
+from avdiff.media.container import (
+    INTERLACED_NOTE,
+    LONGEST_CLIP,
+    LONGEST_GAP,
+    MAX_BYTES,
+    NOTICE,
+    SAMPLE_RATES,
+    MediaError,
+    check_frame_size,
+    frame_rate,
+    header_notes,
+    header_seconds,
+    length_is_exact,
+    open_media,
+    read_tags,
+    reason,
+)
+from avdiff.media.display import display_of_frame
+from avdiff.media.probe import MediaInfo, probe
+from avdiff.media.sound import (
+    AAC_FRAME,
+    align,
+    check_complete,
+    choose_channel,
+    decode_sound,
+    resample_audio,
+    too_long,
+)
 
-AAC_FRAME = 1024  # samples in an AAC access unit (ISO/IEC 14496-3)
-MAX_BYTES = (
-    4 * 2**30
-)  # decoded frames held at once; beyond it a request is a mistake and would exhaust memory
-NOTICE = "AI-generated"  # first words of the comment tag; the rest is one JSON object
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
+__all__ = [
+    "AAC_FRAME",
+    "NOTICE",
+    "Clip",
+    "MediaError",
+    "MediaInfo",
+    "probe",
+    "read_clip",
+    "reason",
+    "resample_audio",
+]
 
-class MediaError(ValueError):
-    """A file cannot be read or written as asked; the message is one plain sentence."""
+MAX_SIDE = 16384  # pixels of a picture that is asked for
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,7 @@ class Clip:
         start_gap: seconds by which the sound began after (+) or before (-) the first frame in the
             file; `audio` is already aligned (silence put in front, or the early part cut).
         metadata: the file's tags; what `write_clip` was given comes back as the same dict.
+        notes: sentences that a user should read: HDR, interlacing, other sound tracks, holes.
     """
 
     frames: np.ndarray | None
@@ -47,61 +81,7 @@ class Clip:
     sample_rate: int | None
     start_gap: Fraction = Fraction(0)
     metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """Header facts of a media file; a stream that is missing has None in its fields. Durations in
-    exact seconds.
-    """
-
-    fps: Fraction | None
-    num_frames: int | None
-    height: int | None
-    width: int | None
-    video_codec: str | None
-    video_seconds: Fraction | None
-    sample_rate: int | None
-    channels: int | None
-    audio_codec: str | None
-    audio_seconds: Fraction | None
-    start_gap: Fraction
-    metadata: dict[str, Any]
-
-
-def reason(error: BaseException) -> str:
-    """The system's or FFmpeg's words for an error, without its class, number and path."""
-    return getattr(error, "strerror", None) or str(error).split("\n")[0]
-
-
-def probe(path: str | Path) -> MediaInfo:
-    """Header facts of a file, without decoding it. Raises MediaError if it is not a readable media
-    file.
-    """
-    with _opened(path) as container:
-        video, audio = _streams(container)
-        rate = _rate(video) if video else None
-        seconds = _stream_seconds(video, container)
-        count = (
-            (video.frames or (round(seconds * rate) if seconds and rate else None))
-            if video
-            else None
-        )
-        gap = _start(audio) - _start(video) if video and audio else Fraction(0)
-        return MediaInfo(
-            fps=rate,
-            num_frames=count,
-            height=video.codec_context.height if video else None,
-            width=video.codec_context.width if video else None,
-            video_codec=video.codec_context.name if video else None,
-            video_seconds=seconds,
-            sample_rate=audio.codec_context.sample_rate if audio else None,
-            channels=audio.codec_context.channels if audio else None,
-            audio_codec=audio.codec_context.name if audio else None,
-            audio_seconds=_stream_seconds(audio, container),
-            start_gap=gap,
-            metadata=_tags(container),
-        )
+    notes: tuple[str, ...] = ()
 
 
 def read_clip(
@@ -110,6 +90,8 @@ def read_clip(
     size: int | tuple[int, int] | None = None,
     sample_rate: int | None = None,
     max_seconds: Fraction | float | None = None,
+    audio_track: int | None = None,
+    audio_channel: int | None = None,
 ) -> Clip:
     """Decode a file by its timestamps.
 
@@ -117,247 +99,173 @@ def read_clip(
         fps: frames wanted per second; output frame i is the picture on screen at (i + 1/2) / fps
             after the first one, so that variable rates, dropped frames and millisecond timestamps
             come out right. None: the file's own rate.
-        size: (height, width) or one number for both; the picture is cropped at the centre to the
-            shape, then scaled.
+        size: (height, width) or one number for both; the picture as shown is cropped at the centre
+            to the shape, then scaled.
         sample_rate: Hz wanted; None: the file's own. max_seconds: read only so much from the start.
+        audio_track, audio_channel: which sound, counted from 1; None takes the track that players
+            play, and all channels.
 
     Raises:
-        MediaError: no such file, a folder, not a media file, cut short, or more frames than memory
-            should hold.
+        MediaError: no such file, a folder, not a media file, cut short, a gap of more than
+            `LONGEST_GAP`, or more than `LONGEST_CLIP` or memory should hold.
     """
     target = (size, size) if isinstance(size, int) else size
-    if target is not None and not all(1 <= side <= 16384 for side in target):
-        raise MediaError(f"size={size}: needs sides from 1 to 16384 pixels")
+    if target is not None and not all(1 <= side <= MAX_SIDE for side in target):
+        raise MediaError(f"size={size}: needs sides from 1 to {MAX_SIDE} pixels")
     if max_seconds is not None and not 0 < max_seconds < float("inf"):
         raise MediaError(f"max_seconds={max_seconds}: needs a positive number")
-    if sample_rate is not None and not 1000 <= sample_rate <= 384_000:
-        raise MediaError(f"sample_rate={sample_rate}: needs 1000 to 384000 Hz")
+    if sample_rate is not None and not SAMPLE_RATES[0] <= sample_rate <= SAMPLE_RATES[1]:
+        raise MediaError(
+            f"sample_rate={sample_rate}: needs {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]} Hz"
+        )
     limit = None if max_seconds is None else Fraction(max_seconds)
     frames = rate = start = None
-    with _opened(path) as container:
-        video, _ = _streams(container)
-        tags = _tags(container)
+    with open_media(path, audio_track) as (container, streams):
+        video = streams.video
+        tags = read_tags(container)
+        notes = list(header_notes(container, streams))
+        if limit is None:
+            _check_length(path, container, streams)
         if video is not None:
-            rate = as_fps(fps) if fps is not None else _rate(video)
-            start, frames = _read_pictures(path, container, video, rate, target, limit)
-    with _opened(
-        path
-    ) as container:  # a second pass: two decoders in one pass would hold packets of both
-        _, audio = _streams(container)
-        if audio is None:
-            return Clip(frames, None, rate, None, Fraction(0), tags)
-        own_rate = audio.codec_context.sample_rate
-        sound_start, sound = _read_sound(path, container, audio, start, limit)
-    gap = Fraction(0) if start is None else sound_start - start
-    sound = _align(sound, round(gap * own_rate), None if limit is None else round(limit * own_rate))
-    if sample_rate is not None and sample_rate != own_rate:
-        sound = resample_audio(sound, own_rate, sample_rate)
-    return Clip(frames, sound, rate, sample_rate or own_rate, gap, tags)
+            rate = as_fps(fps) if fps is not None else frame_rate(video)
+            film = _PictureReader(path, video, rate, target, limit)
+            frames = film.read(container)
+            start = film.start
+            notes += [note for note in film.notes if note not in notes]
+    # a second pass: two decoders in one pass would hold packets of both
+    with open_media(path, audio_track) as (container, streams):
+        if streams.audio is None:
+            return Clip(frames, None, rate, None, Fraction(0), tags, tuple(notes))
+        sound = decode_sound(path, container, streams.audio, start, limit)
+    notes += sound.notes
+    gap = Fraction(0) if start is None else sound.begin - start
+    if abs(gap) > LONGEST_CLIP:
+        raise MediaError(f"path={path}: its sound begins {float(gap):+.0f} s after its pictures")
+    length = None if limit is None else round(limit * sound.rate)
+    samples = align(choose_channel(sound.samples, audio_channel), round(gap * sound.rate), length)
+    if sample_rate is not None and sample_rate != sound.rate:
+        samples = resample_audio(samples, sound.rate, sample_rate)
+    return Clip(frames, samples, rate, sample_rate or sound.rate, gap, tags, tuple(notes))
 
 
-def resample_audio(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """(C, S) float32 at `from_rate` Hz -> (C, round(S * to_rate / from_rate)) at `to_rate`, without
-    delay.
-    """
-    length = round(audio.shape[1] * Fraction(to_rate, from_rate))
-    result = np.zeros((len(audio), length), np.float32)
-    for channel, samples in enumerate(audio):
-        resampler = av.AudioResampler(format="fltp", layout="mono", rate=to_rate)
-        frame = av.AudioFrame.from_ndarray(
-            np.ascontiguousarray(samples[None]), format="fltp", layout="mono"
-        )
-        frame.sample_rate = from_rate
-        frame.pts = 0
-        frame.time_base = Fraction(1, from_rate)
-        parts = [f.to_ndarray()[0] for f in (*resampler.resample(frame), *resampler.resample(None))]
-        line = np.concatenate(parts)[:length] if parts else np.zeros(0, np.float32)
-        result[channel, : len(line)] = line
-    return result
+def _check_length(path: str | Path, container: InputContainer, streams: Any) -> None:
+    """Refuse a file whose header says that it is too long, before anything is decoded."""
+    if not length_is_exact(path, container):
+        return
+    for stream in (streams.video, streams.audio):
+        seconds = header_seconds(stream, container)
+        if seconds is not None and seconds > LONGEST_CLIP:
+            raise MediaError(too_long(path, seconds))
 
 
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    """Open a local file for reading; FFmpeg's errors become one sentence."""
-    path = Path(path)
-    if path.is_dir():
-        raise MediaError(f"path={path}: is a folder, needs a media file")
-    if not path.is_file():
-        raise MediaError(f"path={path}: no such file")
-    try:  # play-lists may name other places: nothing but local files is opened
-        with av.open(
-            str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace"
-        ) as container:
-            if not any(_streams(container)):
-                raise MediaError(f"path={path}: holds neither pictures nor sound")
-            for stream in filter(None, _streams(container)):
-                if stream.codec_context is None or not stream.time_base:
-                    raise MediaError(
-                        f"path={path}: its {stream.type} is in a form that cannot be decoded"
-                    )
-            yield container
-    except (OSError, av.FFmpegError) as error:
-        raise MediaError(f"path={path}: cannot be read as media ({reason(error)})") from error
+class _PictureReader:
+    """Puts the pictures of a file on a steady clock, chosen by timestamp."""
 
+    def __init__(
+        self,
+        path: str | Path,
+        video: VideoStream,
+        fps: Fraction,
+        size: tuple[int, int] | None,
+        limit: Fraction | None,
+    ) -> None:
+        self.path = path
+        self.video = video
+        self.fps = fps
+        self.size = size
+        self.limit = limit
+        self.kept: list[np.ndarray] = []
+        self.shown: VideoFrame | None = None  # the picture on screen
+        self.start: Fraction | None = None  # time of the first picture in the file, seconds
+        self.interlaced = 0
 
-def _streams(container: Any) -> tuple[Any | None, Any | None]:
-    """First video and first audio stream; a cover picture in a sound file is not video."""
-    moving = [
-        s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic
-    ]
-    return (moving[0] if moving else None), (
-        container.streams.audio[0] if container.streams.audio else None
-    )
+    @property
+    def notes(self) -> list[str]:
+        """What the decoded pictures tell beyond the header."""
+        return [INTERLACED_NOTE] if self.interlaced > 1 else []
 
+    def read(self, container: InputContainer) -> np.ndarray:
+        """(F, H, W, 3) uint8 at `fps`."""
+        self.video.thread_type = "AUTO"
+        step = Fraction(self.video.time_base or 0)
+        last = end = Fraction(0)
+        for frame in container.decode(self.video):
+            if frame.pts is None:
+                continue
+            time = frame.pts * step
+            if self.start is None:
+                self.start = time
+            if self.shown is not None:
+                self._check_gap(last, time - self.start)
+                self._emit(time - self.start)
+            self.shown = frame
+            self.interlaced += frame.interlaced_frame
+            last = time - self.start
+            end = time + (frame.duration * step if frame.duration else 1 / frame_rate(self.video))
+            if self.limit is not None and last >= self.limit:
+                break
+        if self.start is None or self.shown is None:
+            raise MediaError(f"path={self.path}: its video holds no decodable frame")
+        self._check_gap(last, end - self.start)
+        self._emit(end - self.start)
+        if length_is_exact(self.path, container):
+            check_complete(self.path, self.video, end, self.limit)
+        if not self.kept:  # a single picture shorter than half an output frame still is a picture
+            self.kept.append(show_frame(self.shown, self.video, self.size))
+        return self._stacked()
 
-def _rate(video: Any) -> Fraction:
-    return video.average_rate or video.guessed_rate or Fraction(25)
+    def _check_gap(self, last: Fraction, now: Fraction) -> None:
+        """Refuse a picture that would stand for longer than `LONGEST_GAP`."""
+        until = now if self.limit is None else min(now, self.limit)
+        if until - last > LONGEST_GAP:
+            raise MediaError(
+                f"path={self.path}: its pictures have a gap of {float(now - last):.0f} s after "
+                f"{float(last):.1f} s; needs at most {LONGEST_GAP} s (ffmpeg -i IN -r 25 OUT fills "
+                "it)"
+            )
+        if self.limit is None and until > LONGEST_CLIP:
+            raise MediaError(too_long(self.path, None))
 
-
-def _start(stream: Any) -> Fraction:
-    return (stream.start_time or 0) * stream.time_base
-
-
-def _stream_seconds(stream: Any | None, container: Any) -> Fraction | None:
-    """Exact length by the stream's header; Matroska has only the container's, in microseconds."""
-    if stream is None:
-        return None
-    if stream.duration is not None:
-        return stream.duration * stream.time_base
-    return None if container.duration is None else Fraction(container.duration, av.time_base)
-
-
-def _tags(container: Any) -> dict[str, Any]:
-    """The file's tags; our own comment is unfolded into the facts it lists."""
-    tags: dict[str, Any] = dict(container.metadata)
-    notice, _, facts = tags.get("comment", "").partition(" ")
-    if notice == NOTICE:
-        with contextlib.suppress(
-            ValueError, TypeError
-        ):  # somebody edited it: the text itself stays under "comment"
-            tags |= json.loads(facts)
-    return tags
-
-
-def _read_pictures(
-    path: str | Path,
-    container: Any,
-    video: Any,
-    fps: Fraction,
-    size: tuple[int, int] | None,
-    limit: Fraction | None,
-) -> tuple[Fraction, np.ndarray]:
-    """Start time of the first picture and (F, H, W, 3) uint8 at `fps`, chosen by timestamp."""
-    video.thread_type = "AUTO"
-    kept: list[np.ndarray] = []
-    shown = start = end = None
-
-    def emit(until: Fraction) -> None:
+    def _emit(self, until: Fraction) -> None:
         """Repeat the picture on screen for each output frame whose midpoint lies before `until`
         (since the start).
         """
+        if self.limit is not None:
+            until = min(until, self.limit)
         picture = None
-        while (len(kept) + Fraction(1, 2)) / fps < until:
+        while (len(self.kept) + Fraction(1, 2)) / self.fps < until:
             if picture is None:
-                picture = _picture(shown, size)
-            kept.append(picture)
-            if len(kept) * picture.nbytes > MAX_BYTES:
-                size_text = f"{len(kept)} frames of {picture.shape[1]} x {picture.shape[0]}"
+                picture = show_frame(self.shown, self.video, self.size)
+            if self.kept and picture.shape != self.kept[0].shape:
+                raise MediaError(f"path={self.path}: its pictures change their size midway")
+            self.kept.append(picture)
+            if len(self.kept) * picture.nbytes > MAX_BYTES:
+                height, width = picture.shape[:2]
                 raise MediaError(
-                    f"path={path}: {size_text} are too many for memory; give max_seconds or a "
-                    "smaller size"
+                    f"path={self.path}: {len(self.kept)} frames of {width} x {height} are too many "
+                    "for memory; give max_seconds or a smaller size"
                 )
 
-    for frame in container.decode(video):
-        if frame.pts is None:
-            continue
-        time = frame.pts * video.time_base
-        start = time if start is None else start
-        if shown is not None:
-            emit(min(time - start, limit) if limit is not None else time - start)
-        shown = frame
-        end = time + (frame.duration * video.time_base if frame.duration else 1 / _rate(video))
-        if limit is not None and time - start >= limit:
-            break
-    if start is None or end is None:
-        raise MediaError(f"path={path}: its video holds no decodable frame")
-    emit(min(end - start, limit) if limit is not None else end - start)
-    _check_complete(path, video, end, limit)
-    if not kept:  # a single picture shorter than half an output frame still is a picture
-        kept.append(_picture(shown, size))
-    return start, np.stack(kept)
+    def _stacked(self) -> np.ndarray:
+        """All pictures as one array; each is let go when it is copied, so that memory holds them
+        once.
+        """
+        self.kept.reverse()
+        frames = np.empty((len(self.kept), *self.kept[0].shape), np.uint8)
+        for index in range(len(frames)):
+            frames[index] = self.kept.pop()
+        return frames
 
 
-def _picture(frame: Any, size: tuple[int, int] | None) -> np.ndarray:
-    """One decoded frame upright, (H, W, 3) uint8, cropped and scaled to `size`."""
-    picture = frame.to_ndarray(format="rgb24")
-    if (
-        frame.rotation % 90 == 0
-    ):  # phones film sideways and note it; the sign follows FFmpeg's display matrix
-        picture = np.rot90(picture, frame.rotation // 90)
-    if size is not None and picture.shape[:2] != size:
-        picture = np.asarray(
-            ImageOps.fit(Image.fromarray(picture), (size[1], size[0]), Image.Resampling.BICUBIC)
-        )
-    return np.ascontiguousarray(picture)
-
-
-def _read_sound(
-    path: str | Path, container: Any, audio: Any, start: Fraction | None, limit: Fraction | None
-) -> tuple[Fraction, np.ndarray]:
-    """Start time of the first sample and (C, S) float32 at the file's rate; holes in the timestamps
-    become silence.
-    """
-    rate = audio.codec_context.sample_rate
-    converter = av.AudioResampler(format="fltp")
-    parts: list[np.ndarray] = []
-    begin = None
-    position = 0
-    for frame in container.decode(audio):
-        here = (begin or Fraction(0)) + Fraction(position, rate)
-        time = here if frame.pts is None else frame.pts * frame.time_base
-        begin = time if begin is None else begin
-        hole = round((time - begin) * rate) - position
-        for piece in converter.resample(frame):
-            samples = piece.to_ndarray()
-            if hole > 2 * AAC_FRAME:  # smaller ones are rounded timestamps
-                if samples.shape[0] * hole * 4 > MAX_BYTES:
-                    raise MediaError(f"path={path}: its sound has a hole of {hole // rate} s")
-                parts.append(np.zeros((samples.shape[0], hole), np.float32))
-                position = position + hole
-                hole = 0
-            parts.append(samples)
-            position += samples.shape[1]
-        if (
-            limit is not None
-            and begin + Fraction(position, rate) >= (begin if start is None else start) + limit
-        ):
-            break
-    if begin is None or not parts:
-        raise MediaError(f"path={path}: its sound holds no decodable sample")
-    _check_complete(path, audio, begin + Fraction(position, rate), limit)
-    sound = np.concatenate(parts, axis=1)
-    if (
-        audio.duration is not None
-    ):  # the last AAC frame is padded: the header knows where the sound ends
-        sound = sound[
-            :, : max(1, round((audio.duration * audio.time_base + _start(audio) - begin) * rate))
-        ]
-    return begin, sound
-
-
-def _check_complete(path: str | Path, stream: Any, end: Fraction, limit: Fraction | None) -> None:
-    """A file cut short decodes without complaint up to the cut; its header tells."""
-    if stream.duration is not None:
-        seconds = stream.duration * stream.time_base
-        expected = _start(stream) + (seconds if limit is None else min(seconds, limit))
-        if end < expected - max(Fraction(1, 4), expected / 50):
-            found = f"its {stream.type} ends at {float(end):.2f} s of {float(expected):.2f} s"
-            raise MediaError(f"path={path}: is cut short, {found}")
-
-
-def _align(sound: np.ndarray, late: int, length: int | None) -> np.ndarray:
-    """Put `late` samples of silence in front (negative: cut them off), then keep at most `length`
-    samples.
-    """
-    sound = np.pad(sound, ((0, 0), (late, 0))) if late > 0 else sound[:, -late:]
-    return sound if length is None else sound[:, :length]
+def show_frame(
+    frame: Any, video: VideoStream, size: tuple[int, int] | None, path: str | Path = ""
+) -> np.ndarray:
+    """One decoded frame as it is shown, (H, W, 3) uint8 sRGB, cropped and scaled to `size`."""
+    display = display_of_frame(frame, video.sample_aspect_ratio)
+    check_frame_size(path, *display.size(frame.height, frame.width))
+    transfer = int(frame.color_trc)
+    primaries = int(frame.color_primaries)
+    if conversion_note(transfer, primaries) is None:
+        return display.show(frame.to_ndarray(format="rgb24"), size)
+    coded = frame.to_ndarray(format="rgb48le")
+    return display.show(to_sdr(coded, transfer, primaries), size)

@@ -1,16 +1,13 @@
-"""Timestamps of a file's pictures, read from its packets without decoding (PyAV, like the rest of
-`media`).
-"""
+"""Timestamps of a file's pictures, read from its packets without decoding."""
 
 from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
-from avdiff.media.read import MediaError, reason
+from avdiff.media.container import open_media
 
 STEADY = (
     0.25  # frame durations that differ by more than this share of their median are a variable rate
@@ -23,17 +20,12 @@ def picture_times(path: str | Path) -> list[Fraction]:
     Raises:
         MediaError: not a readable media file.
     """
-    try:
-        with av.open(
-            str(path), options={"protocol_whitelist": "file"}, metadata_errors="replace"
-        ) as container:
-            if not container.streams.video:
-                return []
-            stream = container.streams.video[0]
-            step = Fraction(stream.time_base or 0)
-            return sorted(p.pts * step for p in container.demux(stream) if p.pts is not None)
-    except (OSError, av.FFmpegError) as error:
-        raise MediaError(f"path={path}: cannot be read as media ({reason(error)})") from error
+    with open_media(path) as (container, streams):
+        if streams.video is None:
+            return []
+        step = Fraction(streams.video.time_base or 0)
+        packets = container.demux(streams.video)
+        return sorted(packet.pts * step for packet in packets if packet.pts is not None)
 
 
 def has_variable_rate(times: list[Fraction]) -> bool:

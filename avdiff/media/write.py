@@ -1,5 +1,4 @@
-"""Read and write clips with sound in sync. Only this file and its reading half, `media_read.py`,
-know PyAV.
+"""Write clips with sound in sync.
 
 Time is a `Fraction` here, never a float: a whole frame rate for 23.976 drifts by a frame every 42
 seconds. Each stream of a written file has its exact length: the last frame carries its own
@@ -25,18 +24,10 @@ import numpy as np
 from PIL import Image
 
 from avdiff.clip import as_fps
+from avdiff.media.container import NOTICE, MediaError, media_url, reason
 from avdiff.media.pictures import contact_sheet, spectrogram_picture
-from avdiff.media.read import (
-    AAC_FRAME,
-    NOTICE,
-    Clip,
-    MediaError,
-    MediaInfo,
-    probe,
-    read_clip,
-    reason,
-    resample_audio,
-)
+from avdiff.media.read import Clip, MediaInfo, probe, read_clip
+from avdiff.media.sound import AAC_FRAME, resample_audio
 
 __all__ = [
     "Clip",
@@ -105,7 +96,7 @@ def write_clip(
         if sample_rate is not None and options:
             options["movie_timescale"] = str(sample_rate)
         with av.open(
-            str(temporary), "w", format=CONTAINERS[path.suffix.lower()], options=options
+            media_url(temporary), "w", format=CONTAINERS[path.suffix.lower()], options=options
         ) as container:
             if metadata is not None:
                 container.metadata["comment"] = f"{NOTICE} {facts}"
