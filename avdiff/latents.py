@@ -80,6 +80,20 @@ def per_token(sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return sigma[:, None, None] if sigma.ndim == 1 else sigma.unsqueeze(-1)
 
 
+def clean_estimate(noisy: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """x0 = c_skip z + c_out F, fp32, for noisy tokens z (B, N, C), network output F and noise level
+    t, `sigma` (B,) or (B, N).
+
+    Preconditioning of Karras et al. 2022 (arXiv:2206.00364, eq. 7) for z = (1-t) x + t eps with
+    unit-variance data: c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t /
+    sqrt((1-t)^2 + t^2) the size of its error, so F has unit variance at every noise level, and a
+    token with t = 0 comes back as it is.
+    """
+    t = per_token(sigma.float(), noisy)
+    power = (1 - t) ** 2 + t**2
+    return noisy.float() * ((1 - t) / power) + output.float() * (t / power.sqrt())
+
+
 def normalize_latents(z: torch.Tensor, codec: Any) -> torch.Tensor:
     """Latents (B, C, ...) to unit variance by the codec's `latents_mean` and `latents_std` (C,)."""
     mean, std = (

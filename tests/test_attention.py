@@ -16,19 +16,19 @@ from avdiff.core.modulation import Modulation, ModulationTable, TimestepEmbeddin
 from avdiff.core.rope import apply_rotary, rotary_phases
 
 
-def by_loop(attn: Attention, x, sources, query_phases=None, key_phases=None, mask=None):
+def by_loop(attn: Attention, x, sources, query_rope=None, key_ropes=None, mask=None):
     """The slow twin: one head and one query at a time."""
 
     def heads(y):
         return F.rms_norm(y.unflatten(-1, (attn.heads, attn.dim_head)), (attn.dim_head,), eps=1e-6)
 
     q = heads(attn.to_q(x)) * attn.norm_q.weight
-    q = q if query_phases is None else apply_rotary(q, query_phases)
+    q = q if query_rope is None else apply_rotary(q, query_rope)
     projections = zip(
         [attn.to_k, *attn.add_k_proj],
         [attn.to_v, *attn.add_v_proj],
         sources,
-        key_phases or [None] * len(sources),
+        key_ropes or [None] * len(sources),
         strict=True,
     )
     keys, values = [], []

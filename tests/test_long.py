@@ -105,9 +105,11 @@ def test_words_are_laid_on_the_clock_of_the_whole_clip(pipe, monkeypatch) -> Non
     monkeypatch.setattr(AVDiffPipeline, "__call__", listen)
     prompt = 'A man says "one two"'
     list(stream(pipe, prompt, seconds=1.6))
-    heard = [s.phonemes[0].gather(0, s.frames[0]) for s in tracks]  # phoneme of each mel frame
+    heard = [
+        t.phonemes[0].gather(0, t.frame_to_phone[0]) for t in tracks
+    ]  # phoneme of each mel frame
     whole = understand([prompt], dict(clock=pipe.clock), 1.6).track
-    expected = whole.phonemes[0].gather(0, whole.frames[0])
+    expected = whole.phonemes[0].gather(0, whole.frame_to_phone[0])
     start = 0
     for part, frames in zip(heard, (17, 17, 17), strict=False):
         span = expected[start * 4 : start * 4 + len(part)]

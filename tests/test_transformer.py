@@ -5,17 +5,17 @@ gradients, saving.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 
 import pytest
 import torch
 
 from avdiff.clip import ClipSpec, Clock
-from avdiff.latents import Joint
+from avdiff.latents import Joint, JointLatents, clean_estimate
 from avdiff.models import presets
-from avdiff.models.conditions import Positions, overlap_matrix, window_mask
-from avdiff.models.transformer import AVTransformer, clean_estimate
+from avdiff.models.conditions import Conditions, Positions, overlap_matrix, window_mask
+from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.track import PhonemeTrack
 
 CLIP = ClipSpec(num_frames=9)
@@ -111,7 +111,7 @@ def test_fresh_model_gives_the_linear_estimate_and_ignores_its_zero_parts() -> N
 def test_cut_connections_equal_two_branches_alone() -> None:
     model = make_model()
     inputs = make_inputs(model)
-    inputs["track"] = replace(inputs["track"], video_frame_to_phone=inputs["track"].frames)
+    inputs["track"] = replace(inputs["track"], video_frame_to_phone=inputs["track"].frame_to_phone)
     together = run(model, inputs, isolated=True)
     alone_video = run(model, inputs, isolated=True, audio_hidden_states=None, audio_timestep=None)
     alone_audio = run(model, inputs, isolated=True, hidden_states=None, timestep=None)
@@ -272,3 +272,11 @@ def test_windows_and_overlaps() -> None:
     ]
     weights = overlap_matrix(torch.tensor([0.04, 0.12]), torch.tensor([0.02, 0.06, 0.10, 0.14]))
     torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("record", [Conditions, Positions, PhonemeTrack, JointLatents])
+def test_documented_names_are_the_fields(record) -> None:
+    documented = set()
+    for names in re.findall(r"(?:^|\. )\s*((?:\w+, )*\w+): ", record.__doc__ or "", re.M):
+        documented |= set(names.split(", "))
+    assert documented - {"Args"} == {field.name for field in fields(record)}

@@ -233,7 +233,7 @@ class FinetuneTask(Task[Batch]):
         if self.transformer.config.num_phonemes == 0:
             return None
         if alone:
-            return replace(track, video_frame_to_phone=track.frames)
+            return replace(track, video_frame_to_phone=track.frame_to_phone)
         if float(torch.rand((), generator=common)) < warped:
             return track
         return replace(track, video_frame_to_phone=None)

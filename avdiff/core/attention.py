@@ -129,31 +129,32 @@ class Attention(nn.Module, AttentionModuleMixin):
         self,
         x: torch.Tensor,
         sources: Sequence[torch.Tensor | None] | None = None,
-        query_phases: torch.Tensor | None = None,
-        key_phases: Sequence[torch.Tensor | None] | None = None,
+        query_rope: torch.Tensor | None = None,
+        key_ropes: Sequence[torch.Tensor | None] | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from x (B, Q, D) to all present sources (B, K_i, D_i), or to x itself.
 
         Args:
-            key_phases: one entry per source. attention_mask: bool over the present sources' keys,
-                in order.
+            query_rope, key_ropes: rotary phases (1, N, 1, E / 2) of the queries and of each source;
+                sources without an entry of their own take the queries'.
+            attention_mask: bool over the present sources' keys, in order.
         """
         sources = (x,) if sources is None else sources
-        key_phases = (query_phases,) * len(sources) if key_phases is None else key_phases
+        key_ropes = (query_rope,) * len(sources) if key_ropes is None else key_ropes
         to_k = [self.to_k, *self.add_k_proj]
         to_v = [self.to_v, *self.add_v_proj]
 
         query = self.norm_q(self._heads(self.to_q(x)))  # (B, Q, H, E)
-        if query_phases is not None:
-            query = apply_rotary(query, query_phases)
+        if query_rope is not None:
+            query = apply_rotary(query, query_rope)
         keys = []
         values = []
-        for source, phases, k, v in zip(sources, key_phases, to_k, to_v, strict=True):
+        for source, rope, k, v in zip(sources, key_ropes, to_k, to_v, strict=True):
             if source is None:
                 continue
             key = self.norm_k(self._heads(k(source)))
-            keys.append(key if phases is None else apply_rotary(key, phases))
+            keys.append(key if rope is None else apply_rotary(key, rope))
             values.append(self._heads(v(source)))
         # (B, K, H, E)
         key = torch.cat(keys, dim=1)

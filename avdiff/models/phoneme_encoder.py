@@ -1,4 +1,4 @@
-"""Phonemes on the clock: from a script to one feature for each audio token, shared tick and latent
+"""Phonemes on the clock: from a script to one feature for each audio token, shared token and latent
 frame.
 """
 
@@ -67,8 +67,8 @@ class PhonemeEncoder(nn.Module):
     def forward(
         self, track: PhonemeTrack, positions: Positions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """-> features for audio tokens and ticks (B, N_a + N_s, D_a), and for video tokens (B, N_v,
-        D_v) or None.
+        """-> features for audio and shared tokens (B, N_a + N_s, D_a), and for video tokens (B,
+        N_v, D_v) or None.
         """
         x = self.symbol(same_device(self.symbol.weight, track.phonemes))  # (B, P, D)
         x = x + self.stress_tone(same_device(self.stress_tone.weight, track.stress_tones))
@@ -80,50 +80,56 @@ class PhonemeEncoder(nn.Module):
         for block in self.blocks:
             x = block(x.masked_fill(filled, 0))
         seconds = positions.audio[:, 0]
-        per_token = self._on_clock(x, track.frames, track.present)  # (B, N_a, mels * (D + 2))
+        # (B, N_a, mels * (D + 2))
+        per_token = self._on_clock(x, track.frame_to_phone, track.present)
         shared = overlap_matrix(positions.shared[:, 0], seconds).to(x) @ per_token
         sound = torch.cat([self.to_audio(per_token), self.to_shared(shared)], dim=1)
-        frames = track.video_frame_to_phone
-        present = track.present
-        if self.onset_track:  # lips follow the sound, but strikers see their strokes
-            struck = present & (track.phonemes == ONSET_ID).any(1)
-            present = struck if frames is None else present
-            frames = (
-                track.frames
-                if frames is None
-                else torch.where(struck[:, None], track.frames, frames)
-            )
-        if frames is None:
+        frame_to_phone, present = self._seen(track)
+        if frame_to_phone is None:
             return sound, None
-        if frames is not track.frames or present is not track.present:
-            per_token = self._on_clock(x, frames, present)
+        if frame_to_phone is not track.frame_to_phone or present is not track.present:
+            per_token = self._on_clock(x, frame_to_phone, present)
         _, rows, columns = positions.grid
         frame_seconds = positions.video[:: rows * columns, 0]
-        video = self.to_video(
-            overlap_matrix(frame_seconds, seconds).to(x) @ per_token
-        )  # (B, F, D_v)
+        # (B, F, D_v)
+        video = self.to_video(overlap_matrix(frame_seconds, seconds).to(x) @ per_token)
         return sound, video.repeat_interleave(rows * columns, dim=1)
 
+    def _seen(self, track: PhonemeTrack) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What the video branch reads: phoneme of each frame (B, M) or None, and in which rows (B,)
+        bool. Lips follow the sound, but mallets see their strokes, and unwarped.
+        """
+        warped = track.video_frame_to_phone
+        if not self.onset_track:
+            return warped, track.present
+        struck = track.present & (track.phonemes == ONSET_ID).any(1)
+        if warped is None:
+            return track.frame_to_phone, struck
+        return torch.where(struck[:, None], track.frame_to_phone, warped), track.present
+
     def _on_clock(
-        self, x: torch.Tensor, frames: torch.Tensor, present: torch.Tensor
+        self, x: torch.Tensor, frame_to_phone: torch.Tensor, present: torch.Tensor
     ) -> torch.Tensor:
         """Gather phoneme features (B, P, D) by mel frame (B, M) and group them by audio token."""
-        features = x.gather(1, frames[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
-        phase = phase_in_phoneme(frames, x.shape[1])
+        index = frame_to_phone[..., None].expand(-1, -1, x.shape[-1])
+        features = x.gather(1, index)  # (B, M, D)
+        phase = phase_in_phoneme(frame_to_phone, x.shape[1])
         features = torch.cat([features, phase.to(features.dtype)], dim=-1)
         features = features * present[:, None, None].to(features.dtype)
         return rearrange(features, "b (n m) d -> b n (m d)", m=self.mels_per_token)
 
 
-def phase_in_phoneme(frames: torch.Tensor, num_phonemes: int) -> torch.Tensor:
+def phase_in_phoneme(frame_to_phone: torch.Tensor, num_phonemes: int) -> torch.Tensor:
     """(B, M) phoneme index below `num_phonemes` of each frame -> (B, M, 2): place within the
     phoneme in (0, 1), log2 of its frames / 4.
     """
-    batch, count = frames.shape
-    order = torch.arange(count, device=frames.device).expand(batch, -1)
-    none = frames.new_zeros(batch, num_phonemes)
-    lengths = none.scatter_add(1, frames, torch.ones_like(frames)).gather(1, frames).float()
+    batch, count = frame_to_phone.shape
+    order = torch.arange(count, device=frame_to_phone.device).expand(batch, -1)
+    none = frame_to_phone.new_zeros(batch, num_phonemes)
+    frames_of_phone = none.scatter_add(1, frame_to_phone, torch.ones_like(frame_to_phone))
+    lengths = frames_of_phone.gather(1, frame_to_phone).float()
     latest = torch.full_like(none, count)
-    first = latest.scatter_reduce(1, frames, order, "amin").gather(1, frames)
+    first_of_phone = latest.scatter_reduce(1, frame_to_phone, order, "amin")
+    first = first_of_phone.gather(1, frame_to_phone)
     place = (order - first + 0.5) / lengths
     return torch.stack([place, lengths.log2() / 4], dim=-1)

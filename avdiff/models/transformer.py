@@ -25,7 +25,6 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import FirstBlockCacheConfig
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -33,12 +32,12 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from avdiff.core.engram import Engram, MemoryRead, NgramHash
+from avdiff.core.engram import MemoryRead
 from avdiff.core.modulation import TimestepEmbedding, rms_norm
 from avdiff.core.rope import rotary_phases
-from avdiff.latents import Joint, per_token
-from avdiff.models.blocks import Branch, DualBlock, SharedStream, StepRows, split_shared
-from avdiff.models.conditions import Conditions, Positions, window_mask
+from avdiff.latents import Joint, clean_estimate
+from avdiff.models.blocks import StepRows, build_block, split_shared
+from avdiff.models.conditions import Conditions, Positions, cross_windows
 from avdiff.models.phoneme_encoder import PhonemeEncoder
 from avdiff.phonetics.phone import ONSET_ID
 from avdiff.phonetics.track import PhonemeTrack
@@ -178,45 +177,8 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         )
         self.shared_init = nn.Parameter(torch.zeros(1, 1, audio_dim)) if shared else None
 
-        def branch(
-            dim: int, heads: int, partner: int, hidden: int, experts: int, layer: int
-        ) -> Branch:
-            text = text_dim if layer % text_every == 0 else 0
-            reads = (partner if cross_modal else None, audio_dim if shared else None)
-            return Branch(dim, heads, dim_head, text, *reads, audio_heads, hidden, experts, top_k)
-
         self.transformer_blocks = nn.ModuleList(
-            DualBlock(
-                layer=i,
-                video=branch(video_dim, video_heads, audio_dim, video_hidden, video_experts, i),
-                audio=branch(audio_dim, audio_heads, video_dim, audio_hidden, audio_experts, i),
-                shared=SharedStream(
-                    audio_dim,
-                    audio_heads,
-                    dim_head,
-                    video_dim,
-                    shared_hidden,
-                    shared_experts,
-                    top_k,
-                )
-                if shared and i in shared_layers
-                else None,
-                memory=Engram(
-                    audio_dim,
-                    NgramHash(
-                        num_phonemes * num_stress_tones,
-                        memory_rows,
-                        memory_orders,
-                        memory_heads,
-                        i,
-                        tuple(memory_layers),
-                    ),
-                    memory_head_dim,
-                )
-                if num_phonemes and i in memory_layers
-                else None,
-            )
-            for i in range(num_layers)
+            build_block(self.config, layer) for layer in range(num_layers)
         )
         self.out_modulation = nn.ModuleDict(
             {
@@ -279,38 +241,18 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         Args:
             text: (B, L, text_dim) caption features; text_mask: (B, L) bool. None is the
                 unconditional caption.
-            positions: the clip's tokens on the clock. script: spoken words, None for a clip
+            positions: the clip's tokens on the clock. track: spoken words, None for a clip
                 without.
             attention_kwargs: "scale" of a LoRA, as in `forward`.
         """
         batch = batch_size or next(
             x.shape[0] for x in (text, None if track is None else track.phonemes) if x is not None
         )
-        device = (
-            positions.video.device
-        )  # where an offloaded model's weights will be when they are used
-        register = self.text_register.to(device).expand(batch, -1, -1)
-        mask = torch.ones(batch, 1, dtype=torch.bool, device=register.device)
-        if text is not None:
-            assert text_mask is not None
-            register = torch.cat([register, text.to(register.dtype)], dim=1)
-            mask = torch.cat([mask, text_mask.bool()], dim=1)
         if self.shared_time_proj is None:
             positions = replace(positions, shared=positions.shared[:0])
-        video_s = positions.video[:, 0]
-        audio_s = positions.audio[:, 0]
-        shared_s = positions.shared[:, 0]
-        w = self.config.window
-        e = self.config.dim_head
-        windows = {
-            "video": (window_mask(video_s, audio_s, w), window_mask(video_s, shared_s, w)),
-            "audio": (window_mask(audio_s, video_s, w), window_mask(audio_s, shared_s, w)),
-            "shared": (
-                window_mask(shared_s, shared_s, None),
-                window_mask(shared_s, video_s, w),
-                window_mask(shared_s, audio_s, w),
-            ),
-        }
+        # where an offloaded model's weights will be when they are used
+        device = positions.video.device
+        caption, mask = self._with_register(text, text_mask, batch, device)
         sound = video = memory = None
         if track is not None:
             if self.phoneme_encoder is None:
@@ -321,19 +263,39 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             sound = sound.to(device)
             video = None if video is None else video.to(device)
             memory = self._recall(track, positions)
+        dim_head = self.config.dim_head
         return Conditions(
-            register,
-            mask[:, None, None],
-            rotary_phases(positions.video, e),
-            rotary_phases(positions.video[:, :1], e),
-            rotary_phases(positions.audio, e),
-            rotary_phases(positions.shared, e),
-            windows,
-            video,
-            sound,
-            memory,
-            len(shared_s),
+            text=caption,
+            text_mask=mask[:, None, None],
+            video_rope=rotary_phases(positions.video, dim_head),
+            video_time_rope=rotary_phases(positions.video[:, :1], dim_head),
+            audio_rope=rotary_phases(positions.audio, dim_head),
+            shared_rope=rotary_phases(positions.shared, dim_head),
+            windows=cross_windows(positions, self.config.window),
+            num_shared=len(positions.shared),
+            video_phonemes=video,
+            audio_phonemes=sound,
+            memory=memory,
         )
+
+    def _with_register(
+        self,
+        text: torch.Tensor | None,
+        text_mask: torch.Tensor | None,
+        batch: int,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Caption features after the learned register, (B, 1 + L, D_t), and their mask (B, 1 + L):
+        also a clip without a caption has something to attend to.
+        """
+        caption = self.text_register.to(device).expand(batch, -1, -1)
+        mask = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        if text is None:
+            return caption, mask
+        if text_mask is None:
+            raise ValueError("text was given without text_mask: needs a (B, L) bool mask with it")
+        caption = torch.cat([caption, text.to(caption.dtype)], dim=1)
+        return caption, torch.cat([mask, text_mask.bool()], dim=1)
 
     def _recall(self, track: PhonemeTrack, positions: Positions) -> dict[int, MemoryRead] | None:
         """Engram read by layer: that of the marked phoneme at the midpoint of each audio token and
@@ -347,7 +309,7 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         marked = track.phonemes + self.config.num_phonemes * track.stress_tones
         marked = marked * track.present[:, None].to(marked.dtype)
         mels = self.config.mels_per_token
-        middle = track.frames[:, mels // 2 :: mels]  # (B, N_a)
+        middle = track.frame_to_phone[:, mels // 2 :: mels]  # (B, N_a)
         nearest = (
             (positions.shared[:, None, 0] - positions.audio[None, :, 0]).abs().argmin(dim=1)
         )  # (N_s,)
@@ -380,48 +342,22 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             text, text_mask, positions, script: see `prepare`; or `conditions` made by it.
             isolated: cut both cross-attention directions and the shared stream.
         """
-        if hidden_states is None and audio_hidden_states is None:
-            raise ValueError(
-                "hidden_states and audio_hidden_states are both None: needs video, audio or both"
-            )
-        if (hidden_states is None or audio_hidden_states is None) and isinstance(
-            self._cache_config, FirstBlockCacheConfig
-        ):
-            raise ValueError(
-                "FirstBlockCache compares picture and sound of a block: needs both, or "
-                "disable_cache()"
-            )
-        batch = next(x.shape[0] for x in (hidden_states, audio_hidden_states) if x is not None)
+        noisy = Joint(hidden_states, audio_hidden_states)
+        sigma = Joint(timestep, audio_timestep)
+        self._check_inputs(noisy, sigma)
+        batch = next(x.shape[0] for _, x in noisy.items())
         if conditions is None:
             if positions is None:
                 raise ValueError("needs positions, or conditions made by prepare()")
             conditions = self.prepare(text, text_mask, positions, track, batch)
         c = conditions.narrowed(
-            audio=audio_hidden_states is not None,
+            audio=noisy.audio is not None,
             shared=self.shared_time_proj is not None and not isolated,
         )
-        working = self.proj_in_video.weight.dtype
-        video = None if hidden_states is None else self.proj_in_video(hidden_states.to(working))
-        audio = (
-            None
-            if audio_hidden_states is None
-            else self.proj_in_audio(audio_hidden_states.to(working))
-        )
-        embedded: Joint[Any] = Joint(
-            None if video is None else self.time["video"](timestep),
-            None if audio is None else self.time["audio"](audio_timestep),
-        )
-        embedded = embedded.map(
-            lambda e: (e[0].to(working), e[1])
-        )  # `time` stays in fp32, what reads it may not
+        tokens = self._project_in(noisy)
+        embedded = self._embed(noisy, sigma)
         steps = self._step_rows(embedded)
-
-        sound, shared = split_shared(c.audio_phonemes, c.num_shared)
-        if video is not None and c.video_phonemes is not None:
-            video = video + c.video_phonemes.to(video.dtype)
-        if audio is not None and sound is not None:
-            audio = audio + sound.to(audio.dtype)
-        audio = self._append_shared(audio, shared, embedded, c.num_shared, batch)
+        video, audio = self._read_phonemes(tokens, embedded, c, batch)
 
         routing: list[torch.Tensor] = []
         for block in self.transformer_blocks:
@@ -434,80 +370,114 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
             routing += [s for s in stats if s is not None]  # a block that a cache skipped has none
 
         audio, _ = split_shared(audio, c.num_shared)
-        if video is not None and embedded.video is not None:
-            video = self.proj_out_video(self._modulate_out("video", video, embedded.video[0]))
-            video = clean_estimate(hidden_states, video, timestep)
-        if audio is not None and embedded.audio is not None:
-            audio = self.proj_out_audio(self._modulate_out("audio", audio, embedded.audio[0]))
-            audio = clean_estimate(audio_hidden_states, audio, audio_timestep)
+        estimates = self._estimate(Joint(video, audio), noisy, sigma, embedded)
         if not return_dict:
-            return (video, audio)
-        return AVTransformerOutput(video=video, audio=audio, routing=routing)
+            return (estimates.video, estimates.audio)
+        return AVTransformerOutput(video=estimates.video, audio=estimates.audio, routing=routing)
+
+    def _check_inputs(self, noisy: Joint[torch.Tensor], sigma: Joint[torch.Tensor]) -> None:
+        """Refuse what no forward can do.
+
+        Raises:
+            ValueError: no modality at all, one alone under FirstBlockCache, or one without a level.
+        """
+        present = [name for name, _ in noisy.items()]
+        if not present:
+            raise ValueError(
+                "hidden_states and audio_hidden_states are both None: needs video, audio or both"
+            )
+        if len(present) == 1 and isinstance(self._cache_config, FirstBlockCacheConfig):
+            raise ValueError(
+                "FirstBlockCache compares picture and sound of a block: needs both, or "
+                "disable_cache()"
+            )
+        names = {"video": "timestep", "audio": "audio_timestep"}
+        for modality in present:
+            if getattr(sigma, modality) is None:
+                raise ValueError(
+                    f"{names[modality]}=None: needs the noise level of {modality}, (B,) or (B, N)"
+                )
+
+    def _project_in(self, noisy: Joint[torch.Tensor]) -> Joint[torch.Tensor]:
+        """Noisy tokens (B, N, C) -> hidden states (B, N, D) in the dtype of the weights."""
+        working = self.proj_in_video.weight.dtype
+        layers = Joint(self.proj_in_video, self.proj_in_audio)
+        return noisy.map(lambda x, layer: layer(x.to(working)), layers)
+
+    def _embed(
+        self, noisy: Joint[torch.Tensor], sigma: Joint[torch.Tensor]
+    ) -> Joint[tuple[torch.Tensor, torch.Tensor]]:
+        """Embedding (B, 1|N, D) and modulation rows of each modality's noise level. `time` stays in
+        fp32; what reads the embedding may not.
+        """
+        working = self.proj_in_video.weight.dtype
+        layers = Joint(self.time["video"], self.time["audio"])
+        embedded = noisy.map(lambda _, level, layer: layer(level), sigma, layers)
+        return embedded.map(lambda pair: (pair[0].to(working), pair[1]))
 
     def _step_rows(self, embedded: Joint) -> Joint[StepRows]:
-        """Modulation rows of each branch, and its partner gate from the partner's noise level (mean
-        over tokens).
+        """Modulation rows of each branch, and its gate towards its partner from the partner's noise
+        level (mean over tokens).
         """
 
-        def gate(listener: str, partner: tuple | None) -> torch.Tensor | None:
-            return (
-                None
-                if partner is None
-                else self.cross_gate_proj[listener](partner[0].mean(dim=1, keepdim=True))
-            )
+        def rows(name: str, own: tuple, partner: tuple | None) -> StepRows:
+            gate = None
+            if partner is not None:
+                gate = self.cross_gate_proj[name](partner[0].mean(dim=1, keepdim=True))
+            return StepRows(own[1], gate)
 
-        v = embedded.video
-        a = embedded.audio
+        video = embedded.video
+        audio = embedded.audio
         return Joint(
-            None if v is None else StepRows(v[1], gate("video", a)),
-            None if a is None else StepRows(a[1], gate("audio", v)),
+            None if video is None else rows("video", video, audio),
+            None if audio is None else rows("audio", audio, video),
         )
 
-    def _append_shared(
-        self,
-        audio: torch.Tensor | None,
-        track: torch.Tensor | None,
-        embedded: Joint,
-        num_shared: int,
-        batch: int,
-    ) -> torch.Tensor | None:
-        """Start the shared stream from the script and both noise levels, and hang it behind the
-        audio tokens.
+    def _read_phonemes(
+        self, tokens: Joint[torch.Tensor], embedded: Joint, conditions: Conditions, batch: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Add the words on the clock to video (B, N_v, D_v) and to audio with the shared stream
+        behind it (B, N_a + N_s, D_a).
         """
+        video = tokens.video
+        audio = tokens.audio
+        words, shared_words = split_shared(conditions.audio_phonemes, conditions.num_shared)
+        if video is not None and conditions.video_phonemes is not None:
+            video = video + conditions.video_phonemes.to(video.dtype)
+        if audio is not None and words is not None:
+            audio = audio + words.to(audio.dtype)
+        shared = self._start_shared(shared_words, embedded, conditions.num_shared, batch)
+        if shared is not None and audio is not None:
+            return video, torch.cat([audio, shared.to(audio.dtype)], dim=1)
+        return video, audio if shared is None else shared
+
+    def _start_shared(
+        self, words: torch.Tensor | None, embedded: Joint, num_shared: int, batch: int
+    ) -> torch.Tensor | None:
+        """Start the shared stream (B, N_s, D_a) from the words and both noise levels."""
         if num_shared == 0 or self.shared_init is None or self.shared_time_proj is None:
-            return audio
+            return None
         shared = self.shared_init.expand(batch, num_shared, -1)
-        if track is not None:
-            shared = shared + track.to(shared.dtype)
+        if words is not None:
+            shared = shared + words.to(shared.dtype)
         for name, (embedding, _) in embedded.items():
             shared = shared + self.shared_time_proj[name](embedding.mean(dim=1, keepdim=True))
-        return shared if audio is None else torch.cat([audio, shared.to(audio.dtype)], dim=1)
+        return shared
 
-    def _modulate_out(self, name: str, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        shift, scale = self.out_modulation[name](embedding).chunk(2, dim=-1)
-        return (rms_norm(x) * (1 + scale) + shift).to(x.dtype)
-
-
-# What diffusers' caches need to know of a block. `TransformerBlockRegistry.register` would import
-# all its own models.
-_BLOCK = TransformerBlockMetadata(
-    return_hidden_states_index=0, return_encoder_hidden_states_index=1, _cls=DualBlock
-)
-TransformerBlockRegistry._registry[DualBlock] = _BLOCK
-
-
-def clean_estimate(
-    noisy: torch.Tensor | None, output: torch.Tensor, sigma: torch.Tensor | None
-) -> torch.Tensor:
-    """x0 = c_skip z + c_out F, fp32, for noisy tokens z (B, N, C), network output F and noise level
-    t (B,) or (B, N).
-
-    Preconditioning of Karras et al. 2022 (arXiv:2206.00364, eq. 7) for z = (1-t) x + t eps with
-    unit-variance data: c_skip = (1-t) / ((1-t)^2 + t^2) is the best linear estimate and c_out = t /
-    sqrt((1-t)^2 + t^2) the size of its error, so F has unit variance at every noise level, and a
-    token with t = 0 comes back as it is.
-    """
-    assert noisy is not None and sigma is not None
-    t = per_token(sigma.float(), noisy)
-    power = (1 - t) ** 2 + t**2
-    return noisy.float() * ((1 - t) / power) + output.float() * (t / power.sqrt())
+    def _estimate(
+        self,
+        hidden: Joint[torch.Tensor],
+        noisy: Joint[torch.Tensor],
+        sigma: Joint[torch.Tensor],
+        embedded: Joint,
+    ) -> Joint[torch.Tensor]:
+        """Hidden states (B, N, D) -> clean-data estimates (B, N, C)."""
+        layers = {"video": self.proj_out_video, "audio": self.proj_out_audio}
+        estimates = {}
+        for name, x in hidden.items():
+            embedding, _ = getattr(embedded, name)
+            shift, scale = self.out_modulation[name](embedding).chunk(2, dim=-1)
+            modulated = (rms_norm(x) * (1 + scale) + shift).to(x.dtype)
+            output = layers[name](modulated)
+            estimates[name] = clean_estimate(getattr(noisy, name), output, getattr(sigma, name))
+        return Joint(**estimates)

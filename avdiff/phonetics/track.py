@@ -20,17 +20,17 @@ class PhonemeTrack:
     Args:
         phonemes: (B, P) inventory ids, 0 is silence.
         stress_tones: (B, P) stress and tone marks, 0 is none.
-        frames: (B, M) which phoneme sounds in each mel frame, an index into P.
+        frame_to_phone: (B, M) which phoneme sounds in each mel frame, an index into P.
         present: (B,) bool, False where a sample has no script (sounds, or text dropout).
-        video_frame_to_phone: as `frames` for the video branch, warped or not; None keeps the
-            script from the video branch.
+        video_frame_to_phone: as `frame_to_phone` for the video branch, warped or not; None keeps
+            the script from the video branch.
         phoneme_mask: (B, P) bool, True for a row's own phonemes (its trailing silence among them),
             False where it is only filled up to its neighbours' length; None where all are its own.
     """
 
     phonemes: torch.Tensor
     stress_tones: torch.Tensor
-    frames: torch.Tensor
+    frame_to_phone: torch.Tensor
     present: torch.Tensor
     video_frame_to_phone: torch.Tensor | None = None
     phoneme_mask: torch.Tensor | None = None
@@ -43,14 +43,9 @@ class PhonemeTrack:
 
     def to(self, device: torch.device | str) -> PhonemeTrack:
         """Copy on another device."""
-        return replace(
-            self,
-            **{
-                f.name: v.to(device)
-                for f in fields(self)
-                if (v := getattr(self, f.name)) is not None
-            },
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if value is not None}
+        return replace(self, **moved)
 
     def without(self) -> PhonemeTrack:
         """The same batch with no words: what the unconditional guidance pass sees."""
@@ -78,7 +73,7 @@ class PhonemeTrack:
         return PhonemeTrack(
             phonemes=torch.cat([filled(t.phonemes) for t in tracks]),
             stress_tones=torch.cat([filled(t.stress_tones) for t in tracks]),
-            frames=torch.cat([t.frames for t in tracks]),
+            frame_to_phone=torch.cat([t.frame_to_phone for t in tracks]),
             present=torch.cat([t.present for t in tracks]),
             video_frame_to_phone=torch.cat(seen) if seen else None,
             phoneme_mask=torch.cat([filled(t.own_phonemes()) for t in tracks]),
@@ -118,24 +113,19 @@ def track_from_phones(
         own[i, : len(row)] = True
         starts = np.array([p.start for p in row])
         frames.append(_index_at(starts, middles))
-        video.append(
-            frames[-1] if video_warps is None else _index_at(starts, middles + video_warps[i])
-        )
-    sounding = torch.from_numpy(np.stack(frames))
-    seen = (
-        torch.from_numpy(np.stack(video))
-        if video_warps is not None
-        else sounding
-        if to_video
-        else None
-    )
+        if video_warps is not None:
+            video.append(_index_at(starts, middles + video_warps[i]))
+    frame_to_phone = torch.from_numpy(np.stack(frames))
+    seen = frame_to_phone if to_video else None
+    if video_warps is not None:
+        seen = torch.from_numpy(np.stack(video))
     return PhonemeTrack(
-        torch.from_numpy(ids),
-        torch.from_numpy(stress_tones),
-        sounding,
-        torch.tensor([len(p) > 0 for p in phones]),
-        seen,
-        torch.from_numpy(own),
+        phonemes=torch.from_numpy(ids),
+        stress_tones=torch.from_numpy(stress_tones),
+        frame_to_phone=frame_to_phone,
+        present=torch.tensor([len(p) > 0 for p in phones]),
+        video_frame_to_phone=seen,
+        phoneme_mask=torch.from_numpy(own),
     )
 
 

@@ -73,15 +73,19 @@ class Heads(nn.Module):
 
 def phoneme_labels(track: PhonemeTrack, mels: int) -> torch.Tensor:
     """(B, N_a) phoneme at the middle of each audio token."""
-    return _masked(track.phonemes.gather(1, track.frames[:, mels // 2 :: mels]), track)
+    return _masked(track.phonemes.gather(1, track.frame_to_phone[:, mels // 2 :: mels]), track)
 
 
 def viseme_labels(track: PhonemeTrack, positions: Positions) -> torch.Tensor:
     """(B, T) viseme at the middle of each latent frame; of a diphthong the first."""
     times = positions.video[:: len(positions.video) // positions.grid[0], 0]  # (T,) seconds
     length = positions.audio[-1, 0] + (positions.audio[1, 0] - positions.audio[0, 0]) / 2
-    place = (times / length * track.frames.shape[1]).long().clamp(max=track.frames.shape[1] - 1)
-    phonemes = track.phonemes.gather(1, track.frames[:, place])
+    place = (
+        (times / length * track.frame_to_phone.shape[1])
+        .long()
+        .clamp(max=track.frame_to_phone.shape[1] - 1)
+    )
+    phonemes = track.phonemes.gather(1, track.frame_to_phone[:, place])
     return _masked(_viseme_of_id().to(phonemes.device)[phonemes], track)
 
 
