@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import tiny_pipeline
 
 from avdiff.cli import main as cli
+from avdiff.cli.train import TRAIN_COMMANDS
 from avdiff.media.write import probe, read_clip, write_clip, write_wav
 
 FAST = ["--steps", "1", "--seconds", "0.2", "--height", "64", "--width", "64"]
@@ -50,15 +51,18 @@ def test_help_is_quick_and_lists_the_commands() -> None:
         after.children_user + after.children_system - before.children_user - before.children_system
         < 1
     )
-    for command in ("generate", "info", "doctor", *cli.PASSED_ON):
+    for command in ("generate", "info", "doctor", *TRAIN_COMMANDS):
         assert f"  {command} " in found.stdout
 
 
-def test_commands_of_other_modules_exist() -> None:
-    from importlib import import_module
-
-    for module, _ in cli.PASSED_ON.values():
-        assert callable(import_module(module).main)
+@pytest.mark.parametrize("command", TRAIN_COMMANDS)
+def test_help_of_a_training_command_is_that_of_its_recipe(command: str, capsys) -> None:
+    assert run(command, "--help") == 0
+    said = capsys.readouterr().out
+    for option in ("output_dir", "max_train_steps", "learning_rate"):
+        # The networks of text to phonemes are two recipes, so the first page names those.
+        assert f"--{option}" in said or command == "train-g2p"
+    assert len(said.splitlines()) > 5
 
 
 def test_generate_writes_a_clip_that_says_how_it_was_made(
@@ -172,7 +176,7 @@ BAD = {
     "seed": (["a", "--seed", "-1"], "seed=-1: needs"),
     "word for number": (["a", "--steps", "many"], "Invalid value for '--steps'"),
     "unknown option": (["a", "--colour", "red"], "No such option"),
-    "no file": (["a", "--image", "none.png"], "image=none.png: cannot be read"),
+    "no file": (["a", "--image", "none.png"], "image=none.png: no such file"),
     "no picture": (["a", "--image", "words.txt"], "image=words.txt: cannot be read"),
     "no sound": (["a", "--audio", "words.txt"], "path=words.txt: cannot be read"),
     "two given": (["a", "--audio", "words.txt", "--video", "words.txt"], "nothing is left"),
@@ -198,6 +202,62 @@ def test_errors_are_one_line(model: str, tmp_path: Path, monkeypatch, capsys, ca
     assert message in said
     assert len(said.splitlines()) == 1, said
     assert sorted(tmp_path.iterdir()) == before  # no partial file
+
+
+def test_a_name_with_markup_is_only_a_name(model: str, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "[/x] [bold]"
+    # A slash parts folders, so `[/x].mp4` lies in the folder `[`.
+    (folder / "[").mkdir(parents=True)
+    assert generate(model, "a [/red] bird", "-o", tmp_path / "[/b].mp4") == 0
+    assert str(tmp_path / "[/b].mp4") in capsys.readouterr().out
+    assert run("data", "corpus", folder, "--count", 1, "--size", 64, "--languages", "en") == 0
+    (folder / "000000.mp4").rename(folder / "[/x].mp4")
+    table = folder / "metadata.jsonl"
+    table.write_text(table.read_text().replace("000000.mp4", "[/x].mp4"))
+    assert run("data", "check", folder, "--codec", "none") == 0
+    assert "1 good, 0 refused" in capsys.readouterr().out
+
+
+def in_terminal(words: list[str | bytes], **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The command as a process of its own, in an environment that a test describes."""
+    command = [sys.executable, "-m", "avdiff", *words]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment})
+
+
+def test_words_that_are_no_utf8_are_one_line() -> None:
+    ended = in_terminal(["generate", b"a \xff bird", "-o", "x.mp4"])
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert b"is not UTF-8 text" in ended.stderr
+
+
+def test_a_terminal_that_is_no_utf8_shows_what_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "あ.mp4"
+    write_clip(path, np.zeros((1, 64, 64, 3), np.uint8), 25)
+    ended = in_terminal(["info", str(path)], PYTHONIOENCODING="ascii")
+    assert ended.returncode == 0 and b"\\u3042.mp4" in ended.stdout, ended.stderr
+
+
+def test_a_prompt_of_a_file_that_is_no_text(model: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a \\ud800 bird"}\n{"prompt": 1}\n')
+    assert generate(model, "--prompts", tmp_path / "p.jsonl", "-o", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "line 1: prompt=" in said and "is not UTF-8 text" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_stands_alone(model: str, tmp_path: Path, capfd) -> None:
+    """Weights under other names: no bar, no warning of a library, no page of names beside it."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({f"x.{name}": value for name, value in load_file(weights).items()}, weights)
+    assert generate(str(folder), "a bird", "-o", tmp_path / "x.mp4") == 2
+    out, err = capfd.readouterr()
+    assert not out and len(err.splitlines()) == 1 and len(err) < 700, err
 
 
 @pytest.mark.parametrize("damage", ["missing", "no index", "pickle", "header", "class", "text"])
@@ -318,7 +378,7 @@ def test_data_commands(tmp_path: Path, capsys) -> None:
 
 
 def test_doctor_reports(capsys, tmp_path: Path) -> None:
-    from avdiff.cli.info import weights
+    from avdiff.cli.doctor import weights
 
     code = run("doctor", "--json")
     said = json.loads(capsys.readouterr().out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avdiff.cli.main import load_lora
+from avdiff.cli.generate import load_lora
 from avdiff.latents import Joint, JointLatents
 from avdiff.models import presets
 from avdiff.models.conditions import Positions

@@ -25,6 +25,7 @@ from hostile_cases import CALLS, COMMANDS, LINES, NAN, RECORDS, edit_json, make_
 from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline
 
+from avdiff.cli import generate as cli_generate
 from avdiff.cli import main as cli
 from avdiff.core.memory_table import MappedRows
 from avdiff.media.write import probe, read_clip, write_clip
@@ -56,10 +57,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command loads its model anew at each call; here the first load serves all."""
-    monkeypatch.setattr(cli, "load_pipeline", LOAD)
+    monkeypatch.setattr(cli_generate, "load_pipeline", LOAD)
 
 
-LOAD = functools.cache(cli.load_pipeline)
+LOAD = functools.cache(cli_generate.load_pipeline)
 
 
 def one_sentence(text: str) -> None:

@@ -141,7 +141,9 @@ OUTSIDE = [
 def test_what_lies_outside_is_refused_in_one_sentence(prompt_domain) -> None:
     assert len(OUTSIDE) >= 40
     for prompt in OUTSIDE:
-        with pytest.raises(ValueError, match=r"this model draws one .*--model.*--anyway") as caught:
+        with pytest.raises(
+            ValueError, match=r"this model draws one .*--model.*--skip-domain-check"
+        ) as caught:
             prompt_domain.check(prompt, *parse_prompt(prompt))
         assert "\n" not in str(caught.value) and prompt[:40] in str(caught.value)
 

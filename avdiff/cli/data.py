@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import avdiff
+from avdiff.cli.terminal import progress
 
 app = typer.Typer(
     help="Look at training data and prepare it.", no_args_is_help=True, rich_markup_mode=None
@@ -48,7 +49,7 @@ def corpus(
 
     presenters = PresenterCorpus(bank, split, _codes(languages), length=count, seed=seed, size=size)
     written = 0
-    for index in _progress("writing")(range(count)):
+    for index in progress("writing")(range(count)):
         written = write_corpus(presenters, folder, [index])
     print(
         f"{folder}: {written} clips and metadata.jsonl; to look at them: avdiff data show {folder}"
@@ -78,7 +79,7 @@ def show(
         items: Iterable[Any] = (clips[i] for i in range(count))
     else:
         items = folder_items(folder, count)
-    shown = write_gallery(_progress("drawing", count)(items), output, str(folder or "Presenters"))
+    shown = write_gallery(progress("drawing", count)(items), output, str(folder or "Presenters"))
     print(f"{output}: {shown} clips")
 
 
@@ -104,7 +105,6 @@ def check(
     good.
     """
     from rich.console import Console
-    from rich.progress import track
 
     from avdiff.data.check import check_folder, save_report
 
@@ -119,7 +119,7 @@ def check(
         folder,
         allow_silent,
         vae,
-        progress=lambda e: track(e, "checking", console=Console(stderr=True)),
+        progress=progress("checking"),
         audio_track=audio_track,
         audio_channel=audio_channel,
     )
@@ -139,6 +139,7 @@ def _check_table(clips: list[Any]) -> Any:
     codec keeps.
     """
     from rich.table import Table
+    from rich.text import Text
 
     columns = {
         "fps": "fps",
@@ -154,7 +155,7 @@ def _check_table(clips: list[Any]) -> Any:
     for clip in clips:
         values = (getattr(clip, name) for name in columns.values())
         cells = ("" if v is None else f"{v:.2f}" for v in values)
-        table.add_row(clip.name, *cells, "good" if clip.good else "refused")
+        table.add_row(Text(clip.name), *cells, "good" if clip.good else "refused")
     return table
 
 
@@ -256,7 +257,7 @@ def cache(
             audio_channel=audio_channel,
         )
         cached = cache_clips(
-            folder, data, load_codecs(model, text), options, rank, ranks, _progress("encoding")
+            folder, data, load_codecs(model, text), options, rank, ranks, progress("encoding")
         )
         for name, reason in cached.refused.items():
             print(f"{name}: refused: {reason}")
@@ -278,7 +279,7 @@ def cache(
         full_captions,
         rank,
         ranks,
-        _progress("encoding"),
+        progress("encoding"),
         attribute_lists,
         names,
     )
@@ -311,7 +312,7 @@ def bank(
     _check_rank(rank, ranks)
     codes = _codes(languages)
     held = build_bank(
-        folder, Synthesizer(Voices(voices)), count, codes, seed, rank, ranks, _progress("speaking")
+        folder, Synthesizer(Voices(voices)), count, codes, seed, rank, ranks, progress("speaking")
     )
     print(f"{folder}: {held} utterances")
     if not any(folder.glob("*.tar")):
@@ -349,14 +350,6 @@ def report(
 def _check_rank(rank: int, ranks: int) -> None:
     if rank >= ranks:
         raise ValueError(f"rank={rank}: needs 0 to {ranks - 1} with ranks={ranks}")
-
-
-def _progress(what: str, count: int | None = None) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A bar on stderr."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return lambda items: track(items, what, count, console=Console(stderr=True))
 
 
 def _codes(languages: str | None) -> list[str] | None:

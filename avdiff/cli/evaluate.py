@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from avdiff.cli.terminal import progress
 
 if TYPE_CHECKING:
     from avdiff.evaluation.lipsync.measure import LipSync, Measured
@@ -150,7 +152,7 @@ def lipsync(
             "only the reader of drawn presenters is here: do not rely on numbers of filmed faces "
             "(--landmarker download, and pip install 'avdiff[eval]')"
         )
-    found = evaluator.rows(files, jobs, _progress(len(files)))
+    found = evaluator.rows(files, jobs, progress("measuring", len(files)))
     rows = [clip.row for clip in found]
     for row in rows:
         if row["status"] == "ok":
@@ -241,16 +243,6 @@ def _self_test(evaluator: LipSync, clips: list[Measured]) -> None:
         for name, value in swap_auc(clips, evaluator.backend).items():
             told = "at lag 0" if name == "auc_zero" else "at the best lag"
             console.print(f"true against swapped sound, {told}: AUC {value}", markup=False)
-
-
-def _progress(total: int) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A bar on stderr."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return lambda items: track(
-        items, "measuring", total=total, console=Console(stderr=True), transient=True
-    )
 
 
 def _warn(text: str) -> None:

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -19,69 +20,118 @@ from avdiff.pipelines.conditioning import Retake
 from avdiff.pipelines.streaming import streams
 
 if TYPE_CHECKING:
-    from avdiff.cli.main import Wish
+    from avdiff.cli.generate import GenerationRequest
+    from avdiff.pipelines.pipeline_av import AVDiffPipeline
+
+CHANGES = ("extend", "retake", "mask")  # what is done to a film that is given
 
 
-def conditioning_from_files(pipe: Any, wish: Wish, arguments: dict[str, Any]) -> dict[str, Any]:  # noqa: C901
+def conditioning_from_files(
+    pipe: AVDiffPipeline, request: GenerationRequest, arguments: dict[str, Any]
+) -> dict[str, Any]:
     """Picture, sound or film that the user gave, with the length they ask for.
 
     A film keeps its own sound where it is extended or changed, and gets a new one where not.
 
+    Returns:
+        keyword arguments of the pipeline, beside those of `arguments`.
+
     Raises:
         ValueError: options that do not go together, or files without what is wanted of them.
     """
-    changed = [name for name in ("extend", "retake", "mask") if getattr(wish, name) is not None]
-    if wish.audio is not None and wish.video is not None and not changed:
-        raise ValueError("audio and video are both given: nothing is left to generate")
-    for name in changed:
-        if wish.video is None and (name != "retake" or wish.audio is None):
-            raise ValueError(
-                f"{name}={getattr(wish, name)}: needs --video, the film that it is done to"
-            )
-    if wish.extend is not None and len(changed) > 1:
-        raise ValueError(f"extend and {changed[1]} are both given: needs one of them")
+    changes = [name for name in CHANGES if getattr(request, name) is not None]
+    check_combination(request, changes)
     size = (arguments.get("height", 128), arguments.get("width", 128))
     fps = as_fps(arguments.get("frame_rate", 25))
-    clock = pipe.clock
-    rate = pipe.audio_vae.config.sample_rate
     parts: dict[str, Any] = {}
     for name in ("image", "last_image"):
-        if getattr(wish, name) is not None:
-            parts[name] = _to_video(_read_image(name, getattr(wish, name), size))[:, 0]
+        path = getattr(request, name)
+        if path is not None:
+            parts[name] = _to_video(_read_image(name, path, size))[:, 0]
     sound = None
-    if wish.video is not None:
-        film = read_clip(wish.video, fps=fps, size=size, max_seconds=wish.seconds, sample_rate=rate)
-        if film.frames is None:
-            raise ValueError(f"video={wish.video}: has no pictures in it")
-        whole = 1 + (len(film.frames) - 1) // clock.video_stride * clock.video_stride
-        parts |= {
-            "video": _to_video(film.frames[:whole])[None],
-            "num_frames": whole,
-            "seconds": None,
-        }
-        sound = film.audio if changed else None
-    if wish.audio is not None:
-        sound = read_clip(wish.audio, sample_rate=rate, max_seconds=wish.seconds).audio
-        if sound is None:
-            raise ValueError(f"audio={wish.audio}: has no sound in it")
+    if request.video is not None:
+        film = _read_film(pipe, request, size, fps)
+        parts |= {"video": film.video, "num_frames": film.video.shape[2], "seconds": None}
+        sound = film.sound if changes else None
+    if request.audio is not None:
+        sound = _read_sound(pipe, request)
     if sound is not None:
+        rate = pipe.audio_vae.config.sample_rate
         seconds = parts["num_frames"] / fps if "num_frames" in parts else sound.shape[1] / rate
-        clip = ClipSpec.from_seconds(seconds, fps, sample_rate=rate, clock=clock)
-        waveform = torch.zeros(1, pipe.audio_vae.config.audio_channels, clip.num_samples)
-        sound = sound[:, : clip.num_samples].mean(axis=0)
-        waveform[..., : len(sound)] = torch.from_numpy(sound)
+        clip = ClipSpec.from_seconds(seconds, fps, sample_rate=rate, clock=pipe.clock)
+        waveform = _fit_sound(sound, clip.num_samples, pipe.audio_vae.config.audio_channels)
         parts |= {"audio": waveform, "num_frames": clip.num_frames, "seconds": None}
-    if wish.retake is not None:
-        parts["retake"] = _span(wish.retake)
-    if wish.mask is not None:
-        parts["mask"] = torch.from_numpy(
-            _read_image("mask", wish.mask, size)[0].mean(axis=-1) / 255
-        ).float()
+    if request.retake is not None:
+        parts["retake"] = _span(request.retake)
+    if request.mask is not None:
+        gray = _read_image("mask", request.mask, size)[0].mean(axis=-1)
+        parts["mask"] = torch.from_numpy(gray / 255).float()
     return parts
 
 
+def check_combination(request: GenerationRequest, changes: list[str]) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        ValueError: says which, and what is missing.
+    """
+    if request.audio is not None and request.video is not None and not changes:
+        raise ValueError("audio and video are both given: nothing is left to generate")
+    for name in changes:
+        retakes_sound = name == "retake" and request.audio is not None
+        if request.video is None and not retakes_sound:
+            raise ValueError(
+                f"{name}={getattr(request, name)}: needs --video, the film that it is done to"
+            )
+    if request.extend is not None and len(changes) > 1:
+        raise ValueError(f"extend and {changes[1]} are both given: needs one of them")
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film that the user gave: (1, 3, F, H, W) in [-1, 1], and (C, S) sound if it has any."""
+
+    video: torch.Tensor
+    sound: np.ndarray | None
+
+
+def _read_film(
+    pipe: AVDiffPipeline, request: GenerationRequest, size: tuple[int, int], fps: Fraction
+) -> Film:
+    """The film, cut to a number of frames that the video VAE takes: 8 k + 1."""
+    rate = pipe.audio_vae.config.sample_rate
+    film = read_clip(
+        str(request.video), fps=fps, size=size, max_seconds=request.seconds, sample_rate=rate
+    )
+    if film.frames is None:
+        raise ValueError(f"video={request.video}: has no pictures in it")
+    stride = pipe.clock.video_stride
+    whole = 1 + (len(film.frames) - 1) // stride * stride
+    return Film(_to_video(film.frames[:whole])[None], film.audio)
+
+
+def _read_sound(pipe: AVDiffPipeline, request: GenerationRequest) -> np.ndarray:
+    """(C, S) at the codec's rate."""
+    rate = pipe.audio_vae.config.sample_rate
+    sound = read_clip(str(request.audio), sample_rate=rate, max_seconds=request.seconds).audio
+    if sound is None:
+        raise ValueError(f"audio={request.audio}: has no sound in it")
+    return sound
+
+
+def _fit_sound(sound: np.ndarray, num_samples: int, channels: int) -> torch.Tensor:
+    """(C, S) -> (1, channels, num_samples): mixed down, cut or followed by silence."""
+    waveform = torch.zeros(1, channels, num_samples)
+    mono = sound[:, :num_samples].mean(axis=0)
+    waveform[..., : len(mono)] = torch.from_numpy(mono)
+    return waveform
+
+
 def continue_clip(
-    pipe: Any, wish: Wish, arguments: dict[str, Any], facts: dict[str, Any]
+    pipe: AVDiffPipeline,
+    request: GenerationRequest,
+    arguments: dict[str, Any],
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the given film and what follows it, piece by piece in constant memory; returns length
     and size.
@@ -91,18 +141,14 @@ def continue_clip(
     arguments = {k: v for k, v in arguments.items() if k not in ("num_frames", "seconds")}
     if "audio" not in arguments:
         arguments["generate_audio"] = False  # a silent film stays silent
-    total = ClipSpec.from_seconds(
-        video.shape[2] / fps + Fraction(str(wish.extend)), fps, clock=pipe.clock
-    )
-    frames, sound = streams(pipe.stream(wish.prompt, total.seconds, **arguments))
+    total_seconds = video.shape[2] / fps + Fraction(str(request.extend))
+    total = ClipSpec.from_seconds(total_seconds, fps, clock=pipe.clock)
+    frames, sound = streams(pipe.stream(request.prompt, total.seconds, **arguments))
     rate = None if sound is None else pipe.vocoder.config.sampling_rate
-    write_clip(str(wish.output), frames, fps, sound, rate, facts)
-    return {
-        "seconds": round(float(total.seconds), 3),
-        "frames": total.num_frames,
-        "height": video.shape[3],
-        "width": video.shape[4],
-    }
+    write_clip(str(request.output), frames, fps, sound, rate, facts)
+    height, width = video.shape[3:]
+    seconds = round(float(total.seconds), 3)
+    return {"seconds": seconds, "frames": total.num_frames, "height": height, "width": width}
 
 
 def _span(text: str) -> Retake:
@@ -115,7 +161,7 @@ def _span(text: str) -> Retake:
 
 
 def _read_image(name: str, path: str, size: tuple[int, int]) -> np.ndarray:
-    """(1, H, W, 3) uint8, cropped at the centre and scaled."""
+    """(1, H, W, 3) uint8, cropped at the center and scaled."""
     try:
         return read_still(path, size)[None]
     except MediaError as error:

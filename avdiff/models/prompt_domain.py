@@ -90,7 +90,7 @@ class PromptDomain(ConfigMixin):
                 f"prompt={shown!r}: {fault}; this model {self.about}; load a larger one for "
                 "anything else "
                 "(from_pretrained, or --model), or try all the same with check_prompt=False "
-                "(--anyway)"
+                "(--skip-domain-check)"
             )
 
     def fault(self, description: str, spoken: str | None, given: bool = False) -> str | None:
