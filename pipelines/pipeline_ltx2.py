@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from avdiff.families.ltx2.codec import LTX2Codec
 from avdiff.families.ltx2.denoiser import LTX2Behavior, LTX2Denoiser
 from avdiff.families.ltx2.layout import Generators, LTX2Layout
 from avdiff.families.ltx2.levels import audio_levels, is_distilled, sampling_levels
+from avdiff.families.ltx2.lora import parse_lora, read_lora
 from avdiff.families.ltx2.names import version_of
 from avdiff.families.ltx2.texts import MAX_LENGTH, LTX2Text, LTX2Texts
 from avdiff.guidance import Guidance
@@ -118,6 +120,25 @@ class LTX2JointPipeline(LTX2Pipeline):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write an LTX2Pipeline folder."""
         LTX2Pipeline(**self.components).save_pretrained(save_directory, **kwargs)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put a LoRA on the transformer: what diffusers reads, and kohya's and bare files as well.
+
+        Raises:
+            ValueError: the file is no LoRA of an LTX-2.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, dict) and Path(source).exists():
+            name = kwargs.pop("weight_name", None)
+            source = read_lora(Path(source) / name if name else source).state_dict()
+        elif isinstance(source, dict):
+            source = parse_lora(source).state_dict()
+        super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
 
     @torch.no_grad()
     def __call__(
