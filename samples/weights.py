@@ -94,9 +94,10 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         return Stage(f"latents_{name}", [*command, *more], latents / name / "done", 0.25, {})
 
     def evaluator(name: str, hours: float, *more: str) -> Stage:
+        recipe = "phone_recognizer" if name == "recognizer" else name
         return Stage(
             name,
-            train("evaluators", name, name, *more),
+            train("evaluators.train_evaluator", recipe, name, *more),
             final(name, name),
             hours,
             {name: final(name, name)},
@@ -124,7 +125,7 @@ def stages(folder: Path, bank: str) -> list[Stage]:
     return [
         Stage(
             "video_vae",
-            train("codecs", "video_vae", "video_vae"),
+            train("codecs.train_codec", "video_vae", "video_vae"),
             final("video_vae", "vae"),
             2.5,
             {"vae": final("video_vae", "vae")},
@@ -132,7 +133,7 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         Stage(
             "video_vae_decoder",
             train(
-                "codecs",
+                "codecs.train_codec",
                 "video_vae_decoder",
                 "video_vae_decoder",
                 "--start_from",
@@ -144,7 +145,7 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         ),
         Stage(
             "audio_vae",
-            train("codecs", "audio_vae", "audio_vae"),
+            train("codecs.train_codec", "audio_vae", "audio_vae"),
             final("audio_vae", "audio_vae"),
             0.7,
             {"audio_vae": final("audio_vae", "audio_vae")},
@@ -152,7 +153,11 @@ def stages(folder: Path, bank: str) -> list[Stage]:
         Stage(
             "vocoder",
             train(
-                "codecs", "vocoder", "vocoder", "--audio_vae", str(final("audio_vae", "audio_vae"))
+                "codecs.train_codec",
+                "vocoder",
+                "vocoder",
+                "--audio_vae",
+                str(final("audio_vae", "audio_vae")),
             ),
             final("vocoder", "vocoder"),
             1.2,

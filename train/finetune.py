@@ -26,6 +26,7 @@ from avdiff.train.joint import lora
 from avdiff.train.joint.aux_heads import Heads
 from avdiff.train.joint.dataset import (
     Batch,
+    BucketKey,
     Collate,
     TrainingClips,
     caption_features,
@@ -33,7 +34,7 @@ from avdiff.train.joint.dataset import (
     positions_of,
     same_shape,
 )
-from avdiff.train.joint.dry_run import Plan
+from avdiff.train.joint.dry_run import Plan, describe_bucket
 from avdiff.train.joint.export import export, push
 from avdiff.train.joint.model_init import from_folder, from_preset, refuse_early, with_path
 from avdiff.train.joint.monitor import LearningMonitor
@@ -266,6 +267,10 @@ class FinetuneTask(Task[Batch]):
     def norm_group(self, name: str) -> str:
         """Gradient norms by branch."""
         return lora.branch_of(name)
+
+    def describe_group(self, key: BucketKey) -> str:
+        """A bucket in words, as the dry run says it."""
+        return describe_bucket(key)
 
     def report(self) -> dict[str, float]:
         """Norm of the adapter's update by branch."""

@@ -37,8 +37,8 @@ from avdiff.train.codecs.audio_tasks import (
 from avdiff.train.codecs.own_clips import OwnBank, OwnClips, own_frames, windows
 from avdiff.train.codecs.pitch import PitchBank
 from avdiff.train.codecs.video_task import FrameStore, VideoVAETask, corpus_clips
-from avdiff.train.loop.config import help_text, load_options
-from avdiff.train.loop.fit import FitOptions, FitSummary, Task, fit
+from avdiff.train.loop.command import run_training
+from avdiff.train.loop.fit import FitOptions, FitSummary, Task
 
 RATE = 24000
 
@@ -260,23 +260,15 @@ def _vocoder(recipe: CodecRecipe) -> Task:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> FitSummary | None:
+def main(argv: Sequence[str] | None = None) -> FitSummary | None:
     """Command line: [RECIPE.toml] --codec video_vae|audio_vae|vocoder --output_dir DIR [--option
-    value]... | --help.
+    value]... | --list-recipes | --help.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(f"{main.__doc__}\n\n{help_text(CodecRecipe)}")
-        return None
-    path = None if words[0].startswith("--") else words.pop(0)
-    recipe = load_options(CodecRecipe, path, words)
-    summary = fit(setup(recipe), recipe.training)
-    print(
-        f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: "
-        f"{recipe.training.output_dir}"
-    )
-    return summary
+    return run_training(CodecRecipe, setup, argv, str(main.__doc__))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Train the impact reader on drawn events, on the fly: minutes on one core.
+"""Train the contact detector on drawn events, on the fly: minutes on one core.
 
     python -m avdiff.train.evaluators.contacts --output avdiff/bundled/contact_detector [--steps
     2000]
@@ -9,9 +9,10 @@ and the flicker of codecs that code pictures in pairs.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from avdiff.corpus.events.drawing import render_event
 from avdiff.corpus.events.scene import sample_event
 from avdiff.models.evaluators.contact_detector import FPS, SIDE, ContactDetector, bumps, peaks
+from avdiff.train.loop.config import help_text, load_options
 
 SECONDS = 2.0  # of a training clip
 WITHIN = 0.5 / FPS  # half a picture
@@ -29,7 +31,7 @@ WITHIN = 0.5 / FPS  # half a picture
 def draw(
     rng: np.random.Generator, seconds: float, kind: str | None = None
 ) -> tuple[Tensor, list[float]]:
-    """Pictures (F, 3, 64, 64) in [-1, 1] of a scene, and its impacts in seconds."""
+    """Pictures (F, 3, 64, 64) in [-1, 1] of a scene, and its contacts in seconds."""
     event = sample_event(rng, seconds, kind)
     frames = [render_event(event, (i + 0.5) / FPS, SIDE) for i in range(round(seconds * FPS))]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1, list(
@@ -68,9 +70,9 @@ def degraded(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    reader: ContactDetector, count: int = 120, seed: int = 7, spoil: bool = False
+    detector: ContactDetector, count: int = 120, seed: int = 7, spoil: bool = False
 ) -> dict[str, float]:
-    """Held-out scenes of 3 s: share of impacts found within half a picture and one, false ones,
+    """Held-out scenes of 3 s: share of contacts found within half a picture and one, false ones,
     clips counted right.
     """
     found = near = total = extra = counted = 0
@@ -78,7 +80,7 @@ def measure(
         rng = np.random.default_rng([seed, index])
         pictures, contacts = draw(rng, 3.0)
         pictures = degraded(pictures, rng) if spoil else pictures
-        seen = np.array(peaks(reader(pictures[None])[0].sigmoid()))
+        seen = np.array(peaks(detector(pictures[None])[0].sigmoid()))
         away = np.abs(np.array(contacts)[:, None] - seen[None]).min(1, initial=np.inf)
         total += len(contacts)
         found += int((away <= WITHIN).sum())
@@ -93,21 +95,29 @@ def measure(
     }
 
 
-def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
-    """Train, measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder for the weights")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="clips of 2 s a step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--scenes", type=int, default=120, help="held-out scenes that it is measured on"
-    )
-    options = parser.parse_args(None if arguments is None else list(arguments))
+@dataclass(frozen=True)
+class ContactOptions:
+    """How the contact detector is trained."""
+
+    output: str
+    """Folder for the weights."""
+    steps: int = 2000
+    """Optimizer steps."""
+    batch: int = 8
+    """Clips of 2 s a step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Seed of scenes and weights."""
+    scenes: int = 120
+    """Held-out scenes that it is measured on."""
+
+
+def train(options: ContactOptions) -> ContactDetector:
+    """A detector trained on scenes drawn on the fly, in eval mode."""
     torch.manual_seed(options.seed)
-    reader = ContactDetector()
-    optimizer = torch.optim.AdamW(reader.parameters(), options.learning_rate, weight_decay=0.01)
+    detector = ContactDetector()
+    optimizer = torch.optim.AdamW(detector.parameters(), options.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.learning_rate, max(20, options.steps), pct_start=0.1
     )
@@ -116,23 +126,35 @@ def main(arguments: Iterable[str] | None = None) -> dict[str, float]:
         rows = [draw(rng, SECONDS) for _ in range(options.batch)]
         pictures = torch.stack([degraded(x, rng) for x, _ in rows])
         target = torch.stack([bumps(contacts, pictures.shape[1]) for _, contacts in rows])
-        loss = F.binary_cross_entropy_with_logits(reader(pictures), target)
+        loss = F.binary_cross_entropy_with_logits(detector(pictures), target)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 49:
             print(f"step {step + 1}/{options.steps} loss {loss.item():.4f}", flush=True)
-    reader.eval()
-    metrics = measure(reader, options.scenes)
-    metrics |= {
-        f"spoilt_{key}": value for key, value in measure(reader, options.scenes, spoil=True).items()
-    }
-    reader.save_pretrained(options.output)
+    return detector.eval()
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
+    """Command line: --output DIR [--option value]... | --help: train, measure, save."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{main.__doc__}\n\n{help_text(ContactOptions)}")
+        return None
+    options = load_options(ContactOptions, None, words)
+    detector = train(options)
+    metrics = measure(detector, options.scenes)
+    spoilt = measure(detector, options.scenes, spoil=True)
+    metrics |= {f"spoilt_{name}": value for name, value in spoilt.items()}
+    detector.save_pretrained(options.output)
     print(json.dumps(metrics))
     return metrics
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

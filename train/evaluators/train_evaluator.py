@@ -1,20 +1,17 @@
-"""Train a evaluator: what listens, what looks, and what compares lips with sound. They are frozen
+"""Train an evaluator: what listens, what looks, and what compares lips with sound. They are frozen
 before the joint model.
 
-    python -m avdiff.train.evaluators.train_evaluator avdiff/bundled/recipes/recognizer.toml --bank
-    BANK --output_dir runs/recognizer python -m avdiff.train.evaluators.train_evaluator --evaluator
-    lip_network --output_dir runs/lips --max_train_steps 3000 python -m
-    avdiff.train.evaluators.train_evaluator --evaluator face_reader --measure runs/face_reader
-    --output_dir runs/face_reader
+    avdiff train-evaluator phone_recognizer.toml --bank BANK --output_dir runs/recognizer
+    avdiff train-evaluator --evaluator lip_network --output_dir runs/lips --max_train_steps 3000
+    avdiff train-evaluator --evaluator face_reader --measure runs/face_reader --output_dir runs/face
 
-Read it from the bottom: main -> setup -> fit. `--measure` trains nothing: it writes a evaluator's
-marks on the test splits.
+Read it from the bottom: main -> setup -> fit. `--measure` trains nothing: it writes an evaluator's
+metrics on the test splits.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ import torch
 
 from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.evaluators.load import EVALUATORS
+from avdiff.files import write_text
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
@@ -36,8 +34,8 @@ from avdiff.phonetics.visemes import VISEMES
 from avdiff.train.evaluators.faces import ATTRIBUTES, FaceReaderTask, FaceStore
 from avdiff.train.evaluators.lips import LipNetworkTask, LipPairs, held_out_clips
 from avdiff.train.evaluators.phones import RecognizerTask, SpokenSegments
-from avdiff.train.loop.config import help_text, load_options
-from avdiff.train.loop.fit import FitOptions, FitSummary, Task, fit
+from avdiff.train.loop.command import load_recipe, run_training
+from avdiff.train.loop.fit import FitOptions, FitSummary, Task
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class EvaluatorOptions:
 
 @dataclass(frozen=True)
 class EvaluatorRecipe:
-    """Everything that decides a evaluator's training."""
+    """Everything that decides an evaluator's training."""
 
     data: EvaluatorOptions
     training: FitOptions
@@ -156,7 +154,7 @@ def _lip_network(o: EvaluatorOptions) -> Task:
 
 
 def measure(recipe: EvaluatorRecipe) -> dict[str, Any]:
-    """Marks of a saved evaluator on the test splits, written to output_dir/measured.json (see
+    """Metrics of a saved evaluator on the test splits, written to output_dir/measured.json (see
     train/evaluators/report.py).
     """
     from avdiff.train.evaluators.report import measure_evaluator
@@ -172,33 +170,24 @@ def measure(recipe: EvaluatorRecipe) -> dict[str, Any]:
     )
     folder = Path(recipe.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary_path = folder / f".measured.{os.getpid()}"
-    temporary_path.write_text(json.dumps(metrics, indent=1))
-    os.replace(temporary_path, folder / "measured.json")
+    write_text(folder / "measured.json", json.dumps(metrics, indent=1))
     return metrics
 
 
-def main(arguments: Sequence[str] | None = None) -> FitSummary | dict[str, Any] | None:
+def main(argv: Sequence[str] | None = None) -> FitSummary | dict[str, Any] | None:
     """Command line: [RECIPE.toml] --evaluator recognizer|face_reader|lip_network --output_dir DIR
-    [--option value]...
+    [--option value]... | --list-recipes | --help; --measure FOLDER measures without training.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(f"{main.__doc__}\n\n{help_text(EvaluatorRecipe)}")
-        return None
-    path = None if words[0].startswith("--") else words.pop(0)
-    recipe = load_options(EvaluatorRecipe, path, words)
-    if recipe.data.measure:
-        metrics = measure(recipe)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word.startswith("--measure") for word in words):
+        metrics = measure(load_recipe(EvaluatorRecipe, words))
         print(json.dumps(metrics, indent=1))
         return metrics
-    summary = fit(setup(recipe), recipe.training)
-    print(
-        f"{summary.reason} at step {summary.step} after {summary.seconds:.0f} s: "
-        f"{recipe.training.output_dir}"
-    )
-    return summary
+    return run_training(EvaluatorRecipe, setup, words, str(main.__doc__))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,29 +1,26 @@
-"""Train the pronunciation reader: letters -> phonemes, phones -> seconds, and the forms that words
-take in sentences.
+"""Train G2P: letters -> phonemes, phones -> seconds, and the forms that words take in sentences.
 
-    python -m avdiff.train.g2p.train_g2p words --output_dir RUN_W       # the network with its
-    memory, on the lexicon alone python -m avdiff.train.g2p.train_g2p times --bank BANK --output_dir
-    RUN_T python -m avdiff.train.g2p.train_g2p ship --words RUN_W/final/reader --times
-    RUN_T/final/timer    # half precision, bundled python -m avdiff.train.g2p.train_g2p forms --bank
-    BANK              # words in sentences -> avdiff/bundled/lexicon/forms python -m
-    avdiff.train.g2p.train_g2p score --bank BANK --json OUT
+    avdiff train-g2p words --output_dir RUN_W        # the network with its memory, on the lexicon
+    avdiff train-g2p times --bank BANK --output_dir RUN_T
+    avdiff train-g2p ship --words RUN_W/final/reader --times RUN_T/final/timer    # into the package
+    avdiff train-g2p forms --bank BANK               # words in sentences -> bundled/lexicon/forms
+    avdiff train-g2p score --bank BANK --json OUT
 
 Words are held out by hash: one in twenty for the score and one in twenty for validation; neither is
-ever trained.
+ever trained. Also as `python -m avdiff.train.g2p.train_g2p`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
+import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -31,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from avdiff.core.engram import MemoryRead
 from avdiff.corpus.speech.read import LANGUAGES, SpeechCorpus, Utterance
+from avdiff.files import write_text
 from avdiff.g2p.lexicon import FOLDER as LEXICON
 from avdiff.g2p.lexicon import english_plural, load_lexicon
 from avdiff.g2p.networks import FOLDER as BUNDLED
@@ -46,7 +44,9 @@ from avdiff.train.g2p.sentences import (
     sentence_scores,
     write_forms,
 )
-from avdiff.train.loop.fit import FitOptions, FitSummary, Loss, Task, fit
+from avdiff.train.loop.command import run_training
+from avdiff.train.loop.config import load_options
+from avdiff.train.loop.fit import FitOptions, FitSummary, Loss, Task
 from avdiff.train.loop.sparse_optim import RowAdagrad
 
 SPELT = ("en", "es", "fr", "hi", "it", "pt")
@@ -91,9 +91,7 @@ def load_spellings(cache: Path, languages: Sequence[str] = SPELT) -> list[Spelli
                 (w, language, p, c) for (w, p), c in zip(pairs, align_words(pairs), strict=True)
             ]
         cache.parent.mkdir(parents=True, exist_ok=True)
-        draft = cache.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf8")
-        os.replace(draft, cache)
+        write_text(cache, json.dumps(rows, ensure_ascii=False))
     return [
         Spelling(w, x, p, None if c is None else tuple(c))
         for w, x, p, c in json.loads(cache.read_text("utf8"))
@@ -299,62 +297,97 @@ def encode_timed(utterance: Utterance) -> tuple[torch.Tensor, torch.Tensor, torc
     return torch.from_numpy(ids), torch.from_numpy(stress_tones), seconds
 
 
-def add_options(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Every fit option as a flag, with this recipe's defaults."""
-    for option in fields(FitOptions):
-        default = defaults.get(option.name, option.default)
-        kind = (
-            type(default)
-            if isinstance(default, (int, float, str)) and not isinstance(default, bool)
-            else str
-        )
-        parser.add_argument(f"--{option.name}", type=kind, default=default)
+@dataclass(frozen=True)
+class WordOptions:
+    """What spells words."""
+
+    memory: Literal["trained", "off", "frozen", "shuffled"] = "trained"
+    """Memory of letter groups: trained; or a control: off, frozen (random rows), shuffled (each
+    word reads another's rows).
+    """
+    constant_gate: float | None = None
+    """Control: this gate everywhere in place of the learned one."""
+    cache: str = str(Path.home() / ".cache" / "avdiff" / "reader" / "aligned.json")
+    """File that keeps the alignment of letters and phonemes, which takes three minutes."""
 
 
-def options_from(arguments: argparse.Namespace) -> FitOptions:
-    """The flags -> FitOptions."""
-    return FitOptions(**{f.name: getattr(arguments, f.name) for f in fields(FitOptions)})
+@dataclass(frozen=True)
+class WordRecipe:
+    """Everything that decides the training of the network that spells words."""
+
+    data: WordOptions
+    training: FitOptions
 
 
-def train_words(arguments: argparse.Namespace) -> FitSummary:
-    """The recipe of the word network."""
-    options = options_from(arguments)
+@dataclass(frozen=True)
+class TimeOptions:
+    """Whose lengths are learned."""
+
+    bank: str | None = None
+    """Folder of the speech bank; nothing means $AVDIFF_BANK, else the mini-bank."""
+
+
+@dataclass(frozen=True)
+class TimeRecipe:
+    """Everything that decides the training of the duration predictor."""
+
+    data: TimeOptions
+    training: FitOptions
+
+
+@dataclass(frozen=True)
+class ShipOptions:
+    """What becomes part of the package."""
+
+    words: str
+    """Folder of the trained network that spells words."""
+    times: str
+    """Folder of the trained duration predictor."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What is measured."""
+
+    bank: str | None = None
+    """Folder of the speech bank; nothing means $AVDIFF_BANK, else the mini-bank."""
+    json: str | None = None
+    """File for the numbers."""
+
+
+def setup_words(recipe: WordRecipe) -> WordTask:
+    """The task of the network that spells words; says how large it is."""
+    o = recipe.data
     task = WordTask(
-        load_spellings(Path(arguments.cache)),
-        arguments.memory,
-        options.seed,
-        constant_gate=arguments.constant_gate,
+        load_spellings(Path(o.cache)), o.memory, recipe.training.seed, constant_gate=o.constant_gate
     )
-    task.peak_lr = options.learning_rate
+    task.peak_lr = recipe.training.learning_rate
     network = sum(p.numel() for p in task.reader.parameters())
     print(
         f"network {network:,} parameters, memory {task.reader.memory.table.num_rows:,} rows, "
         f"{len(task.dataset):,} packs of {PACK} words"
     )
-    return fit(task, options)
+    return task
 
 
-def train_times(arguments: argparse.Namespace) -> FitSummary:
-    """The recipe of the lengths."""
-    return fit(
-        TimeTask(SpeechCorpus(arguments.bank, decoded=True), arguments.seed),
-        options_from(arguments),
-    )
+def setup_times(recipe: TimeRecipe) -> TimeTask:
+    """The task of the duration predictor."""
+    return TimeTask(SpeechCorpus(recipe.data.bank, decoded=True), recipe.training.seed)
 
 
-def ship(arguments: argparse.Namespace) -> None:
+def ship(options: ShipOptions) -> None:
     """Write both networks in half precision where the package loads them from."""
-    Pronouncer.from_pretrained(arguments.words).half().save_pretrained(BUNDLED / "pronouncer")
-    DurationPredictor.from_pretrained(arguments.times).half().save_pretrained(
+    Pronouncer.from_pretrained(options.words).half().save_pretrained(BUNDLED / "pronouncer")
+    DurationPredictor.from_pretrained(options.times).half().save_pretrained(
         BUNDLED / "duration_predictor"
     )
     for file in BUNDLED.rglob("*.safetensors"):
         file.chmod(0o644)
 
 
-def write_all_forms(arguments: argparse.Namespace) -> None:
+def write_all_forms(options: TimeOptions) -> None:
     """Mine the training sentences; the older forms are out of the way meanwhile."""
-    train = SpeechCorpus(arguments.bank, "train")
+    train = SpeechCorpus(options.bank, "train")
     networks = Networks.load()
     for language in MINED:
         forms = mine_forms(train, language, networks)
@@ -362,7 +395,7 @@ def write_all_forms(arguments: argparse.Namespace) -> None:
         print(f"{language}: {len(forms)} forms")
 
 
-def score(arguments: argparse.Namespace) -> dict[str, Any]:
+def score(options: ScoreOptions) -> dict[str, Any]:
     """The numbers of the model card: words held out, sentences of the bank's test split, lengths,
     speed.
     """
@@ -385,7 +418,7 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
                 phonemes == (load_lexicon(language).find(word) or "").replace(" ", "")
             )
     speed = len(held_out) / (time.process_time() - began)
-    bank = SpeechCorpus(arguments.bank)
+    bank = SpeechCorpus(options.bank)
     errors = [
         reading_error(read(u.text, u.lang, networks=networks), u) for u in bank if u.split == "test"
     ]
@@ -400,64 +433,43 @@ def score(arguments: argparse.Namespace) -> dict[str, Any]:
         },
     }
     print(json.dumps(result, indent=1))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1), encoding="utf8")
+    if options.json:
+        write_text(options.json, json.dumps(result, indent=1))
     return result
 
 
-def main(argv: Iterable[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Train the pronunciation reader.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    words = commands.add_parser("words")
-    add_options(
-        words,
-        max_train_steps=9000,
-        train_batch_size=8,
-        learning_rate=2e-3,
-        lr_warmup_steps=200,
-        ema_decay=0.998,
-        validation_steps=1000,
-        checkpointing_steps=500,
-        log_every=100,
-        resume_from_checkpoint="latest",
-        mixed_precision="auto",
-    )
-    words.add_argument("--memory", choices=MEMORIES, default="trained")
-    words.add_argument("--constant_gate", type=float, default=None)
-    words.add_argument(
-        "--cache", default=str(Path.home() / ".cache" / "avdiff" / "reader" / "aligned.json")
-    )
-    times = commands.add_parser("times")
-    add_options(
-        times,
-        max_train_steps=2000,
-        train_batch_size=32,
-        learning_rate=3e-3,
-        lr_warmup_steps=100,
-        ema_decay=0.995,
-        validation_steps=500,
-        checkpointing_steps=1000,
-        log_every=100,
-        resume_from_checkpoint="latest",
-    )
-    ship_ = commands.add_parser("ship")
-    ship_.add_argument("--words", required=True)
-    ship_.add_argument("--times", required=True)
-    forms = commands.add_parser("forms")
-    score_ = commands.add_parser("score")
-    score_.add_argument("--json", default=None)
-    for sub in (times, forms, score_):
-        sub.add_argument("--bank", default=None)
-    arguments = parser.parse_args(None if argv is None else list(argv))
-    {
-        "words": train_words,
-        "times": train_times,
-        "ship": ship,
-        "forms": write_all_forms,
-        "score": score,
-    }[arguments.command](arguments)
+def main(argv: Sequence[str] | None = None) -> FitSummary | dict[str, Any] | None:
+    """Command line: words | times [RECIPE.toml] --output_dir DIR [--option value]... train;
+    ship --words RUN --times RUN | forms [--bank BANK] | score [--bank BANK] [--json OUT].
+    """
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    about = str(main.__doc__)
+    if command == "words":
+        return run_training(WordRecipe, setup_words, _with_recipe("pronouncer.toml", rest), about)
+    if command == "times":
+        words = _with_recipe("duration_predictor.toml", rest)
+        return run_training(TimeRecipe, setup_times, words, about)
+    if command == "ship":
+        ship(load_options(ShipOptions, None, rest))
+    elif command == "forms":
+        write_all_forms(load_options(TimeOptions, None, rest))
+    elif command == "score":
+        return score(load_options(ScoreOptions, None, rest))
+    elif command in ("-h", "--help"):
+        print(about)
+    else:
+        raise ValueError(f"command {command!r}: needs words, times, ship, forms or score")
+    return None
+
+
+def _with_recipe(name: str, words: Sequence[str]) -> list[str]:
+    """The words with this recipe in front, unless they name one themselves."""
+    named = bool(words) and not words[0].startswith("-")
+    return list(words) if named or "--help" in words else [name, *words]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

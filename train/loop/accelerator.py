@@ -4,11 +4,13 @@ stop.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Self, TypeAlias
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -18,6 +20,10 @@ from accelerate.utils import DistributedType
 from avdiff.core.precision import native_bf16
 from avdiff.train.loop.task import FitOptions
 
+# variables by which torchrun and the MPI launchers tell a process how many there are
+GROUP_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# what `signal.signal` gives back
+SignalHandler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 HANDLED = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -39,6 +45,7 @@ def make_accelerator(options: FitOptions) -> Accelerator:
             f"report_to={options.report_to!r}: needs one of "
             f"{', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
         )
+    refuse_launch(os.environ)
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -48,10 +55,16 @@ def make_accelerator(options: FitOptions) -> Accelerator:
     )
     if accelerator.distributed_type not in HANDLED:
         raise ValueError(
-            f"distributed_type={accelerator.distributed_type.value}: this loop handles one "
-            "process or "
-            "data-parallel ones; choose MULTI_GPU, MULTI_CPU or FSDP (version 2) in `accelerate "
+            f"distributed_type={accelerator.distributed_type.value}: this loop handles one process "
+            "or data-parallel ones; choose MULTI_GPU, MULTI_CPU or FSDP (version 2) in `accelerate "
             "config`"
+        )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    # "no" is also what the launcher sets when nobody said anything
+    if launched not in ("no", options.mixed_precision):
+        accelerator.print(
+            f"mixed_precision: accelerate was launched with {launched}, the recipe says "
+            f"{options.mixed_precision}; the recipe decides"
         )
     if options.mixed_precision == "bf16" and not native_bf16():
         accelerator.print(
@@ -59,6 +72,36 @@ def make_accelerator(options: FitOptions) -> Accelerator:
             "choose auto or no"
         )
     return accelerator
+
+
+def refuse_launch(environment: Mapping[str, str]) -> None:
+    """Refuse a launch that would not do what was asked for.
+
+    `accelerate launch --cpu --num_processes N` starts N processes only by way of mpirun, with a
+    host file; without one it sets the address of a group and starts a single process in silence,
+    whose steps would have a part of the clips that they should.
+
+    Raises:
+        ValueError: says how to start instead.
+    """
+
+    def asked(name: str) -> bool:
+        return environment.get(name, "").lower() in ("1", "true", "yes")
+
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if asked(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"distributed_type={name}: this loop does not run under it; models too large for "
+                "one GPU are cut by FSDP2 (launch with fsdp2.yaml), others train with "
+                "multi_gpu.yaml, both beside the recipes"
+            )
+    grouped = any(name in environment for name in GROUP_SIZES)
+    if asked("ACCELERATE_USE_CPU") and "MASTER_PORT" in environment and not grouped:
+        raise ValueError(
+            "num_processes: accelerate was asked for several processes on the CPU and started one, "
+            "since it has no --mpirun_hostfile; start them with `ACCELERATE_USE_CPU=true torchrun "
+            "--nproc_per_node 2 -m avdiff.train.finetune RECIPE.toml`, or ask for one"
+        )
 
 
 def open_trackers(accelerator: Accelerator, options: FitOptions) -> None:
@@ -75,7 +118,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, SignalHandler] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

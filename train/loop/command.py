@@ -52,6 +52,8 @@ def run_training(
     if "--list-recipes" in words:
         for name, first_line in recipes_for(recipe_class):
             print(f"{name:24} {first_line}")
+        launches = ", ".join(path.name for path in sorted(RECIPES.glob("*.yaml")))
+        print(f"\nfor `accelerate launch --config_file`: {launches} in {RECIPES}")
         return None
     dry = "--dry-run" in words
     recipe = load_recipe(recipe_class, [word for word in words if word != "--dry-run"])

@@ -110,7 +110,9 @@ class SeededLoader:
             raise ValueError(
                 f"groups: {len(groups)} keys for {len(dataset)} items; needs one key for each item"
             )
-        self._members = self._by_group(groups)
+        by_group = self._by_group(groups)
+        self.keys = list(by_group)
+        self._members = list(by_group.values())
         if self.steps_per_epoch < 1:
             sizes = ", ".join(str(len(m)) for m in self._members[:8])
             raise ValueError(
@@ -129,6 +131,12 @@ class SeededLoader:
         """Whole steps in one pass; the rows left over differ from epoch to epoch."""
         size = self.batch_size * self.world_size
         return sum(len(m) // size for m in self._members) // self.accumulation
+
+    def unused(self) -> dict[Hashable, int]:
+        """Items of each group that is smaller than a micro-batch over all ranks: never seen."""
+        size = self.batch_size * self.world_size
+        pairs = zip(self.keys, self._members, strict=True)
+        return {key: len(members) for key, members in pairs if len(members) < size}
 
     def next_step(self) -> list[Any]:
         """The micro-batches of the next step on this rank; moves the position on."""
@@ -198,13 +206,13 @@ class SeededLoader:
             chunks = [chunks[i] for i in rng.permutation(len(chunks))]
         return chunks
 
-    def _by_group(self, groups: Sequence[Hashable] | None) -> list[np.ndarray]:
+    def _by_group(self, groups: Sequence[Hashable] | None) -> dict[Hashable, np.ndarray]:
         if groups is None:
-            return [np.arange(len(self.dataset))]
+            return {None: np.arange(len(self.dataset))}
         members: dict[Hashable, list[int]] = {}
         for index, key in enumerate(groups):
             members.setdefault(key, []).append(index)
-        return [np.asarray(m) for m in members.values()]
+        return {key: np.asarray(indices) for key, indices in members.items()}
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

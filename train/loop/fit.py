@@ -340,6 +340,11 @@ class Run:
             self._load(*found)
         elif requested:
             self.log.say(f"no checkpoint in {self.root} yet: starting at step 0")
+        for key, count in self.loader.unused().items():
+            self.log.say(
+                f"{self.task.describe_group(key)}, {count} clips (fewer than a batch of "
+                f"{self.loader.batch_size * self.world_size}: never used)"
+            )
         for module in self.task.modules.values():
             module.train()
         self._logged = self.step

@@ -150,6 +150,10 @@ class Task(Generic[BatchT]):
         """
         return name.split(".", 1)[0]
 
+    def describe_group(self, key: Hashable) -> str:
+        """A key of `groups` in words."""
+        return f"group {key}"
+
     def settings(self) -> dict[str, object]:
         """JSON-able facts that must not change between interruption and resume (model config,
         dataset).
