@@ -173,6 +173,13 @@ class Guidance:
         object.__setattr__(self, "interval", interval)
         object.__setattr__(self, "perturbed", perturbed or PerturbedGuidance())
 
+    @classmethod
+    def without_text(cls) -> Guidance:
+        """What the model makes without the text: w = 0 for both modalities. The scales of a
+        pipeline's call read 0 as "off" instead, as all of diffusers does.
+        """
+        return cls(text=TextGuidance(0.0, 0.0))
+
     @property
     def terms(self) -> tuple[Term, ...]:
         """The guiding terms that change something, in the order in which they are added."""

@@ -1,7 +1,6 @@
-"""What a call is given: which tokens are known, what they hold, and how the given parts come back
-in the result.
+"""Conditioning: which tokens are given, what they hold, and the state that denoising starts from.
 
-A known token keeps noise level 0 while the rest is denoised around it, so one network does every
+A given token keeps noise level 0 while the rest is denoised around it, so one network does every
 task:
 
     image, last_image             the first and the last latent frame
@@ -12,20 +11,19 @@ task:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-from avdiff.clip import ClipSpec, Clock, as_fps
-from avdiff.latents import Joint, JointLatents
-from avdiff.models.conditions import Positions
-from avdiff.pipelines.deflicker import smooth_flicker
+from avdiff.clip import ClipSpec
+from avdiff.latents import Joint, JointLatents, pack_audio, pack_video
+from avdiff.models.codec import ClipLayout, LatentCodec
 
-SEAM = 0.01  # seconds over which given sound is cross-faded into new sound
+if TYPE_CHECKING:
+    from avdiff.pipelines.request import GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,13 @@ class Retake:
     audio: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
+                raise ValueError(f"retake {name}={value!r}: needs seconds, a number")
+        for name in ("video", "audio"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"retake {name}={getattr(self, name)!r}: needs True or False")
         if not 0 <= self.start < self.end:
             raise ValueError(f"retake from {self.start} to {self.end} s: needs 0 <= start < end")
         if not (self.video or self.audio):
@@ -50,280 +55,191 @@ class Retake:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What is known of one modality.
+class Conditioning:
+    """What is given of one modality.
 
     Args:
-        tokens: (B, N, C) packed and normalized, zero where unknown. known: bool (N,).
+        tokens: (B, N, C) packed and normalized, zero where nothing is given. mask: bool (N,), True
+            where a token is given.
         source: the frames (B, 3, F, H, W) or samples (B, C, S) that were given; None for images,
             whose place in the clip is as the codec renders it.
     """
 
     tokens: torch.Tensor
-    known: torch.Tensor
+    mask: torch.Tensor
     source: torch.Tensor | None = None
 
+    def without(self, regenerated: torch.Tensor, device: torch.device) -> Conditioning:
+        """The same without the tokens of a bool mask (N,), its own mask on a device."""
+        return Conditioning(self.tokens, (self.mask & ~regenerated).to(device), self.source)
 
-class ConditioningMixin:
-    """The half of `AVDiffPipeline` that deals with given parts."""
 
-    transformer: Any
-    scheduler: Any
-    video_processor: Any
-    clock: Clock
-    _execution_device: Any
-    encode_video: Any
-    encode_audio: Any
-    decode_video: Any
-    decode_audio: Any
+def encode_conditioning(
+    codec: LatentCodec, clip: ClipSpec, request: GenerationRequest, device: torch.device
+) -> Joint[Conditioning]:
+    """Encode what the call was given; None for a modality of which nothing was.
 
-    def _given(
-        self,
-        clip: ClipSpec,
-        batch: int,
-        image: torch.Tensor | None,
-        last_image: torch.Tensor | None,
-        audio: torch.Tensor | None,
-        video: torch.Tensor | None,
-        retake: Retake | None,
-        mask: torch.Tensor | None,
-    ) -> Joint[Part]:
-        """Known tokens of both modalities; None where nothing is given."""
-        if image is not None and video is not None:
+    Raises:
+        ValueError: what was given does not fit the clip or the batch.
+    """
+    video = _encode_pictures(codec, clip, request, device)
+    audio = _encode_sound(codec, clip, request, device)
+    regenerated = Joint(
+        torch.zeros(clip.video_tokens, dtype=torch.bool),
+        torch.zeros(clip.audio_tokens, dtype=torch.bool),
+    )
+    if request.retake is not None:
+        regenerated = retaken_tokens(codec.layout(clip), request.retake)
+    if request.mask is not None and video is not None:
+        assert regenerated.video is not None
+        masked = regenerated.video | masked_tokens(request.mask, clip)
+        regenerated = Joint(masked, regenerated.audio)
+    return Joint(video, audio).map(lambda part, anew: part.without(anew, device), regenerated)
+
+
+def _encode_pictures(
+    codec: LatentCodec, clip: ClipSpec, request: GenerationRequest, device: torch.device
+) -> Conditioning | None:
+    frames, rows, columns = clip.video_grid
+    cell = rows * columns
+    pieces = []
+    source = None if request.video is None else request.video[:, :, : clip.num_frames]
+    if source is not None:
+        pieces.append((0, codec.encode_video(source)))
+    if request.image is not None:
+        pieces.append((0, codec.encode_video(_batched(request.image)[:, :, None])))
+    if request.last_image is not None:
+        if frames < 2:
             raise ValueError(
-                "image and video are both given: an image is the first frame of a video to be "
-                "generated"
+                f"last_image in a clip of {clip.num_frames} frame: needs a longer clip"
             )
-        if mask is not None and video is None:
-            raise ValueError("mask without video: needs the video whose masked region is made anew")
-        if retake is not None and video is None and audio is None:
-            raise ValueError(
-                "retake without video and audio: needs a clip of which a span is made anew"
+        # A latent frame other than the first stands for a group of frames: a still of that length.
+        still = _batched(request.last_image)[:, :, None]
+        still = still.expand(-1, -1, 1 + clip.clock.video_stride, -1, -1)
+        pieces.append((cell * (frames - 1), codec.encode_video(still)[:, -cell:]))
+    return _place(pieces, request.batch, clip.video_tokens, source, device)
+
+
+def _batched(image: torch.Tensor) -> torch.Tensor:
+    return image if image.ndim == 4 else image[None]
+
+
+def _encode_sound(
+    codec: LatentCodec, clip: ClipSpec, request: GenerationRequest, device: torch.device
+) -> Conditioning | None:
+    """Whole tokens of the sound; if it lacks less than a latent frame of the clip's length,
+    silence fills it.
+    """
+    audio = request.audio
+    if audio is None:
+        return None
+    missing = clip.num_samples - audio.shape[-1]
+    if 0 < missing < clip.clock.video_stride * clip.sample_rate / clip.fps:
+        audio = torch.nn.functional.pad(audio, (0, missing))
+    audio = audio[..., : clip.num_samples]
+    tokens = codec.encode_audio(audio)
+    if audio.shape[-1] < clip.num_samples:
+        tokens = tokens[:, : audio.shape[-1] // clip.clock.audio_stride]
+    if not tokens.shape[1]:
+        seconds = clip.clock.audio_stride / clip.sample_rate
+        raise ValueError(f"audio of {audio.shape[-1]} samples: needs at least {seconds:g} s")
+    return _place([(0, tokens)], request.batch, clip.audio_tokens, audio, device)
+
+
+def _place(
+    pieces: list[tuple[int, torch.Tensor]],
+    batch: int,
+    count: int,
+    source: torch.Tensor | None,
+    device: torch.device,
+) -> Conditioning | None:
+    """Encoded pieces at their places among `count` tokens."""
+    if not pieces:
+        return None
+    width = pieces[0][1].shape[-1]
+    tokens = pieces[0][1].new_zeros(batch, count, width, dtype=torch.float32)
+    mask = torch.zeros(count, dtype=torch.bool)
+    for start, piece in pieces:
+        stop = start + piece.shape[1]
+        tokens[:, start:stop] = per_clip(piece, batch)
+        mask[start:stop] = True
+    kept = None if source is None else per_clip(source, batch)
+    return Conditioning(tokens.to(device), mask, kept)
+
+
+def initial_state(
+    layout: ClipLayout,
+    request: GenerationRequest,
+    conditioning: Joint[Conditioning],
+    device: torch.device,
+    correlate: Callable[[torch.Tensor, int], torch.Tensor],
+) -> tuple[JointLatents, Joint[torch.Tensor]]:
+    """Noise for what is generated, clean tokens for what is given, and the conditioning mask: bool
+    (B, N), or (B,) where a modality is given or generated as a whole.
+
+    Args:
+        correlate: white noise of the video and its number of frames -> noise that the frames have
+            in part in common.
+
+    Raises:
+        ValueError: latents do not fit the clip, or everything is given.
+    """
+    clip = layout.clip
+    start = Joint(request.latents, request.audio_latents)
+    present = Joint(
+        bool(request.generate.video or conditioning.video is not None),
+        bool(request.generate.audio or conditioning.audio is not None),
+    )
+    undrawn = present.map(lambda here, given: here and given is None, start)
+    white = layout.noise(request.batch, request.generator, device, undrawn)
+    if white.video is not None:
+        white = Joint(correlate(white.video, clip.video_grid[0]), white.audio)
+    tokens: dict[str, torch.Tensor] = {}
+    masks: dict[str, torch.Tensor] = {}
+    for modality, here in present.items():
+        if not here:
+            continue
+        noise = getattr(white, modality)
+        if noise is None:
+            noise = _packed(getattr(start, modality), modality, clip)
+            wanted = (
+                request.batch,
+                *(getattr(n, modality) for n in (layout.tokens(), layout.widths())),
             )
-        seen = self._seen(clip, batch, image, last_image, video)
-        heard = None if audio is None else self._heard(clip, batch, audio)
-        known = Joint(None if seen is None else seen.known, None if heard is None else heard.known)
-        if retake is not None:
-            known = known.map(lambda k, anew: k & ~anew, _touched(clip, retake))
-        if mask is not None and known.video is not None:
-            known = Joint(known.video & ~masked_tokens(mask, clip), known.audio)
-        return Joint(seen, heard).map(
-            lambda p, k: Part(p.tokens, k.to(self._execution_device), p.source), known
-        )
+            if noise.shape != wanted:
+                raise ValueError(f"latents of shape {tuple(noise.shape)}: this call needs {wanted}")
+        noise = noise.to(device, torch.float32)
+        tokens[modality], masks[modality] = _with_given(noise, getattr(conditioning, modality))
+    mask = Joint(**masks)
+    if all(bool(given.all()) for _, given in mask.items()):
+        raise ValueError("all of the clip is given: nothing is left to generate")
+    seconds = Joint(clip.video_positions()[:, 0], clip.audio_positions()[:, 0])
+    sigmas = mask.map(lambda given: (~given).float())
+    state = JointLatents(
+        tokens.get("video"), tokens.get("audio"), sigmas, seconds.map(lambda t: t.to(device))
+    )
+    return state, mask
 
-    def _length(
-        self,
-        seconds: float | Fraction | None,
-        num_frames: int | None,
-        frame: dict[str, Any],
-        audio: torch.Tensor | None,
-        video: torch.Tensor | None,
-        speech_start: float | None,
-    ) -> tuple[float | Fraction | None, int | None, float]:
-        """Length of the clip, that of what is given if none is asked for, and where its words
-        begin: after the sound that the clip continues, else at 0.
-        """
-        heard = Fraction(0 if audio is None else audio.shape[-1], frame["sample_rate"])
-        length = num_frames / as_fps(frame["fps"]) if num_frames is not None else seconds
-        if length is None and video is not None:
-            num_frames = video.shape[2]
-        elif length is None and audio is not None:
-            seconds = heard
-        if speech_start is None:
-            continued = length is not None and length - heard > self.clock.video_stride / as_fps(
-                frame["fps"]
-            )
-            speech_start = float(heard) if continued else 0.0
-        return seconds, num_frames, speech_start
 
-    def _seen(
-        self,
-        clip: ClipSpec,
-        batch: int,
-        image: torch.Tensor | None,
-        last_image: torch.Tensor | None,
-        video: torch.Tensor | None,
-    ) -> Part | None:
-        frames, rows, columns = clip.video_grid
-        cell = rows * columns
-        pieces = []
-        source = None if video is None else video[:, :, : clip.num_frames]
-        if source is not None:
-            pieces.append((0, self.encode_video(source)))
-        if image is not None:
-            pieces.append(
-                (0, self.encode_video((image if image.ndim == 4 else image[None])[:, :, None]))
-            )
-        if last_image is not None:
-            if frames < 2:
-                raise ValueError(
-                    f"last_image in a clip of {clip.num_frames} frame: needs a longer clip"
-                )
-            still = last_image if last_image.ndim == 4 else last_image[None]
-            still = still[:, :, None].expand(-1, -1, 1 + self.clock.video_stride, -1, -1)
-            pieces.append((cell * (frames - 1), self.encode_video(still)[:, -cell:]))
-        return self._part(pieces, batch, clip.video_tokens, source)
+def _packed(noise: torch.Tensor, modality: str, clip: ClipSpec) -> torch.Tensor:
+    """Starting noise as tokens, where it came as latents (B, C, F, H, W) or (B, C, L, 1)."""
+    if modality == "video" and noise.ndim == 5:
+        return pack_video(noise, clip.clock.patch)
+    return pack_audio(noise) if modality == "audio" and noise.ndim == 4 else noise
 
-    def _heard(self, clip: ClipSpec, batch: int, audio: torch.Tensor) -> Part | None:
-        """Whole tokens of the sound; if it lacks less than a latent frame of the clip's length,
-        silence fills it.
-        """
-        missing = clip.num_samples - audio.shape[-1]
-        if 0 < missing < self.clock.video_stride * clip.sample_rate / clip.fps:
-            audio = torch.nn.functional.pad(audio, (0, missing))
-        audio = audio[..., : clip.num_samples]
-        tokens = self.encode_audio(audio)
-        if audio.shape[-1] < clip.num_samples:
-            tokens = tokens[:, : audio.shape[-1] // self.clock.audio_stride]
-        if not tokens.shape[1]:
-            seconds = self.clock.audio_stride / clip.sample_rate
-            raise ValueError(f"audio of {audio.shape[-1]} samples: needs at least {seconds:g} s")
-        return self._part([(0, tokens)], batch, clip.audio_tokens, audio)
 
-    def _part(
-        self,
-        pieces: list[tuple[int, torch.Tensor]],
-        batch: int,
-        count: int,
-        source: torch.Tensor | None,
-    ) -> Part | None:
-        if not pieces:
-            return None
-        tokens = pieces[0][1].new_zeros(batch, count, pieces[0][1].shape[-1], dtype=torch.float32)
-        known = torch.zeros(count, dtype=torch.bool)
-        for start, piece in pieces:
-            tokens[:, start : start + piece.shape[1]] = per_clip(piece, batch)
-            known[start : start + piece.shape[1]] = True
-        return Part(
-            tokens.to(self._execution_device),
-            known,
-            None if source is None else per_clip(source, batch),
-        )
-
-    def _event_seeds(
-        self, generator: torch.Generator | list[torch.Generator] | None, batch: int
-    ) -> list[int] | None:
-        """A seed for the strokes of each clip's event; None where the model knows no script of
-        events.
-        """
-        if not self.transformer.config.onset_track:
-            return None
-        if isinstance(generator, list):
-            return [g.initial_seed() for g in generator]
-        first = int(torch.randint(2**62, ())) if generator is None else generator.initial_seed()
-        return [first + i for i in range(batch)]
-
-    def prepare_latents(
-        self,
-        clip: ClipSpec,
-        batch: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        positions: Positions,
-        generate: Joint[bool],
-        given: Joint[Part],
-        latents: torch.Tensor | None = None,
-        audio_latents: torch.Tensor | None = None,
-    ) -> tuple[JointLatents, Joint[torch.Tensor]]:
-        """Noise for what is generated, clean tokens for the given, and the mask of given tokens:
-        bool (B, N), or (B,) where a modality is given or generated as a whole.
-
-        Raises:
-            ValueError: generators or latents do not fit the batch, or everything is given.
-        """
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(
-                f"generator is a list of {len(generator)}: needs one generator for each of the "
-                f"{batch} clips"
-            )
-        device = self._execution_device
-        c = self.transformer.config
-
-        def state(
-            wanted: bool,
-            tokens: int,
-            channels: int,
-            start: torch.Tensor | None,
-            part: Part | None,
-            frames: int,
-        ):
-            if not wanted and part is None:
-                return None, None
-            noise = start
-            if noise is None:
-                noise = randn_tensor((batch, tokens, channels), generator, device, torch.float32)
-                noise = self.scheduler.share_frames(noise, frames)
-            if noise.shape != (batch, tokens, channels):
-                raise ValueError(
-                    f"latents of shape {tuple(noise.shape)}: this call needs "
-                    f"{(batch, tokens, channels)}"
-                )
-            noise = noise.to(device, torch.float32)
-            if part is None:
-                return noise, torch.zeros(batch, dtype=torch.bool, device=device)
-            noise = torch.where(part.known[None, :, None], part.tokens, noise)
-            # One level for a whole clip is the common case, and much cheaper to modulate than one
-            # for each token.
-            whole = bool((part.known == part.known[0]).all())
-            return noise, part.known[0].expand(batch) if whole else part.known.expand(batch, -1)
-
-        video, video_known = state(
-            bool(generate.video),
-            clip.video_tokens,
-            c.video_channels,
-            latents,
-            given.video,
-            positions.grid[0],
-        )
-        audio, audio_known = state(
-            bool(generate.audio), clip.audio_tokens, c.audio_channels, audio_latents, given.audio, 1
-        )
-        known = Joint(video_known, audio_known)
-        if all(bool(k.all()) for _, k in known.items()):
-            raise ValueError("all of the clip is given: nothing is left to generate")
-        seconds = Joint(positions.video[:, 0], positions.audio[:, 0])
-        return JointLatents(video, audio, known.map(lambda m: (~m).float()), seconds), known
-
-    def _decode(
-        self,
-        state: JointLatents,
-        clip: ClipSpec,
-        given: Joint[Part],
-        output_type: str,
-        deflicker_strength: float,
-    ) -> tuple[Any, Any]:
-        """Tokens to frames, without flicker, and waveform. Frames and samples that were given come
-        back as they were given, but for frames of which only a region was, and for images: these
-        are as the codec renders them.
-        """
-        if output_type == "latent":
-            return state.video, state.audio
-        frames = waveform = None
-        if state.video is not None:
-            kept = _kept_frames(given.video, clip)
-            frames = self.decode_video(state.video, clip) if not kept.all() else torch.zeros(())
-            if kept.any() and given.video is not None and given.video.source is not None:
-                source = given.video.source.to(state.video.device, torch.float32)
-                index = kept.nonzero()[:, 0].to(source.device)
-                own = source.index_select(2, index)
-                frames = source if kept.all() else frames.index_copy(2, index, own)
-                if not kept.all():  # given frames help to steady the others and stay as they are
-                    frames = smooth_flicker(frames, deflicker_strength).index_copy(2, index, own)
-            else:
-                frames = smooth_flicker(frames, deflicker_strength)
-            frames = self.video_processor.postprocess_video(frames, output_type=output_type)
-        if state.audio is not None:
-            weight = _kept_samples(given.audio, clip)
-            waveform = self.decode_audio(state.audio, clip) if not (weight == 1).all() else None
-            if given.audio is not None and given.audio.source is not None:
-                source = given.audio.source.to(state.audio.device, torch.float32)
-                source = torch.nn.functional.pad(source, (0, clip.num_samples - source.shape[-1]))
-                weight = weight.to(source.device)
-                waveform = (
-                    source
-                    if waveform is None
-                    else torch.where(weight == 1, source, weight * source + (1 - weight) * waveform)
-                )
-        return frames, waveform
+def _with_given(
+    noise: torch.Tensor, part: Conditioning | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (B, N, C) with the given tokens in it, and the mask of these."""
+    batch = noise.shape[0]
+    if part is None:
+        return noise, torch.zeros(batch, dtype=torch.bool, device=noise.device)
+    tokens = torch.where(part.mask[None, :, None], part.tokens, noise)
+    # One level for a whole clip is the common case, and much cheaper to modulate than one for each
+    # token.
+    whole = bool((part.mask == part.mask[0]).all())
+    return tokens, part.mask[0].expand(batch) if whole else part.mask.expand(batch, -1)
 
 
 def masked_tokens(mask: torch.Tensor, clip: ClipSpec) -> torch.Tensor:
@@ -354,55 +270,22 @@ def masked_tokens(mask: torch.Tensor, clip: ClipSpec) -> torch.Tensor:
     return torch.cat([touched[:1], later]).flatten() > 0.5
 
 
-def _touched(clip: ClipSpec, retake: Retake) -> Joint[torch.Tensor]:
+def retaken_tokens(layout: ClipLayout, retake: Retake) -> Joint[torch.Tensor]:
     """Bool masks (N_v,), (N_a,) of the tokens whose time touches the span."""
+    clip = layout.clip
     if retake.start >= clip.seconds:
         raise ValueError(
             f"retake from {retake.start} s: the clip ends at {float(clip.seconds):g} s"
         )
-    _, rows, columns = clip.video_grid
-    begins = [
-        0.0,
-        *((1 + j * clip.clock.video_stride) / float(clip.fps) for j in range(clip.latent_frames)),
-    ]
-    step = clip.clock.audio_stride / clip.sample_rate
 
-    def hits(edges: list[float], wanted: bool) -> torch.Tensor:
-        return torch.tensor(
-            [wanted and a < retake.end and b > retake.start for a, b in pairwise(edges)]
-        )
+    def hits(edges: torch.Tensor, anew: bool) -> torch.Tensor:
+        begins, ends = edges.unbind(dim=1)
+        return (begins < float(retake.end)) & (ends > float(retake.start)) & anew
 
-    video = hits(begins, retake.video).repeat_interleave(rows * columns)
-    return Joint(video, hits([i * step for i in range(clip.audio_tokens + 1)], retake.audio))
+    return layout.edges().map(hits, Joint(retake.video, retake.audio))
 
 
-def _kept_frames(part: Part | None, clip: ClipSpec) -> torch.Tensor:
-    """Bool (F,): frames all of whose tokens are known from given frames."""
-    if part is None or part.source is None:
-        return torch.zeros(clip.num_frames, dtype=torch.bool)
-    latent = part.known.unflatten(0, (clip.latent_frames, -1)).all(1).cpu()
-    kept = torch.cat([latent[:1], latent[1:].repeat_interleave(clip.clock.video_stride)])
-    return kept & (torch.arange(clip.num_frames) < part.source.shape[2])
-
-
-def _kept_samples(part: Part | None, clip: ClipSpec) -> torch.Tensor:
-    """(S,) weight of the given sound: 1 where it is kept, falling to 0 within `SEAM` of what is
-    made anew.
-    """
-    if part is None or part.source is None:
-        return torch.zeros(clip.num_samples)
-    kept = part.known.cpu().float().repeat_interleave(clip.clock.audio_stride)[: clip.num_samples]
-    if kept.all():
-        return kept
-    reach = round(SEAM * clip.sample_rate)
-    near = torch.nn.functional.pad(1 - kept, (reach, reach))
-    # The ramp lies on the kept side, as beyond the seam there may be no given sound.
-    return kept * (
-        1 - torch.nn.functional.avg_pool1d(near[None], 2 * reach + 1, 1)[0].mul(2).clamp(max=1)
-    )
-
-
-def per_clip(rows: Any, batch: int) -> Any:
+def per_clip(rows: torch.Tensor, batch: int) -> torch.Tensor:
     """Repeat given rows so that there is one for each of the `batch` clips.
 
     Raises:

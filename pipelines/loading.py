@@ -7,6 +7,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +16,50 @@ import torch
 from safetensors import safe_open
 
 import avdiff
+from avdiff.files import write_text
+
+# What a saved folder says of itself to diffusers, which takes a class from a file of this name.
+LOADER = '"""Lets diffusers find the class."""\n\nfrom avdiff import AVDiffPipeline  # noqa: F401\n'
 
 
-class SafeLoadingMixin:
-    """In front of `DiffusionPipeline`: what its `from_pretrained` lets through."""
+def refuse_pickle(options: dict[str, Any]) -> None:
+    """Ask for safetensors, and refuse an option that asks for anything else.
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> Any:
-        """As in diffusers, but pickled weights are refused, and so is a config with options that
-        are not known.
+    Raises:
+        ValueError: `use_safetensors` is given and not True.
+    """
+    if options.setdefault("use_safetensors", True) is not True:
+        raise ValueError("use_safetensors: needs True, as pickled weights can run code")
 
-        Raises:
-            ValueError: an unknown option in a component's config, a tensor that is missing or that
-                no one asked for.
-        OSError: no safetensors file.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError("use_safetensors: needs True, as pickled weights can run code")
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+@contextmanager
+def checked_folder(
+    model: str | os.PathLike[str], options: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Check the configs of a local folder before it is loaded, and hand out the check of the
+    loaded components' tensors.
+
+    Raises:
+        ValueError: an unknown option, a tensor that is missing or that no one asked for.
+    """
+    folder = Path(model)
+    local = folder.is_dir()
+    if local:
         check_configs(folder)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        if not {"variant", "quantization_config"} & set(
-            kwargs
-        ):  # these have other names in their files
-            check_tensors(
-                folder, {name: part for name, part in pipe.components.items() if name not in kwargs}
-            )
-        return pipe
+    # these have other names in their files
+    renamed = {"variant", "quantization_config"} & set(options)
+
+    def check(components: Mapping[str, Any]) -> None:
+        if local and not renamed:
+            own = {name: part for name, part in components.items() if name not in options}
+            check_tensors(folder, own)
+
+    yield check
+
+
+def write_loader(folder: str | os.PathLike[str]) -> None:
+    """Write the one-line `pipeline.py` of a saved folder."""
+    write_text(Path(folder) / "pipeline.py", LOADER)
 
 
 def check_configs(folder: Path) -> None:
@@ -58,17 +73,14 @@ def check_configs(folder: Path) -> None:
     if parts.get("_class_name") not in avdiff.__all__:
         raise ValueError(f"{index}: is of a {parts.get('_class_name')}, needs an AVDiffPipeline")
     for part, entry in parts.items():
-        if not (
-            isinstance(entry, list)
-            and len(entry) == 2
-            and entry[0] == "avdiff"
-            and entry[1] in avdiff.__all__
-        ):
+        ours = isinstance(entry, list) and len(entry) == 2 and entry[0] == "avdiff"
+        if not ours or entry[1] not in avdiff.__all__:
             continue
         kind = getattr(avdiff, entry[1])
         path = folder / part / kind.config_name
         if path.is_file():
-            known = inspect.signature(kind.__init__).parameters
+            # diffusers writes this one beside the options
+            known = {*inspect.signature(kind.__init__).parameters, "quantization_config"}
             unknown = [key for key in _json(path) if key not in known and not key.startswith("_")]
             if unknown:
                 raise ValueError(
@@ -76,19 +88,21 @@ def check_configs(folder: Path) -> None:
                 )
 
 
-def check_tensors(folder: Path, components: dict[str, Any]) -> None:
+def check_tensors(folder: Path, components: Mapping[str, Any]) -> None:
     """Refuse weights that do not fill a component exactly: diffusers would leave the rest as it was
-    drawn.
+    drawn. Quantized components, whose files hold other tensors, are left to their quantizer.
     """
     for name, part in components.items():
         if not isinstance(part, torch.nn.Module):
+            continue
+        if getattr(part, "config", {}).get("quantization_config") is not None:
             continue
         stored: set[str] = set()
         for file in (folder / name).glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 stored |= set(tensors.keys())
-        wanted = set(part.state_dict())
-        for what, keys in (("lacks", wanted - stored), ("holds an unknown", stored - wanted)):
+        expected = set(part.state_dict())
+        for what, keys in (("lacks", expected - stored), ("holds an unknown", stored - expected)):
             if keys and stored:
                 raise ValueError(
                     f"{folder / name}: {what} {min(keys)!r}, one of {len(keys)} such tensors"

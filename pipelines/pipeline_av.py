@@ -9,7 +9,10 @@ A given part keeps noise level 0 while the rest is denoised around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -19,57 +22,54 @@ from diffusers import DiffusionPipeline
 from diffusers.video_processor import VideoProcessor
 from PIL.Image import Image
 
-from avdiff.clip import Clock
+from avdiff.clip import ClipSpec
 from avdiff.guidance import Guidance
-from avdiff.latents import Joint
+from avdiff.latents import Joint, JointLatents
+from avdiff.models.codec import LatentCodec, codec_clock
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
-from avdiff.models.conditions import Positions
+from avdiff.models.conditions import Conditions, Positions
 from avdiff.models.prompt_domain import PromptDomain
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.track import PhonemeTrack
-from avdiff.pipelines.codecs import CodecMixin
-from avdiff.pipelines.conditioning import ConditioningMixin, Retake, per_clip
-from avdiff.pipelines.denoise import StepMixin, Told
-from avdiff.pipelines.loading import SafeLoadingMixin
+from avdiff.pipelines.conditioning import (
+    Conditioning,
+    Retake,
+    encode_conditioning,
+    initial_state,
+    per_clip,
+)
+from avdiff.pipelines.denoise import ConditionCache, denoise
+from avdiff.pipelines.loading import checked_folder, refuse_pickle, write_loader
 from avdiff.pipelines.lora import AVLoraLoaderMixin
-from avdiff.pipelines.output import AVPipelineOutput
-from avdiff.pipelines.prompt import Request, understand
-from avdiff.pipelines.streaming import LongMixin
-from avdiff.pipelines.validation import check_finite, check_memory, checked
+from avdiff.pipelines.output import AVPipelineOutput, decode_output
+from avdiff.pipelines.prompt import ClipPlan, clip_length, plan_clip, seeds_of
+from avdiff.pipelines.request import ARGUMENTS, GenerationRequest, TextFeatures
+from avdiff.pipelines.sampling_defaults import SamplingDefaults
+from avdiff.pipelines.schedule import correlate_frames
+from avdiff.pipelines.streaming import Segment, stream_clip
+from avdiff.pipelines.validation import check_finite, check_memory, validate
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
 __all__ = ["RECOMMENDED", "AVDiffPipeline"]
 
-# What a call uses that does not say otherwise, unless the pipeline's config does (a distilled
-# one's).
-RECOMMENDED = {
-    "num_inference_steps": 16,
-    "guidance_scale": 2.0,
-    "audio_guidance_scale": 2.0,
-    "deflicker_strength": 0.0,
-}
+RECOMMENDED = asdict(SamplingDefaults())  # as a pipeline's config holds them
 
 
-class AVDiffPipeline(
-    SafeLoadingMixin,
-    DiffusionPipeline,
-    AVLoraLoaderMixin,
-    CodecMixin,
-    ConditioningMixin,
-    StepMixin,
-    LongMixin,
-):
+class AVDiffPipeline(DiffusionPipeline, AVLoraLoaderMixin):
     """Joint audio-video generation.
 
     Args:
-        transformer: denoiser. scheduler: steps both modalities. vae, audio_vae, vocoder: codecs.
-        text_encoder, tokenizer: captions to features. world: what the model can make; without one,
-            any prompt is taken.
+        transformer: denoiser. scheduler: steps both modalities; a flow-matching scheduler of
+            diffusers is stepped by a copy for each.
+        vae, audio_vae, vocoder: codecs.
+        text_encoder, tokenizer: captions to features. prompt_domain: what the model can make;
+            without one, any prompt is taken.
         num_inference_steps, guidance_scale, audio_guidance_scale, deflicker_strength: what a call
-            uses that does not say otherwise; a distilled model says fewer steps and no guidance.
+            uses that does not say otherwise; where they are None, what the transformer brings from
+            the pipeline that it was in, else `SamplingDefaults()`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae->audio_vae->vocoder"
@@ -91,16 +91,20 @@ class AVDiffPipeline(
         text_encoder: CaptionEncoder | None = None,
         tokenizer: Any = None,
         prompt_domain: PromptDomain | None = None,
-        num_inference_steps: int = 16,
-        guidance_scale: float = 2.0,
-        audio_guidance_scale: float = 2.0,
-        deflicker_strength: float = 0.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        audio_guidance_scale: float | None = None,
+        deflicker_strength: float | None = None,
     ) -> None:
         super().__init__()
-        scales = dict(guidance_scale=guidance_scale, audio_guidance_scale=audio_guidance_scale)
-        self.register_to_config(
-            num_inference_steps=num_inference_steps, deflicker_strength=deflicker_strength, **scales
-        )
+        named = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "audio_guidance_scale": audio_guidance_scale,
+            "deflicker_strength": deflicker_strength,
+        }
+        brought = getattr(transformer, "sampling_defaults", None)
+        self.register_to_config(**asdict(SamplingDefaults.of(named, brought)))
         self.register_modules(
             transformer=transformer,
             scheduler=scheduler,
@@ -111,18 +115,82 @@ class AVDiffPipeline(
             tokenizer=tokenizer,
             prompt_domain=prompt_domain,
         )
+        self._reset_run()
         if transformer is None or vae is None or audio_vae is None:
             return  # captions alone can be encoded
-        self.clock = Clock(
-            video_stride=vae.config.temporal_compression_ratio,
-            spatial_stride=vae.config.spatial_compression_ratio,
-            patch=round((transformer.config.video_channels / vae.config.latent_channels) ** 0.5),
-            audio_stride=audio_vae.config.mel_hop_length
-            * audio_vae.config.temporal_compression_ratio,
-            mel_hop=audio_vae.config.mel_hop_length,
-            shared_rate=Fraction(transformer.config.shared_rate or 12.5).limit_denominator(1000),
-        )
+        ratio = transformer.config.video_channels / vae.config.latent_channels
+        self.clock = codec_clock(vae, audio_vae, round(ratio**0.5), transformer.config.shared_rate)
         self.video_processor = VideoProcessor(vae_scale_factor=self.clock.spatial_stride)
+
+    # ------------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """As in diffusers, but pickled weights are refused, and so is a config with options that
+        are not known.
+
+        Raises:
+            ValueError: an unknown option in a component's config, a tensor that is missing or that
+                no one asked for.
+            OSError: no safetensors file.
+        """
+        refuse_pickle(kwargs)
+        with checked_folder(pretrained_model_name_or_path, kwargs) as check:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            check(pipe.components)
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, always as safetensors, with a `pipeline.py` by which
+        `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder)` finds this class.
+
+        Raises:
+            ValueError: pickled weights are asked for.
+        """
+        if safe_serialization is not True:
+            raise ValueError("safe_serialization: needs True, as pickled weights can run code")
+        super().save_pretrained(save_directory, safe_serialization=True, **kwargs)
+        write_loader(save_directory)
+
+    # ------------------------------------------------------------- what a call uses by default
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """What a call uses that does not say otherwise."""
+        return SamplingDefaults.of(self.config)
+
+    @sampling_defaults.setter
+    def sampling_defaults(self, defaults: SamplingDefaults) -> None:
+        self.register_to_config(**asdict(defaults))
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Arguments of another pipeline; the transformer carries the sampling defaults along, as
+        they belong to its weights.
+        """
+        parts = super().components
+        if parts.get("transformer") is not None:
+            parts["transformer"].sampling_defaults = self.sampling_defaults
+        return parts
+
+    # -------------------------------------------------------------------- state of the running call
+
+    def _reset_run(self, request: GenerationRequest | None = None) -> None:
+        guidance = Guidance() if request is None else request.guidance
+        self._guidance = guidance
+        self._guidance_scale = guidance.text.video
+        self._audio_guidance_scale = guidance.text.audio
+        self._interrupt = False
+        self._current_timestep: torch.Tensor | None = None
+        self._num_timesteps = 0 if request is None else request.steps
+        self._attention_kwargs = None if request is None else request.attention_kwargs
 
     @property
     def guidance_scale(self) -> float:
@@ -141,10 +209,10 @@ class AVDiffPipeline(
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the running call guides by text."""
-        return self._guidance_scale != 1 or self._audio_guidance_scale != 1
+        return any(s not in (0, 1) for s in (self._guidance_scale, self._audio_guidance_scale))
 
     @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
+    def attention_kwargs(self) -> Any:
         """Those of the running call."""
         return self._attention_kwargs
 
@@ -155,7 +223,7 @@ class AVDiffPipeline(
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """Noise level of the running step."""
+        """Noise level of the running step, from 1000 down to 0, as diffusers' caches expect it."""
         return self._current_timestep
 
     @property
@@ -163,22 +231,63 @@ class AVDiffPipeline(
         """Set `pipe._interrupt = True` in a callback to stop after the step."""
         return self._interrupt
 
+    # --------------------------------------------------------------------------------- the parts
+
+    @property
+    def codec(self) -> LatentCodec:
+        """Between pixels and waveforms outside and tokens inside."""
+        return LatentCodec(
+            self.vae, self.audio_vae, self.vocoder, self.clock, self._execution_device
+        )
+
+    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+        """Video (B, 3, F, H, W) in [-1, 1] -> packed normalized tokens."""
+        return self.codec.encode_video(frames)
+
+    def encode_audio(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Waveform (B, C, S) at the audio VAE's rate -> packed normalized tokens."""
+        return self.codec.encode_audio(waveform)
+
+    def decode_video(self, tokens: torch.Tensor, clip: ClipSpec) -> torch.Tensor:
+        """Packed tokens -> video (B, 3, F, H, W) in [-1, 1]."""
+        return self.codec.decode_video(tokens, self.codec.layout(clip))
+
+    def decode_audio(self, tokens: torch.Tensor, clip: ClipSpec) -> torch.Tensor:
+        """Packed tokens -> waveform (B, C, S) of exactly the clip's length, in [-1, 1]."""
+        return self.codec.decode_audio(tokens, self.codec.layout(clip))
+
     def encode_prompt(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
-    ):
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:
         """Captions -> features (B, L, D) and masks (B, L); without a negative prompt the negative
         pair is None.
         """
-        if prompt_embeds is None:
-            prompt_embeds, prompt_attention_mask = self._features(prompt)
+
+        if prompt_embeds is None and prompt is not None:
+            prompt_embeds, prompt_attention_mask = self._features(prompt, device)
         if negative_prompt_embeds is None and negative_prompt is not None:
-            negative_prompt_embeds, negative_prompt_attention_mask = self._features(negative_prompt)
+            negative_prompt_embeds, negative_prompt_attention_mask = self._features(
+                negative_prompt, device
+            )
+        if not do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        prompt_embeds = _several(prompt_embeds, num_videos_per_prompt, dtype)
+        prompt_attention_mask = _several(prompt_attention_mask, num_videos_per_prompt)
+        negative_prompt_embeds = _several(negative_prompt_embeds, num_videos_per_prompt, dtype)
+        negative_prompt_attention_mask = _several(
+            negative_prompt_attention_mask, num_videos_per_prompt
+        )
+        # diffusers' tests read the names of these four from the source
         return (
             prompt_embeds,
             prompt_attention_mask,
@@ -186,11 +295,14 @@ class AVDiffPipeline(
             negative_prompt_attention_mask,
         )
 
-    def _features(self, text: str | list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(
+        self, text: str | list[str], device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "this pipeline has no text encoder: pass prompt_embeds and prompt_attention_mask"
             )
+        device = device or self._execution_device
         tokens = self.tokenizer(
             [text] if isinstance(text, str) else text,
             padding="max_length",
@@ -198,45 +310,111 @@ class AVDiffPipeline(
             return_tensors="pt",
             max_length=self.text_encoder.config.max_length,
         )
-        mask = tokens.attention_mask.to(self._execution_device)
-        return self.text_encoder(tokens.input_ids.to(self._execution_device), mask), mask
+        mask = tokens.attention_mask.to(device)
+        return self.text_encoder(tokens.input_ids.to(device), mask), mask
 
-    def check_inputs(
+    def _event_seeds(
+        self, generator: torch.Generator | list[torch.Generator] | None, batch: int
+    ) -> list[int] | None:
+        """A seed for the onsets of each clip's event; None where the model knows no onset track."""
+        return seeds_of(generator, batch) if self.transformer.config.onset_track else None
+
+    def plan(self, request: GenerationRequest) -> ClipPlan:
+        """Size and length of the clip, and what is said in it when.
+
+        Raises:
+            ValueError: a prompt beyond the model's domain, or words that do not fit.
+        """
+        # an adapter may have learned more than the domain says
+        adapted = bool(getattr(self.transformer, "peft_config", None))
+        checks = request.check_prompt and not adapted
+        plan = plan_clip(
+            request.prompts,
+            request.frame,
+            clip_length(request),
+            request.language,
+            request.phoneme_track,
+            self.prompt_domain if checks else None,
+            request.has_media,
+            self._event_seeds(request.generator, request.batch) if request.prompts else None,
+        )
+        check_memory(plan.clip, request.batch)
+        return plan
+
+    def prepare_latents(
         self,
-        prompt: Any,
-        prompt_embeds: Any,
-        generate: Joint[bool],
-        steps: int,
-        output_type: str,
-        callback_inputs: list[str],
-    ) -> None:
-        """One sentence for each way a call can be wrong."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("needs exactly one of prompt and prompt_embeds")
-        if prompt is not None and not (
-            isinstance(prompt, str)
-            or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
-        ):
-            raise ValueError(
-                f"prompt of type {type(prompt).__name__}: needs a text or a non-empty list of texts"
+        clip: ClipSpec,
+        request: GenerationRequest,
+        conditioning: Joint[Conditioning],
+    ) -> tuple[JointLatents, Joint[torch.Tensor]]:
+        """Noise for what is generated, clean tokens for what is given, and the mask of the given
+        tokens: bool (B, N), or (B,) where a modality is given or generated as a whole.
+
+        Raises:
+            ValueError: latents do not fit the clip, or everything is given.
+        """
+        correlate = partial(correlate_frames, self.scheduler)
+        layout = self.codec.layout(clip)
+        return initial_state(layout, request, conditioning, self._execution_device, correlate)
+
+    def conditions(self, request: GenerationRequest, plan: ClipPlan) -> ConditionCache[Conditions]:
+        """What each pass of the run reads: captions, words on the clock, positions."""
+        embeds, mask, negative, negative_mask = self.encode_prompt(
+            plan.descriptions,
+            request.negative_prompts,
+            request.text.embeds,
+            request.text.mask,
+            request.negative_text.embeds,
+            request.negative_text.mask,
+        )
+        device = self._execution_device
+        batch = request.batch
+        positions = Positions.of(plan.clip, device)
+        track = None if plan.track is None else plan.track.to(device)
+
+        def features(values: torch.Tensor | None, mask: torch.Tensor | None) -> TextFeatures:
+            if values is None or mask is None:
+                return TextFeatures()
+            return TextFeatures(per_clip(values, batch), per_clip(mask, batch))
+
+        def prepare(name: str, text: TextFeatures) -> Conditions:
+            own = None if track is None else track.without() if name == "no_text" else track
+            return self.transformer.prepare(
+                text.embeds,
+                text.mask,
+                positions,
+                own,
+                batch,
+                attention_kwargs=request.attention_kwargs,
             )
-        if not (generate.video or generate.audio):
-            raise ValueError(
-                "generate_video and generate_audio are both False: nothing is left to generate"
-            )
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps={steps}: needs a whole number of at least 1")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: needs 'pil', 'np', 'pt' or 'latent'")
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: "
-                f"needs some of {self._callback_tensor_inputs}"
-            )
+
+        read = {"cond": features(embeds, mask), "no_text": features(negative, negative_mask)}
+        return ConditionCache(prepare, read)
+
+    def decode(
+        self,
+        state: JointLatents,
+        clip: ClipSpec,
+        conditioning: Joint[Conditioning],
+        request: GenerationRequest,
+    ) -> AVPipelineOutput:
+        """Tokens to what `output_type` asks for; given frames and samples come back as they were.
+
+        Raises:
+            ValueError: the run ended in NaN or infinite values.
+        """
+        check_finite(state.latents)
+        decoded = decode_output(self.codec, state, clip, conditioning, request)
+        frames: Any = decoded.video
+        if frames is not None and request.output_type not in ("latent", "tokens"):
+            process = self.video_processor.postprocess_video
+            frames = process(frames, output_type=request.output_type)
+        rate = self.vocoder.config.sampling_rate
+        return AVPipelineOutput(frames, decoded.audio, rate, clip.fps)
+
+    # ---------------------------------------------------------------------------------- the call
 
     @torch.no_grad()
-    @checked
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -247,6 +425,8 @@ class AVDiffPipeline(
         height: int = 128,
         width: int = 128,
         num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | Joint | None = None,
+        timesteps: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         audio_guidance_scale: float | None = None,
         guidance: Guidance | None = None,
@@ -261,7 +441,7 @@ class AVDiffPipeline(
         retake: Retake | None = None,
         mask: torch.Tensor | None = None,
         language: str | None = None,
-        track: PhonemeTrack | None = None,
+        phoneme_track: PhonemeTrack | None = None,
         speech_start: float | None = None,
         check_prompt: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -277,176 +457,78 @@ class AVDiffPipeline(
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents", "audio_latents"],  # noqa: B006 (diffusers' signature)
     ) -> AVPipelineOutput | tuple:
-        """Generate clips.
+        """Generate clips."""
+        arguments = dict(locals())
+        request = validate(self, {name: arguments[name] for name in CALL.parameters})
+        self._reset_run(request)
+        plan = self.plan(request)
+        codec = self.codec
+        conditions = self.conditions(request, plan)
+        conditioning = encode_conditioning(codec, plan.clip, request, self._execution_device)
+        state, mask = self.prepare_latents(plan.clip, request, conditioning)
+        state = denoise(self, state, mask, conditions, request)
+        output = self.decode(state, plan.clip, conditioning, request)
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.frames, output.audio)
 
-        Args:
-            prompt: description; words to speak stand in double quotes. negative_prompt: what
-                guidance leads from.
-            seconds or num_frames: length (num_frames = 1 + k * video stride); with neither, as long
-            as what is given,
-                or as the words take. A clip that is longer than what is given continues it.
-            height, width: pixels. frame_rate: frames per second.
-            num_inference_steps: denoising steps. guidance_scale, audio_guidance_scale: text
-                guidance of video and audio, 1 is none; or a whole `guidance`. Where they are not
-                given, the pipeline's config decides.
-            deflicker_strength: changes of a pixel from frame to frame, of 255, that count as
-                flicker and are averaged over time; 0 leaves the frames as they are decoded.
-            image, last_image: (3, H, W) or (B, 3, H, W) in [-1, 1], or a PIL picture of the clip's
-                size; first and last frame, as the codec renders them.
-            video: (B, 3, F, H, W) in [-1, 1]. audio: (B, C, S) at the audio VAE's rate. Both come
-                back as they were given, but for 10 ms of sound ahead of what is new.
-            retake: a span of the given clip that is made anew. mask: (H, W) or (F, H, W), above 0.5
-                where the given video is made anew; the rest of such a frame is as the codec renders
-                it.
-            script: spoken words on the clock instead of the prompt's. speech_start: seconds at
-                which the words begin; by default after the sound that is continued.
-            check_prompt: refuse prompts beyond the pipeline's `world`, if it has one.
-            latents, audio_latents: packed starting noise (B, N, C).
+    def request(self, **arguments: Any) -> GenerationRequest:
+        """Check the arguments of a call without running it.
 
         Raises:
-            ValueError: one sentence that names the argument, its value and what fits.
+            ValueError: as the call does. TypeError: an argument that it does not have.
         """
-        generate = Joint(generate_video, generate_audio)
-        num_inference_steps = _or(num_inference_steps, self.config.num_inference_steps)
-        self.check_inputs(
-            prompt,
-            prompt_embeds,
-            generate,
-            num_inference_steps,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        scales = (
-            _or(guidance_scale, self.config.guidance_scale),
-            _or(audio_guidance_scale, self.config.audio_guidance_scale),
-        )
-        self._guidance = guidance or Guidance(text=Joint(*scales))
-        self._guidance_scale = self._guidance.text.video
-        self._audio_guidance_scale = self._guidance.text.audio
-        self._interrupt = False
-        self._current_timestep = None
-        self._attention_kwargs = attention_kwargs
-        device = self._execution_device
-        steady = _or(deflicker_strength, self.config.deflicker_strength)
+        bound = CALL.bind(**arguments)
+        bound.apply_defaults()
+        return validate(self, bound.arguments)
 
-        prompts = _repeat([prompt] if isinstance(prompt, str) else prompt, num_videos_per_prompt)
-        embedded = 0 if prompt_embeds is None else prompt_embeds.shape[0]
-        batch = len(prompts) if prompts else embedded * num_videos_per_prompt
-        frame = dict(
-            fps=frame_rate,
-            height=height,
-            width=width,
-            sample_rate=self.audio_vae.config.sample_rate,
-            clock=self.clock,
-        )
-        widened = bool(
-            getattr(self.transformer, "peft_config", None)
-        )  # an adapter may have learned more
-        prompt_domain = self.prompt_domain if check_prompt and not widened else None
-        conditioning_from_files = any(
-            part is not None for part in (image, last_image, audio, video)
-        )
-        length, num_frames, begin = self._length(
-            seconds, num_frames, frame, audio, video, speech_start
-        )
-        request: Request = understand(
-            prompts,
-            frame,
-            length,
-            num_frames,
-            language,
-            track,
-            prompt_domain,
-            conditioning_from_files,
-            begin,
-            self._event_seeds(generator, batch) if prompts else None,
-        )
-        clip = request.clip
-        check_memory(clip, batch)
-        positions = Positions.of(clip, device)
+    def stream(
+        self,
+        prompt: str,
+        seconds: float,
+        segment: float = 4.0,
+        overlap: float = 1.0,
+        video: torch.Tensor | None = None,
+        audio: torch.Tensor | None = None,
+        frame_rate: Fraction | float = 25,
+        generate_video: bool = True,
+        generate_audio: bool = True,
+        language: str | None = None,
+        **options: Any,
+    ) -> Iterator[Segment]:
+        """Make one clip of any length piece by piece, in constant memory; write it with
+        `write_clip(path, *streams(pipe.stream(...)), ...)`.
 
-        (
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-        ) = self.encode_prompt(
-            request.descriptions,
-            _repeat_negative(negative_prompt, batch),
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
-        )
-        prompt_embeds, prompt_attention_mask = (
-            per_clip(x, batch) for x in (prompt_embeds, prompt_attention_mask)
-        )
-        if negative_prompt_embeds is not None:
-            negative_prompt_embeds = per_clip(negative_prompt_embeds, batch)
-            negative_prompt_attention_mask = per_clip(negative_prompt_attention_mask, batch)
-        assert not isinstance(image, Image) and not isinstance(
-            last_image, Image
-        )  # `checked` made tensors of them
-        given = self._given(clip, batch, image, last_image, audio, video, retake, mask)
-        state, known = self.prepare_latents(
-            clip, batch, generator, positions, generate, given, latents, audio_latents
-        )
-        told = Told(
-            partial(self.transformer.prepare, attention_kwargs=attention_kwargs),
-            {
-                "cond": (prompt_embeds, prompt_attention_mask),
-                "no_text": (negative_prompt_embeds, negative_prompt_attention_mask),
-            },
-            positions,
-            None if request.track is None else request.track.to(device),
-            batch,
-        )
+        Args:
+            prompt: its words are laid on the clock of the whole clip, after the given part.
+            seconds: length of the whole clip. segment, overlap: seconds of one call and of what it
+                is given.
+            video, audio: as in `__call__`, the beginning of the clip, which comes first in the
+                result. Sound that is longer than the film drives it.
+            options: of `__call__`.
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = num_inference_steps
-        with self.progress_bar(total=num_inference_steps) as progress:
-            for i in range(num_inference_steps):
-                if self.interrupt:
-                    continue
-                sigmas = Joint(
-                    *(
-                        s[i].expand(batch)
-                        for s in (self.scheduler.sigmas.video, self.scheduler.sigmas.audio)
-                    )
-                )
-                self._current_timestep = self.scheduler.timesteps[i]
-                estimate = self._estimate(
-                    state, known, sigmas, told, i / num_inference_steps, attention_kwargs
-                )
-                state = self.scheduler.step(estimate, i, state, known)
-                if callback_on_step_end is not None:
-                    state = self._callback(
-                        callback_on_step_end, callback_on_step_end_tensor_inputs, i, state, told
-                    )
-                progress.update()
-
-        check_finite(state.latents)
-        frames, waveform = self._decode(state, clip, given, output_type, steady)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (frames, waveform)
-        return AVPipelineOutput(frames, waveform, self.vocoder.config.sampling_rate, clip.fps)
+        Raises:
+            ValueError: before any work: a value that no call takes, the clip is no longer than what
+                is given, or what is given lacks a modality that is asked for.
+        """
+        options |= {
+            "frame_rate": frame_rate,
+            "generate_video": generate_video,
+            "generate_audio": generate_audio,
+            "language": language,
+        }
+        return stream_clip(self, prompt, seconds, segment, overlap, video, audio, options)
 
 
-def _or(given: Any, default: Any) -> Any:
-    return default if given is None else given
+def _several(
+    values: torch.Tensor | None, times: int, dtype: torch.dtype | None = None
+) -> torch.Tensor | None:
+    """Each row of features or masks so many times, in a dtype."""
+    if values is None or (times == 1 and dtype is None):
+        return values
+    return values.to(dtype or values.dtype).repeat_interleave(times, dim=0)
 
 
-def _repeat(items: list[str] | None, times: int) -> list[str] | None:
-    return None if items is None else [item for item in items for _ in range(times)]
-
-
-def _repeat_negative(negative: str | list[str] | None, batch: int) -> list[str] | None:
-    if negative is None:
-        return None
-    items = [negative] if isinstance(negative, str) else negative
-    if batch % len(items):
-        raise ValueError(
-            f"negative_prompt has {len(items)} texts for {batch} clips: give one, or one for each"
-        )
-    return _repeat(items, batch // len(items))
+# The arguments of a call, without `self`.
+CALL = inspect.signature(AVDiffPipeline.__call__)
+CALL = CALL.replace(parameters=list(CALL.parameters.values())[1:])
+AVDiffPipeline.__call__.__doc__ = f"{AVDiffPipeline.__call__.__doc__}\n{ARGUMENTS}"

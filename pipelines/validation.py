@@ -1,64 +1,174 @@
 """What a call of the pipeline may be given: one sentence for each value that cannot work, before
 anything is computed.
 
-`checked` goes over the arguments by name. Lengths, sizes and rates that belong to the clock are
-checked by `ClipSpec`.
+`validate` goes over the arguments by name and returns the request that all later steps read.
+Lengths, sizes and rates that belong to the clock are checked by `ClipSpec`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 
 from avdiff.clip import ClipSpec
-from avdiff.guidance import Guidance
+from avdiff.guidance import Guidance, TextGuidance
 from avdiff.latents import Joint
 from avdiff.phonetics.track import PhonemeTrack
 from avdiff.pipelines.conditioning import Retake
+from avdiff.pipelines.request import FrameFormat, GenerationRequest, TextFeatures
+from avdiff.pipelines.schedule import check_scheduler, check_sigmas
+
+if TYPE_CHECKING:
+    from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
 MAX_GUIDANCE = 100  # beyond it the estimate is noise in any precision
-WHOLE = {
-    "num_inference_steps": 10_000,
-    "num_videos_per_prompt": 1_000,
-}  # the largest that is no slip of the keyboard
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "tokens")
+# The largest whole numbers that are no slip of the keyboard.
+WHOLE = {"num_inference_steps": 10_000, "num_videos_per_prompt": 1_000}
+KINDS: dict[str, tuple[type, str]] = {
+    "guidance": (Guidance, "an avdiff.Guidance, or None"),
+    "phoneme_track": (PhonemeTrack, "a PhonemeTrack, or None"),
+    "retake": (Retake, "an avdiff.Retake, or None"),
+    "attention_kwargs": (dict, "a dict, or None"),
+    "language": (str, "a code such as 'en', or None"),
+}
+UNCHANGED = (  # of the call, as they are in the request
+    "seconds",
+    "num_frames",
+    "image",
+    "last_image",
+    "video",
+    "audio",
+    "retake",
+    "mask",
+    "language",
+    "phoneme_track",
+    "speech_start",
+    "check_prompt",
+    "generator",
+    "latents",
+    "audio_latents",
+    "output_type",
+    "attention_kwargs",
+)
+FLAGS = ("generate_video", "generate_audio", "check_prompt", "return_dict")
 
 
-def checked(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the arguments of `AVDiffPipeline.__call__` by their names before it runs.
+def validate(pipe: AVDiffPipeline, values: dict[str, Any]) -> GenerationRequest:
+    """Check the arguments of a call by their names.
+
+    Args:
+        values: of every argument, as `inspect.signature` binds them.
 
     Raises:
         ValueError: names the argument, its value and what fits.
     """
-    signature = inspect.signature(call)
+    values = dict(values)
+    for name in ("image", "last_image"):
+        if isinstance(values[name], Image):
+            values[name] = picture_tensor(values[name])
+    _check_numbers(values)
+    _check_kinds(values)
+    _check_texts(values)
+    _check_callback(pipe, values)
+    _check_embeddings(pipe, values)
+    for name in ("latents", "audio_latents"):
+        if values[name] is not None:
+            _check_tensor(name, values[name], "(batch, tokens, values)", 3, 4, 5)
+    _check_media(pipe, values)
+    check_scheduler(pipe.scheduler)
+    sigmas = check_sigmas(pipe.scheduler, values["sigmas"], values["timesteps"])
+    batch = _batch_size(values)
+    _check_generators(values["generator"], batch)
+    _check_track(pipe, values["phoneme_track"], batch)
+    return _filled_in(pipe, values, batch, sigmas)
 
-    @functools.wraps(call)
-    def checked_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        for name in ("image", "last_image"):
-            if isinstance(bound.arguments[name], Image):
-                bound.arguments[name] = picture_tensor(bound.arguments[name])
-        check_call(self, bound.arguments)
-        return call(*bound.args, **bound.kwargs)
 
-    return checked_call
+def _filled_in(
+    pipe: AVDiffPipeline,
+    values: dict[str, Any],
+    batch: int,
+    sigmas: Sequence[float] | torch.Tensor | Joint[torch.Tensor] | None,
+) -> GenerationRequest:
+    """The request of checked values, with the pipeline's defaults where a call says nothing."""
+    defaults = pipe.sampling_defaults.of(values, pipe.sampling_defaults)
+    scales = (defaults.guidance_scale, defaults.audio_guidance_scale)
+    steps = defaults.num_inference_steps
+    if sigmas is not None:
+        steps = len(next(v for _, v in sigmas.items()) if isinstance(sigmas, Joint) else sigmas)
+    callback = values["callback_on_step_end"]
+    names = getattr(callback, "tensor_inputs", values["callback_on_step_end_tensor_inputs"])
+    return GenerationRequest(
+        prompts=_repeated(values["prompt"], values["num_videos_per_prompt"]),
+        negative_prompts=_negatives(values["negative_prompt"], batch),
+        text=TextFeatures(values["prompt_embeds"], values["prompt_attention_mask"]),
+        negative_text=TextFeatures(
+            values["negative_prompt_embeds"], values["negative_prompt_attention_mask"]
+        ),
+        batch=batch,
+        generate=Joint(values["generate_video"], values["generate_audio"]),
+        frame=FrameFormat(
+            values["frame_rate"],
+            values["height"],
+            values["width"],
+            pipe.audio_vae.config.sample_rate,
+            pipe.clock,
+        ),
+        steps=steps,
+        sigmas=sigmas,
+        guidance=values["guidance"] or Guidance(text=text_guidance(*scales)),
+        deflicker_strength=defaults.deflicker_strength,
+        callback=callback,
+        callback_names=list(names),
+        **{name: values[name] for name in UNCHANGED},
+    )
 
 
-def check_call(pipe: Any, values: dict[str, Any]) -> None:  # noqa: C901
-    """The checks of `checked` on a dict of arguments."""
+def text_guidance(video: float, audio: float) -> TextGuidance:
+    """Text guidance of two scales as a call gives them: 0 is none, as everywhere in diffusers, and
+    so is 1. The estimate without the text is `Guidance.without_text()`.
+    """
+    return TextGuidance(*(1.0 if scale == 0 else float(scale) for scale in (video, audio)))
+
+
+def _batch_size(values: dict[str, Any]) -> int:
+    prompt = values["prompt"]
+    times = values["num_videos_per_prompt"]
+    if prompt is None:
+        return values["prompt_embeds"].shape[0] * times
+    return (1 if isinstance(prompt, str) else len(prompt)) * times
+
+
+def _repeated(prompt: str | list[str] | None, times: int) -> list[str] | None:
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    return [text for text in prompts for _ in range(times)]
+
+
+def _negatives(negative: str | list[str] | None, batch: int) -> list[str] | None:
+    if negative is None:
+        return None
+    texts = [negative] if isinstance(negative, str) else negative
+    if batch % len(texts):
+        raise ValueError(
+            f"negative_prompt has {len(texts)} texts for {batch} clips: give one, or one for each"
+        )
+    return _repeated(texts, batch // len(texts))
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
     for name, most in WHOLE.items():
         value = values[name]
         if value is None and name == "num_inference_steps":  # the pipeline's own
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        if not _is_whole(value) or not 1 <= value <= most:
             raise ValueError(
                 f"{name}={_short(value)}: needs a whole number of at least 1 and at most {most}"
             )
@@ -68,63 +178,122 @@ def check_call(pipe: Any, values: dict[str, Any]) -> None:  # noqa: C901
             raise ValueError(
                 f"{name}={_short(value)}: needs a number from -{MAX_GUIDANCE} to {MAX_GUIDANCE}"
             )
-    steady = values["deflicker_strength"]
-    if steady is not None and not (_is_number(steady) and 0 <= steady <= 255):
+    strength = values["deflicker_strength"]
+    if strength is not None and not (_is_number(strength) and 0 <= strength <= 255):
         raise ValueError(
-            f"deflicker_strength={_short(steady)}: needs a number from 0 to 255, or None"
+            f"deflicker_strength={_short(strength)}: needs a number from 0 to 255, or None"
         )
     start = values["speech_start"]
     if start is not None and not (_is_number(start) and start >= 0):
         raise ValueError(f"speech_start={_short(start)}: needs seconds of at least 0, or None")
+    _check_length(values)
+
+
+def _check_length(values: dict[str, Any]) -> None:
     frames = values["num_frames"]
-    if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool)):
+    seconds = values["seconds"]
+    if frames is not None and not _is_whole(frames):
         raise ValueError(f"num_frames={_short(frames)}: needs a whole number, or None")
-    if values["seconds"] is not None and not _is_number(values["seconds"]):
-        raise ValueError(f"seconds={_short(values['seconds'])}: needs a number above 0, or None")
-    for name, kinds, wanted in (
-        ("guidance", Guidance, "an avdiff.Guidance, or None"),
-        ("track", PhonemeTrack, "a Script, or None"),
-        ("retake", Retake, "an avdiff.Retake, or None"),
-        ("attention_kwargs", dict, "a dict, or None"),
-        ("language", str, "a code such as 'en', or None"),
-    ):
-        if values[name] is not None and not isinstance(values[name], kinds):
+    if seconds is not None and not _is_number(seconds):
+        raise ValueError(f"seconds={_short(seconds)}: needs a number above 0, or None")
+    if seconds is not None and frames is not None:
+        raise ValueError(f"seconds={seconds} and num_frames={frames}: give one of them")
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    for name, (kind, wanted) in KINDS.items():
+        if values[name] is not None and not isinstance(values[name], kind):
             raise ValueError(f"{name}={_short(values[name])}: needs {wanted}")
-    if not isinstance(values["output_type"], str):
+    for name in FLAGS:
+        if not isinstance(values[name], bool):
+            raise ValueError(f"{name}={_short(values[name])}: needs True or False")
+    if not (values["generate_video"] or values["generate_audio"]):
         raise ValueError(
-            f"output_type={_short(values['output_type'])}: needs 'pil', 'np', 'pt' or 'latent'"
+            "generate_video and generate_audio are both False: nothing is left to generate"
         )
-    _check_texts(values)
+    if values["output_type"] not in OUTPUT_TYPES:
+        raise ValueError(
+            f"output_type={_short(values['output_type'])}: needs one of {', '.join(OUTPUT_TYPES)}"
+        )
+
+
+def _check_callback(pipe: AVDiffPipeline, values: dict[str, Any]) -> None:
     callback = values["callback_on_step_end"]
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end={_short(callback)}: needs a function")
-    generators = values["generator"]
+    # diffusers' own callbacks say themselves which tensors they need
+    names = getattr(callback, "tensor_inputs", values["callback_on_step_end_tensor_inputs"])
+    known = pipe._callback_tensor_inputs
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs={_short(names)}: needs a list, some of {known}"
+        )
+    unknown = set(names) - set(known)
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs has {sorted(unknown)}: needs some of {known}"
+        )
+
+
+def _check_generators(generators: Any, batch: int) -> None:
     for one in generators if isinstance(generators, list) else [generators]:
         if one is not None and not isinstance(one, torch.Generator):
             raise ValueError(f"generator={_short(one)}: needs a torch.Generator, or a list of them")
-    _check_embeddings(pipe, values)
-    for name in ("latents", "audio_latents"):
-        if values[name] is not None:
-            _check_tensor(name, values[name], "(batch, tokens, values)", 3)
-    _check_media(pipe, values)
+    if isinstance(generators, list) and (len(generators) != batch or None in generators):
+        raise ValueError(
+            f"generator is a list of {len(generators)}: needs one generator for each of the "
+            f"{batch} clips"
+        )
+
+
+def _check_track(pipe: AVDiffPipeline, track: PhonemeTrack | None, batch: int) -> None:
+    """Ids within the inventory, one row a clip; an id beyond it would be a crash in the table."""
+    if track is None:
+        return
+    config = pipe.transformer.config
+    if not config.num_phonemes:
+        raise ValueError("phoneme_track: this model has num_phonemes=0 and reads none")
+    limits = (("phonemes", config.num_phonemes), ("stress_tones", config.num_stress_tones))
+    for name, count in limits:
+        ids = getattr(track, name)
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2:
+            raise ValueError(f"phoneme_track.{name}: needs a tensor of ids (batch, phonemes)")
+        if ids.shape[0] != batch or not ids.shape[1]:
+            raise ValueError(
+                f"phoneme_track.{name} of shape {tuple(ids.shape)}: needs a row for each of the "
+                f"{batch} clips"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= count:
+            raise ValueError(
+                f"phoneme_track.{name} with ids from {int(ids.min())} to {int(ids.max())}: needs "
+                f"0 to {count - 1}"
+            )
 
 
 def _check_texts(values: dict[str, Any]) -> None:
+    prompt = values["prompt"]
     negative = values["negative_prompt"]
-    texts = [negative] if isinstance(negative, str) else negative
-    if texts is not None and not (
-        isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)
-    ):
+    if (prompt is None) == (values["prompt_embeds"] is None):
+        raise ValueError("needs exactly one of prompt and prompt_embeds")
+    if prompt is not None and not _is_texts(prompt):
+        raise ValueError(
+            f"prompt of type {type(prompt).__name__}: needs a text or a non-empty list of texts"
+        )
+    if negative is not None and not _is_texts(negative):
         raise ValueError(
             f"negative_prompt={_short(negative)}: needs a text, a non-empty list of texts, or None"
         )
-    prompt = values["prompt"]
-    for text in [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, list) else []:
-        if isinstance(text, str) and not text.strip():
+    for text in [prompt] if isinstance(prompt, str) else prompt or []:
+        if not text.strip():
             raise ValueError(f"prompt={text!r}: is empty, needs a description or words in quotes")
 
 
-def _check_embeddings(pipe: Any, values: dict[str, Any]) -> None:
+def _is_texts(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, list) and bool(texts) and all(isinstance(t, str) for t in texts)
+
+
+def _check_embeddings(pipe: AVDiffPipeline, values: dict[str, Any]) -> None:
     width = pipe.transformer.config.text_dim
     for sign in ("", "negative_"):
         embeds = values[f"{sign}prompt_embeds"]
@@ -148,11 +317,12 @@ def _check_embeddings(pipe: Any, values: dict[str, Any]) -> None:
             )
 
 
-def _check_media(pipe: Any, values: dict[str, Any]) -> None:
+def _check_media(pipe: AVDiffPipeline, values: dict[str, Any]) -> None:
     """Picture, film and sound: their type, shape and range."""
     size = (values["height"], values["width"])
     video = values["video"]
     audio = values["audio"]
+    _check_together(values)
     for name in ("image", "last_image"):
         image = values[name]
         if image is not None:
@@ -174,6 +344,20 @@ def _check_media(pipe: Any, values: dict[str, Any]) -> None:
                 f"audio of shape {tuple(audio.shape)}: needs (batch, {channels}, samples)"
             )
         _check_range("audio", audio)
+
+
+def _check_together(values: dict[str, Any]) -> None:
+    """Arguments that need each other, or exclude each other."""
+    if values["image"] is not None and values["video"] is not None:
+        raise ValueError(
+            "image and video are both given: an image is the first frame of a video to be generated"
+        )
+    if values["mask"] is not None and values["video"] is None:
+        raise ValueError("mask without video: needs the video whose masked region is made anew")
+    if values["retake"] is not None and values["video"] is None and values["audio"] is None:
+        raise ValueError(
+            "retake without video and audio: needs a clip of which a span is made anew"
+        )
 
 
 def _check_pixels(name: str, pixels: torch.Tensor, channels: int, size: tuple[Any, Any]) -> None:
@@ -241,6 +425,10 @@ def check_finite(latents: Joint[torch.Tensor]) -> None:
                 f"the {name} latents hold NaN or infinite values after denoising: the weights are "
                 "damaged, or the guidance or the dtype does not suit them"
             )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -75,7 +75,7 @@ def main() -> None:
         out = pipe(
             description,
             video=film,
-            track=track,
+            phoneme_track=track,
             seconds=SECONDS,
             output_type="np",
             generator=torch.Generator().manual_seed(seed),

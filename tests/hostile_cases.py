@@ -158,7 +158,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "audio NaN": ({"audio": Z(1, 1, 4800) + NAN}, "audio: holds NaN"),
     "audio 16 bit": ({"audio": Z(1, 1, 4800, dtype=torch.int16)}, "audio of torch.int16"),
     "audio too loud": ({"audio": Z(1, 1, 4800) + 3e4}, "audio with values from"),
-    "script text": ({"track": "hello"}, "track='hello'"),
+    "script text": ({"phoneme_track": "hello"}, "phoneme_track='hello'"),
     "attention options": ({"attention_kwargs": 3}, "attention_kwargs=3"),
     "callback": ({"callback_on_step_end": 3}, "callback_on_step_end=3"),
     "callback names": (

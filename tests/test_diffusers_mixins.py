@@ -356,7 +356,7 @@ def test_callbacks_see_what_is_listed(components) -> None:
 
     out = pipe(
         **pipe_inputs(
-            output_type="latent",
+            output_type="tokens",
             callback_on_step_end=all_of_them,
             callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs,
         )

@@ -19,7 +19,8 @@ from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.phone import ONSET, ONSET_ID, Phone, inventory, phone_id
 from avdiff.phonetics.track import track_from_phones
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
-from avdiff.pipelines.prompt import understand
+from avdiff.pipelines.prompt import ClipLength, plan_clip
+from avdiff.pipelines.request import FrameFormat
 from avdiff.train.joint.aux_heads import IGNORED, viseme_labels
 from tests.test_finetune import CLIP
 from tests.tiny import tiny_components
@@ -90,10 +91,11 @@ def test_strokes_are_a_symbol_of_their_own():
 
 
 def test_a_prompt_without_words_gets_strokes_where_the_model_knows_them():
-    frame = dict(fps=25, height=64, width=64, sample_rate=24000, clock=CLIP.clock)
+    frame = FrameFormat(height=64, width=64, clock=CLIP.clock)
+    length = ClipLength(3.0)
     texts = ["a drum is struck three times", 'a man says "no"', "a man"]
-    plain = understand(texts, frame, 3.0)
-    struck = understand(texts, frame, 3.0, event_seeds=[1, 2, 3])
+    plain = plan_clip(texts, frame, length)
+    struck = plan_clip(texts, frame, length, event_seeds=[1, 2, 3])
     assert [len(p) for p in plain.phones][::2] == [0, 0] and plain.track.present.tolist() == [
         False,
         True,
@@ -104,8 +106,8 @@ def test_a_prompt_without_words_gets_strokes_where_the_model_knows_them():
         struck.track.phonemes[1] == ONSET_ID
     ).any()
     assert struck.phones[1] == plain.phones[1]
-    heard = understand(
-        texts, frame, 3.0, given=True, event_seeds=[1, 2, 3]
+    heard = plan_clip(
+        texts, frame, length, has_media=True, event_seeds=[1, 2, 3]
     )  # what is given tells when
     assert heard.track.present.tolist() == [False, True, False]
 

@@ -12,7 +12,8 @@ from tiny import tiny_pipeline
 
 from avdiff.media.write import MediaError, probe, write_clip
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
-from avdiff.pipelines.prompt import understand
+from avdiff.pipelines.prompt import ClipLength, plan_clip
+from avdiff.pipelines.request import FrameFormat
 from avdiff.pipelines.streaming import Segment, streams
 
 SHORT = dict(
@@ -105,10 +106,9 @@ def test_words_are_laid_on_the_clock_of_the_whole_clip(pipe, monkeypatch) -> Non
     monkeypatch.setattr(AVDiffPipeline, "__call__", listen)
     prompt = 'A man says "one two"'
     list(stream(pipe, prompt, seconds=1.6))
-    heard = [
-        t.phonemes[0].gather(0, t.frame_to_phone[0]) for t in tracks
-    ]  # phoneme of each mel frame
-    whole = understand([prompt], dict(clock=pipe.clock), 1.6).track
+    # phoneme of each mel frame
+    heard = [t.phonemes[0].gather(0, t.frame_to_phone[0]) for t in tracks]
+    whole = plan_clip([prompt], FrameFormat(clock=pipe.clock), ClipLength(1.6)).track
     expected = whole.phonemes[0].gather(0, whole.frame_to_phone[0])
     start = 0
     for part, frames in zip(heard, (17, 17, 17), strict=False):

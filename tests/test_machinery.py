@@ -41,7 +41,7 @@ def call(pipe: AVDiffPipeline, **changes):
     options = dict(
         num_inference_steps=2,
         seconds=0.6,
-        output_type="latent",
+        output_type="tokens",
         guidance_scale=2.0,
         generator=torch.Generator().manual_seed(0),
     )

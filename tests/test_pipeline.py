@@ -49,7 +49,7 @@ def test_streams_have_equal_length(pipe) -> None:
 
 def test_length_follows_the_words(pipe) -> None:
     short, long = (
-        call(pipe, f'A man says "{words}"', seconds=None, output_type="latent")
+        call(pipe, f'A man says "{words}"', seconds=None, output_type="tokens")
         for words in ("yes", "one two three four five six seven")
     )
     assert long.audio.shape[1] > short.audio.shape[1] + 20
@@ -99,23 +99,24 @@ def test_given_modality_is_kept(pipe) -> None:
         torch.randn(1, 1, 31 * 960, generator=torch.Generator().manual_seed(2)) * 0.1
     )  # as long as the clip
     tokens = pipe.encode_audio(audio)
-    out = call(pipe, audio=audio, output_type="latent")
+    out = call(pipe, audio=audio, output_type="tokens")
     torch.testing.assert_close(out.audio[:, : tokens.shape[1]], tokens[:, : out.audio.shape[1]])
     assert (
-        out.frames - call(pipe, output_type="latent").frames
+        out.frames - call(pipe, output_type="tokens").frames
     ).abs().max() > 1e-4  # it drives the picture
     image = torch.rand(3, 128, 128) * 2 - 1
     first = pipe.encode_video(image[None, :, None])
     torch.testing.assert_close(
-        call(pipe, image=image, output_type="latent").frames[:, : first.shape[1]], first
+        call(pipe, image=image, output_type="tokens").frames[:, : first.shape[1]], first
     )
 
 
-def test_guidance_passes_and_zero_is_a_value(pipe) -> None:
+def test_guidance_passes_and_zero_is_off(pipe) -> None:
     plain, guided = call(pipe, guidance_scale=1.0, audio_guidance_scale=1.0), call(pipe)
     assert np.abs(plain.frames - guided.frames).max() > 1e-4
-    zero = call(pipe, guidance_scale=0.0, audio_guidance_scale=0.0)
-    assert np.abs(zero.frames - plain.frames).max() > 1e-4
+    same(call(pipe, guidance_scale=0, audio_guidance_scale=0.0), plain)  # off, as in diffusers
+    textless = call(pipe, guidance=Guidance.without_text())
+    assert np.abs(textless.frames - plain.frames).max() > 1e-4
     cross = call(pipe, guidance=Guidance(cross=Joint(3.0, 1.0)))
     assert np.abs(cross.frames - plain.frames).max() > 1e-4
 
@@ -129,7 +130,7 @@ def test_callback_sees_both_latents_and_may_change_them(pipe) -> None:
             return {name: torch.zeros_like(value) for name, value in tensors.items()}
         return tensors
 
-    out = call(pipe, output_type="latent", callback_on_step_end=zero_at_end)
+    out = call(pipe, output_type="tokens", callback_on_step_end=zero_at_end)
     assert (
         seen == [["audio_latents", "latents"]] * 2 and not out.frames.any() and not out.audio.any()
     )
@@ -138,8 +139,8 @@ def test_callback_sees_both_latents_and_may_change_them(pipe) -> None:
         pipeline._interrupt = True
         return tensors
 
-    half = call(pipe, output_type="latent", callback_on_step_end=stop)
-    assert (half.frames - call(pipe, output_type="latent").frames).abs().max() > 1e-3
+    half = call(pipe, output_type="tokens", callback_on_step_end=stop)
+    assert (half.frames - call(pipe, output_type="tokens").frames).abs().max() > 1e-3
 
 
 def test_output_types_agree(pipe) -> None:

@@ -18,6 +18,7 @@ from avdiff.latents import Joint
 from avdiff.models.conditions import Conditions, Positions
 from avdiff.pipelines.conditioning import Retake, masked_tokens
 from avdiff.pipelines.pipeline_av import AVDiffPipeline
+from avdiff.pipelines.prompt import ClipLength, clip_length
 
 PROMPT = "A man with a beard looks up"
 FRAMES = 15  # 8 latent frames of 4 tokens; 0.6 s are 15 audio tokens
@@ -44,7 +45,7 @@ def call(pipe: AVDiffPipeline, seed: int = 0, **changes):
     options = dict(
         num_inference_steps=2,
         num_frames=FRAMES,
-        output_type="latent",
+        output_type="tokens",
         prompt=PROMPT,
         guidance_scale=1.0,
         audio_guidance_scale=1.0,
@@ -169,14 +170,15 @@ def test_length_follows_what_is_given(pipe) -> None:
 
 
 def test_words_begin_after_the_sound_that_is_continued(pipe) -> None:
-    frame = dict(fps=25, sample_rate=24000)
     long, short = noise(1, 1, 24000), noise(1, 1, 12000)
-    assert pipe._length(2.0, None, frame, long, None, None) == (2.0, None, 1.0)
-    assert pipe._length(None, None, frame, short, None, None) == (Fraction(1, 2), None, 0.0)
-    assert (
-        pipe._length(None, 13, frame, short, None, None)[2] == 0.0
-    )  # 20 ms missing are no continuation
-    assert pipe._length(2.0, None, frame, long, None, 0.25)[2] == 0.25
+
+    def length(**given) -> ClipLength:
+        return clip_length(pipe.request(prompt=PROMPT, **given))
+
+    assert length(seconds=2.0, audio=long) == ClipLength(2.0, None, 1.0)
+    assert length(audio=short) == ClipLength(Fraction(1, 2), None, 0.0)
+    assert length(num_frames=13, audio=short).speech_start == 0.0  # 20 ms are no continuation
+    assert length(seconds=2.0, audio=long, speech_start=0.25).speech_start == 0.25
 
 
 def test_each_prompt_may_have_its_own_picture(pipe) -> None:
@@ -210,7 +212,8 @@ def passes(pipe):
     [
         ({}, [(1, "va", False)]),
         ({"guidance_scale": 3.0}, [(2, "va", False)]),  # both passes as one batch
-        ({"audio_guidance_scale": 0.0}, [(2, "va", False)]),
+        ({"audio_guidance_scale": 0.0}, [(1, "va", False)]),  # off, as 1 is
+        ({"guidance": Guidance.without_text()}, [(2, "va", False)]),
         ({"guidance": Guidance(cross=Joint(2.0, 1.0))}, [(1, "va", False), (1, "v", True)]),
         ({"guidance": Guidance(cross=Joint(1.0, 2.0))}, [(1, "va", False), (1, "a", True)]),
         (

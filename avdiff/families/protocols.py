@@ -53,7 +53,7 @@ class Layout(Protocol):
         ...
 
     def edges(self) -> Joint[torch.Tensor]:
-        """(N, 2) fp32 seconds at which each token begins and ends; a retake is found by them."""
+        """(N, 2) seconds at which each token begins and ends; a retake is found by them."""
         ...
 
     def noise(
