@@ -14,7 +14,8 @@ from torch import Tensor
 from avdiff.families.ltx2.codec import LTX2Codec
 from avdiff.families.ltx2.layout import LTX2Layout
 from avdiff.latents import Joint
-from avdiff.pipelines.conditioning import SEAM, Part, Retake, masked_tokens, per_clip
+from avdiff.pipelines.conditioning import Conditioning, Retake, masked_tokens, per_clip
+from avdiff.pipelines.output import SEAM
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,19 @@ class Given:
 
 def known_parts(
     given: Given, codec: LTX2Codec, layout: LTX2Layout, batch: int, device: torch.device
-) -> Joint[Part]:
+) -> Joint[Conditioning]:
     """Known tokens of both modalities; None where nothing is given."""
     given.check()
     video = _picture_part(given, codec, layout, batch, device)
     audio = None
     if given.audio is not None:
         audio = _sound_part(given.audio, given.sampling_rate, codec, layout, batch, device)
-    known = Joint(video, audio).map(lambda part: part.known)
+    known = Joint(video, audio).map(lambda part: part.mask)
     if given.retake is not None:
         known = known.map(lambda k, anew: k & ~anew, touched(layout, given.retake))
     if given.mask is not None and known.video is not None:
         known = Joint(known.video & ~masked_tokens(given.mask, layout.clip), known.audio)
-    return Joint(video, audio).map(lambda part, k: Part(part.tokens, k, part.source), known)
+    return Joint(video, audio).map(lambda part, k: Conditioning(part.tokens, k, part.source), known)
 
 
 def touched(layout: LTX2Layout, retake: Retake) -> Joint[Tensor]:
@@ -79,7 +80,7 @@ def touched(layout: LTX2Layout, retake: Retake) -> Joint[Tensor]:
 
 def _picture_part(
     given: Given, codec: LTX2Codec, layout: LTX2Layout, batch: int, device: torch.device
-) -> Part | None:
+) -> Conditioning | None:
     frames, rows, columns = layout.grid
     cell = rows * columns
     source = None if given.video is None else given.video[:, :, : layout.clip.num_frames]
@@ -110,7 +111,7 @@ def _sound_part(
     layout: LTX2Layout,
     batch: int,
     device: torch.device,
-) -> Part | None:
+) -> Conditioning | None:
     """Whole tokens of the sound; what lacks less than a latent frame of the clip's length is filled
     with silence.
     """
@@ -152,7 +153,7 @@ def _part(
     count: int,
     source: Tensor | None,
     device: torch.device,
-) -> Part | None:
+) -> Conditioning | None:
     if not pieces:
         return None
     width = pieces[0][1].shape[-1]
@@ -162,15 +163,15 @@ def _part(
         stop = start + piece.shape[1]
         tokens[:, start:stop] = per_clip(piece, batch).to(device)
         known[start:stop] = True
-    return Part(tokens, known, None if source is None else per_clip(source, batch))
+    return Conditioning(tokens, known, None if source is None else per_clip(source, batch))
 
 
-def keep_given_frames(frames: Tensor, part: Part | None, layout: LTX2Layout) -> Tensor:
+def keep_given_frames(frames: Tensor, part: Conditioning | None, layout: LTX2Layout) -> Tensor:
     """Decoded frames (B, 3, F, H, W) with those of a given video put back where all is known."""
     if part is None or part.source is None:
         return frames
     clip = layout.clip
-    latent = part.known.unflatten(0, (clip.latent_frames, -1)).all(1).cpu()
+    latent = part.mask.unflatten(0, (clip.latent_frames, -1)).all(1).cpu()
     kept = torch.cat([latent[:1], latent[1:].repeat_interleave(clip.clock.video_stride)])
     kept &= torch.arange(clip.num_frames) < part.source.shape[2]
     index = kept.nonzero()[:, 0].to(frames.device)
@@ -179,21 +180,21 @@ def keep_given_frames(frames: Tensor, part: Part | None, layout: LTX2Layout) -> 
 
 
 def keep_given_samples(
-    waveform: Tensor, part: Part | None, layout: LTX2Layout, rate: int
+    waveform: Tensor, part: Conditioning | None, layout: LTX2Layout, rate: int
 ) -> Tensor:
     """Decoded sound (B, C, S) with the given sound put back where it is known, cross-faded within
     `SEAM` seconds on the known side.
     """
-    if part is None or part.source is None or not part.known.any():
+    if part is None or part.source is None or not part.mask.any():
         return waveform
-    if part.known.all():
+    if part.mask.all():
         samples = round(layout.clip.seconds * rate)
         return _fit(part.source.to(waveform), samples)
     source = _fit(part.source.to(waveform), waveform.shape[-1])
     at = (torch.arange(waveform.shape[-1]) + 0.5) / rate
     edges = layout.edges().audio
     index = torch.bucketize(at, edges[:, 1], right=True).clamp(max=len(edges) - 1)
-    kept = part.known.cpu()[index].float()
+    kept = part.mask.cpu()[index].float()
     reach = round(SEAM * rate)
     near = torch.nn.functional.pad(1 - kept, (reach, reach))
     pooled = torch.nn.functional.avg_pool1d(near[None], 2 * reach + 1, 1)[0]

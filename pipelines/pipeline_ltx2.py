@@ -28,7 +28,7 @@ from avdiff.families.ltx2.names import version_of
 from avdiff.families.ltx2.texts import MAX_LENGTH, LTX2Text, LTX2Texts
 from avdiff.guidance import Guidance
 from avdiff.latents import Joint, JointLatents
-from avdiff.pipelines.conditioning import Part, Retake
+from avdiff.pipelines.conditioning import Conditioning, Retake
 from avdiff.pipelines.ltx2_conditioning import (
     Given,
     keep_given_frames,
@@ -315,7 +315,7 @@ class LTX2JointPipeline(LTX2Pipeline):
         batch: int,
         generator: Generators,
         wanted: Joint[bool],
-        parts: Joint[Part],
+        parts: Joint[Conditioning],
         own: Joint[Tensor],
     ) -> tuple[JointLatents, Joint[Tensor]]:
         """Noise with the given tokens in their places, and the masks of what is known."""
@@ -341,7 +341,7 @@ class LTX2JointPipeline(LTX2Pipeline):
             tokens[modality] = noise if start is None else start.to(noise)
             known[modality] = torch.zeros(batch, dtype=torch.bool, device=device)
             if part is not None:
-                mask = part.known.to(device)
+                mask = part.mask.to(device)
                 tokens[modality] = torch.where(mask[None, :, None], part.tokens, tokens[modality])
                 # One level for a whole clip is the common case, and cheaper than one a token.
                 whole = bool((mask == mask[0]).all())
@@ -435,7 +435,7 @@ class LTX2JointPipeline(LTX2Pipeline):
         return run.guidance.combine(estimates)
 
     def _finish(
-        self, state: JointLatents, layout: LTX2Layout, parts: Joint[Part], output_type: str
+        self, state: JointLatents, layout: LTX2Layout, parts: Joint[Conditioning], output_type: str
     ) -> tuple[Any, Tensor | None]:
         """Tokens to frames and samples, with what was given put back as it was."""
         if output_type == "latent":

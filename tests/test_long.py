@@ -100,7 +100,7 @@ def test_words_are_laid_on_the_clock_of_the_whole_clip(pipe, monkeypatch) -> Non
     plain = AVDiffPipeline.__call__
 
     def listen(self, *args, **kwargs):
-        tracks.append(kwargs["track"])
+        tracks.append(kwargs["phoneme_track"])
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(AVDiffPipeline, "__call__", listen)
