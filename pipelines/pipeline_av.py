@@ -29,27 +29,22 @@ from avdiff.models.codec import LatentCodec, codec_clock
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.models.codecs.vocoder import AVVocoder
-from avdiff.models.conditions import Conditions, Positions
+from avdiff.models.conditions import Conditions
 from avdiff.models.prompt_domain import PromptDomain
 from avdiff.models.text_encoder import CaptionEncoder
 from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.track import PhonemeTrack
-from avdiff.pipelines.conditioning import (
-    Conditioning,
-    Retake,
-    encode_conditioning,
-    initial_state,
-    per_clip,
-)
+from avdiff.pipelines.conditioning import Conditioning, Retake, encode_conditioning, initial_state
 from avdiff.pipelines.denoise import ConditionCache, denoise
 from avdiff.pipelines.loading import checked_folder, refuse_pickle, write_loader
 from avdiff.pipelines.lora import AVLoraLoaderMixin
 from avdiff.pipelines.output import AVPipelineOutput, decode_output
 from avdiff.pipelines.prompt import ClipPlan, clip_length, plan_clip, seeds_of
-from avdiff.pipelines.request import ARGUMENTS, GenerationRequest, TextFeatures
+from avdiff.pipelines.request import ARGUMENTS, GenerationRequest
 from avdiff.pipelines.sampling_defaults import SamplingDefaults
 from avdiff.pipelines.schedule import correlate_frames
 from avdiff.pipelines.streaming import Segment, stream_clip
+from avdiff.pipelines.texts import caption_features, pass_conditions, repeat_rows
 from avdiff.pipelines.validation import check_finite, check_memory, validate
 from avdiff.schedulers.joint_flow_match import JointFlowMatchScheduler
 
@@ -274,17 +269,17 @@ class AVDiffPipeline(DiffusionPipeline, AVLoraLoaderMixin):
         """
 
         if prompt_embeds is None and prompt is not None:
-            prompt_embeds, prompt_attention_mask = self._features(prompt, device)
+            prompt_embeds, prompt_attention_mask = caption_features(self, prompt, device)
         if negative_prompt_embeds is None and negative_prompt is not None:
-            negative_prompt_embeds, negative_prompt_attention_mask = self._features(
-                negative_prompt, device
+            negative_prompt_embeds, negative_prompt_attention_mask = caption_features(
+                self, negative_prompt, device
             )
         if not do_classifier_free_guidance:
             negative_prompt_embeds = negative_prompt_attention_mask = None
-        prompt_embeds = _several(prompt_embeds, num_videos_per_prompt, dtype)
-        prompt_attention_mask = _several(prompt_attention_mask, num_videos_per_prompt)
-        negative_prompt_embeds = _several(negative_prompt_embeds, num_videos_per_prompt, dtype)
-        negative_prompt_attention_mask = _several(
+        prompt_embeds = repeat_rows(prompt_embeds, num_videos_per_prompt, dtype)
+        prompt_attention_mask = repeat_rows(prompt_attention_mask, num_videos_per_prompt)
+        negative_prompt_embeds = repeat_rows(negative_prompt_embeds, num_videos_per_prompt, dtype)
+        negative_prompt_attention_mask = repeat_rows(
             negative_prompt_attention_mask, num_videos_per_prompt
         )
         # diffusers' tests read the names of these four from the source
@@ -294,24 +289,6 @@ class AVDiffPipeline(DiffusionPipeline, AVLoraLoaderMixin):
             negative_prompt_embeds,
             negative_prompt_attention_mask,
         )
-
-    def _features(
-        self, text: str | list[str], device: torch.device | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "this pipeline has no text encoder: pass prompt_embeds and prompt_attention_mask"
-            )
-        device = device or self._execution_device
-        tokens = self.tokenizer(
-            [text] if isinstance(text, str) else text,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-            max_length=self.text_encoder.config.max_length,
-        )
-        mask = tokens.attention_mask.to(device)
-        return self.text_encoder(tokens.input_ids.to(device), mask), mask
 
     def _event_seeds(
         self, generator: torch.Generator | list[torch.Generator] | None, batch: int
@@ -359,37 +336,7 @@ class AVDiffPipeline(DiffusionPipeline, AVLoraLoaderMixin):
 
     def conditions(self, request: GenerationRequest, plan: ClipPlan) -> ConditionCache[Conditions]:
         """What each pass of the run reads: captions, words on the clock, positions."""
-        embeds, mask, negative, negative_mask = self.encode_prompt(
-            plan.descriptions,
-            request.negative_prompts,
-            request.text.embeds,
-            request.text.mask,
-            request.negative_text.embeds,
-            request.negative_text.mask,
-        )
-        device = self._execution_device
-        batch = request.batch
-        positions = Positions.of(plan.clip, device)
-        track = None if plan.track is None else plan.track.to(device)
-
-        def features(values: torch.Tensor | None, mask: torch.Tensor | None) -> TextFeatures:
-            if values is None or mask is None:
-                return TextFeatures()
-            return TextFeatures(per_clip(values, batch), per_clip(mask, batch))
-
-        def prepare(name: str, text: TextFeatures) -> Conditions:
-            own = None if track is None else track.without() if name == "no_text" else track
-            return self.transformer.prepare(
-                text.embeds,
-                text.mask,
-                positions,
-                own,
-                batch,
-                attention_kwargs=request.attention_kwargs,
-            )
-
-        read = {"cond": features(embeds, mask), "no_text": features(negative, negative_mask)}
-        return ConditionCache(prepare, read)
+        return pass_conditions(self, request, plan)
 
     def decode(
         self,
@@ -517,15 +464,6 @@ class AVDiffPipeline(DiffusionPipeline, AVLoraLoaderMixin):
             "language": language,
         }
         return stream_clip(self, prompt, seconds, segment, overlap, video, audio, options)
-
-
-def _several(
-    values: torch.Tensor | None, times: int, dtype: torch.dtype | None = None
-) -> torch.Tensor | None:
-    """Each row of features or masks so many times, in a dtype."""
-    if values is None or (times == 1 and dtype is None):
-        return values
-    return values.to(dtype or values.dtype).repeat_interleave(times, dim=0)
 
 
 # The arguments of a call, without `self`.
