@@ -92,6 +92,21 @@ def _near(rng: np.random.Generator, rgb: RGB) -> RGB:
     return red, green, blue
 
 
+def backdrops_for(color: str, skin: str) -> list[str]:
+    """Background colours from which an object and a hand stand out; a colour that is no name of
+    the tables rules none out.
+    """
+
+    def apart(backdrop: RGB, other: RGB | None, least: int) -> bool:
+        return other is None or int(np.abs(np.subtract(backdrop, other)).sum()) > least
+
+    return [
+        name
+        for name, rgb in BACKDROPS.items()
+        if apart(rgb, COLORS.get(color), 110) and apart(rgb, SKINS.get(skin), 90)
+    ]
+
+
 def sample_event(rng: np.random.Generator, seconds: float, kind: str | None = None) -> Event:
     """Draw a scene for a clip of `seconds` (at least 0.5).
 
@@ -106,16 +121,7 @@ def sample_event(rng: np.random.Generator, seconds: float, kind: str | None = No
     material = str(rng.choice(MATERIALS[kind]))
     size = str(rng.choice(list(SIZES)))
     color, skin, sleeve = (str(rng.choice(list(table))) for table in (COLORS, SKINS, COLORS))
-    backdrop = str(
-        rng.choice(
-            [
-                b
-                for b in BACKDROPS
-                if np.abs(np.subtract(BACKDROPS[b], COLORS[color])).sum() > 110
-                and np.abs(np.subtract(BACKDROPS[b], SKINS[skin])).sum() > 90
-            ]
-        )
-    )
+    backdrop = str(rng.choice(backdrops_for(color, skin)))
     contacts, speeds = (_bounces if kind == "ball" else _strikes)(
         rng, seconds, BOUNCE.get(material, 0.7)
     )

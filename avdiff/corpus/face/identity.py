@@ -130,6 +130,7 @@ EARRING_WEIGHTS = {"female": (55, 25, 20), "male": (94, 5, 1)}
 BACKGROUND_WEIGHTS = (30, 25, 15, 15, 15)
 LIPSTICK_SHARE = 0.45  # of women
 FRECKLES_SHARE = 0.12
+BACKDROP_GAP = 70.0  # least distance of a background from hair, skin and clothes
 
 
 def eye_weights(skin: str) -> tuple[int, ...]:
@@ -235,7 +236,8 @@ def _pick(
     return str(rng.choice(list(names), p=probability))
 
 
-def _distance(one: RGB, two: RGB) -> float:
+def color_distance(one: RGB, two: RGB) -> float:
+    """Euclidean, of 8-bit RGB."""
     return float(np.linalg.norm(np.subtract(one, two)))
 
 
@@ -246,8 +248,8 @@ def _backdrop(rng: np.random.Generator, avoid: tuple[RGB, ...]) -> tuple[str, RG
     for _ in range(12):
         name = _pick(rng, BACKDROPS)
         rgb = _near(rng, BACKDROPS[name])
-        gap = min(_distance(rgb, other) for other in avoid)
-        if gap > 70:
+        gap = min(color_distance(rgb, other) for other in avoid)
+        if gap > BACKDROP_GAP:
             return name, rgb
         if gap > score:
             best = (name, rgb)
