@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import avdiff
 from avdiff.cli.terminal import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from avdiff.data.check import ClipReport
+
+WIDE_TERMINAL = 110  # characters that all columns of the check need
+SHORTEST_NAME = 26  # characters of a clip's name before it is broken
 
 app = typer.Typer(
     help="Look at training data and prepare it.", no_args_is_help=True, rich_markup_mode=None
@@ -123,35 +131,49 @@ def check(
         audio_track=audio_track,
         audio_channel=audio_channel,
     )
-    Console().print(_check_table(found.clips))
+    console = Console()
+    console.print(_check_table(found.clips, console.width))
     for clip in found.clips:
         for kind, texts in (("refused", clip.problems), ("warning", clip.warnings)):
             if texts:
                 print(f"{clip.name}: {kind}: {'; '.join(texts)}")
+    _print_left_out(found.left_out)
     print(f"{len(found.good)} good, {len(found.refused)} refused")
     if report is not None:
         save_report(found, report)
     raise typer.Exit(found.exit_code)
 
 
-def _check_table(clips: list[Any]) -> Any:
+def _print_left_out(left_out: dict[str, str]) -> None:
+    """Files that are no clips, each with its reason."""
+    for name, why in sorted(left_out.items()):
+        print(f"{name}: left out: {why}")
+
+
+def _check_table(clips: list[ClipReport], width: int) -> Table:
     """One row a clip: what it is, how picture and sound lie to each other, how it sounds, what the
-    codec keeps.
+    codec keeps. A narrow terminal gets fewer columns, so that names stay whole.
     """
     from rich.table import Table
     from rich.text import Text
 
     columns = {
-        "fps": "fps",
         "seconds": "video_seconds",
-        "sound s": "audio_seconds",
-        "start gap s": "start_gap",
         "silent": "silence",
         "LUFS": "loudness",
-        "offset s": "offset",
         "codec dB": "round_trip_psnr",
     }
-    table = Table("clip", *columns, "verdict")
+    if width >= WIDE_TERMINAL:
+        columns |= {
+            "fps": "fps",
+            "sound s": "audio_seconds",
+            "start gap s": "start_gap",
+            "offset s": "offset",
+        }
+    table = Table()
+    table.add_column("clip", overflow="fold", min_width=SHORTEST_NAME)
+    for title in (*columns, "verdict"):
+        table.add_column(title, no_wrap=True)
     for clip in clips:
         values = (getattr(clip, name) for name in columns.values())
         cells = ("" if v is None else f"{v:.2f}" for v in values)
@@ -261,6 +283,7 @@ def cache(
         )
         for name, reason in cached.refused.items():
             print(f"{name}: refused: {reason}")
+        _print_left_out(cached.left_out)
         print(f"{folder}: {len(cached.names)} clips, {len(cached.refused)} files refused")
         return
     if count is None:

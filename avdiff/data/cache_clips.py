@@ -23,13 +23,14 @@ from avdiff.media.write import write_clip
 
 @dataclass(frozen=True)
 class CachedClips:
-    """What went into a cache: `names` of the clips, and `refused`: name -> reason of every other
-    file.
+    """What went into a cache: `names` of the clips, and name -> reason of every clip that did not
+    (`refused`) and of every file that is none (`left_out`).
     """
 
     folder: Path
     names: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def cache_clips(
@@ -68,7 +69,8 @@ def cache_clips(
         for record in json.loads(path.read_text()):
             if "refused" in record:  # it broke when it was read for good
                 refused[names[record["index"]]] = record["refused"]
-    return CachedClips(Path(folder), [n for n in names if n not in refused], refused)
+    kept = [name for name in names if name not in refused]
+    return CachedClips(Path(folder), kept, refused, clips.left_out)
 
 
 def _checked(table: ClipTable, folder: Path, options: ClipOptions) -> RealClips:

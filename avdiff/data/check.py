@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,12 @@ from avdiff.data.check_measures import (
 )
 from avdiff.data.clip_table import ClipEntry, find_clips
 from avdiff.data.clips import ClipOptions, RealClips
+from avdiff.files import write_text
 from avdiff.media.container import MediaError
 from avdiff.media.probe import probe
 from avdiff.media.read import Clip, read_clip
 from avdiff.media.sound import CANCEL_NOTE, channels_cancel
+from avdiff.media.stills import read_still
 from avdiff.media.timestamps import has_variable_rate, picture_times
 
 MOST_SILENCE = 0.9  # share of a clip; above it there is nothing to learn from its sound
@@ -76,11 +77,15 @@ class ClipReport:
 
 @dataclass
 class FolderReport:
-    """All clips of a folder; `exit_code` is 1 when any file was refused, 2 when none is good."""
+    """All clips of a folder, and the files that are none (`left_out`: name -> reason).
+
+    `exit_code` is 1 when any clip was refused, 2 when none is good.
+    """
 
     folder: str
     clips: list[ClipReport]
     allow_silent: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def good(self) -> list[str]:
@@ -107,7 +112,8 @@ class FolderReport:
             "exit_code": self.exit_code,
         }
         counts = {"good": len(self.good), "refused": len(self.refused)}
-        record = {**facts, **counts, "clips": [asdict(clip) for clip in self.clips]}
+        clips = [asdict(clip) for clip in self.clips]
+        record = {**facts, **counts, "left_out": self.left_out, "clips": clips}
         return json.dumps(_finite(record), ensure_ascii=False, indent=1)
 
 
@@ -151,7 +157,7 @@ def check_folder(
         if clip.name in copies:
             clip.warnings.append(f"is a copy, or nearly, of {copies[clip.name]}")
     clips += [ClipReport(name, [reason]) for name, reason in table.refused.items()]
-    return FolderReport(str(folder), clips, allow_silent)
+    return FolderReport(str(folder), clips, allow_silent, table.left_out)
 
 
 def check_clip(
@@ -164,6 +170,9 @@ def check_clip(
     """Check one clip -> report, and its likeness code (None if it cannot be decoded)."""
     report = ClipReport(entry.name)
     try:
+        report.warnings += entry.warnings
+        if entry.is_still:
+            return _check_still(entry, report, vae)
         clip = _decode(entry, report, audio_track, audio_channel)
     except (MediaError, ValueError, MemoryError) as error:
         report.problems.append(str(error))
@@ -176,6 +185,19 @@ def check_clip(
     if clip.audio is not None and not any(mentions_sound(caption) for caption in entry.captions):
         report.warnings.append("no caption says a word about the sound")
     return report, likeness_code(clip.frames, clip.audio)
+
+
+def _check_still(entry: ClipEntry, report: ClipReport, vae: Any) -> tuple[ClipReport, np.ndarray]:
+    """A picture that trains looks: a clip of one frame, without sound."""
+    assert entry.video is not None, "a still is a picture"
+    picture = read_still(entry.video)
+    report.height, report.width = picture.shape[:2]
+    frames = picture[None]
+    if picture.max() - picture.min() < 4:
+        report.problems.append("the picture is one flat color")
+    if vae is not None:
+        _check_round_trip(frames, report, vae)
+    return report, likeness_code(frames, None)
 
 
 def _decode(
@@ -238,14 +260,18 @@ def _check_pictures(clip: Clip, report: ClipReport, vae: Any) -> None:
     elif not np.any(np.diff(frames[:: max(1, len(frames) // 16)], axis=0)):
         report.warnings.append("the picture never changes")
     if vae is not None:
-        report.round_trip_psnr = round_trip_psnr(frames, vae)
-        if report.round_trip_psnr < LEAST_PSNR:
-            report.warnings.append(
-                f"the video codec keeps only {report.round_trip_psnr:.1f} dB of it (it knows "
-                "drawings, not this): "
-                "use a pipeline whose video VAE knows such pictures (cache it with its folder as "
-                "--codecs)"
-            )
+        _check_round_trip(frames, report, vae)
+
+
+def _check_round_trip(frames: np.ndarray, report: ClipReport, vae: Any) -> None:
+    """What the video codec keeps of the pictures."""
+    report.round_trip_psnr = round_trip_psnr(frames, vae)
+    if report.round_trip_psnr < LEAST_PSNR:
+        report.warnings.append(
+            f"the video codec keeps only {report.round_trip_psnr:.1f} dB of it (it knows drawings, "
+            "not this): use a pipeline whose video VAE knows such pictures (cache it with its "
+            "folder as --codecs)"
+        )
 
 
 def _check_sound(clip: Clip, report: ClipReport, allow_silent: bool) -> None:
@@ -334,8 +360,5 @@ def checked_clips(
 
 
 def save_report(report: FolderReport, path: str | os.PathLike[str]) -> None:
-    """Write the JSON, aside first."""
-    target = Path(path)
-    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary_path.write_text(report.as_json() + "\n", encoding="utf8")
-    os.replace(temporary_path, target)
+    """Write the JSON as a whole or not at all."""
+    write_text(path, report.as_json() + "\n")

@@ -1,35 +1,59 @@
 """What a folder of real clips holds: media files with captions from `metadata.jsonl`,
-`metadata.csv` or `.txt` files.
+`metadata.json`, `metadata.csv` or `.txt` files.
 
-Nothing is left out in silence: every file that cannot be used is named with its reason.
+Nothing is left out in silence: a file that was meant as a clip and cannot be used is refused, any
+other file is left out, and both are named with the reason.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m4v"))
+from avdiff.corpus.captions import parse_prompt
+from avdiff.data.table_rows import (
+    AUDIO_COLUMNS,
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    LONGEST_CAPTION,
+    NO_CAPTION,
+    SIDE_COLUMNS,
+    VIDEO_COLUMNS,
+    Row,
+    is_file_name,
+    read_rows,
+    read_text,
+    row_captions,
+)
+
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m4v", ".ts", ".gif")
+)
 AUDIO_SUFFIXES = frozenset((".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac"))
-TABLES = ("metadata.jsonl", "metadata.csv")
-# column names that other trainers use for the same thing
-VIDEO_COLUMNS = ("file_name", "video", "media_path", "path")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
-SIDE_COLUMNS = ("audio", "video_mask", "audio_mask", "reference_video", "reference_audio")
+STILL_CLIP_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif")
+)
+TABLES = ("metadata.jsonl", "metadata.json", "metadata.csv")
+# text files that lie beside clips and caption none
+NOT_CAPTIONS = re.compile(
+    r"(readme|licen[sc]e|copying|notice|authors|changelog|requirements|urls?|sources?)([-_. ].*)?",
+    re.IGNORECASE,
+)
+# a line that names which part of one caption it holds, as captioning tools write them
+SECTION = re.compile(r"\s*\[[A-Z][A-Z0-9 _/&-]{1,40}\]\s*:")
 
 
 @dataclass(frozen=True)
 class ClipEntry:
     """One clip of a folder.
 
-    `name` is its path inside the folder; `video` is None for sound alone; `audio` is a separate
-    sound that replaces the video's own; masks and references are files beside it; `extra` holds the
-    other columns of its line.
+    `name` is its path inside the folder; `video` is None for sound alone, and may be a still
+    picture; `audio` is a separate sound that replaces the video's own; masks and references are
+    files beside it; `extra` holds the other columns of its line.
     """
 
     name: str
@@ -44,17 +68,39 @@ class ClipEntry:
 
     @property
     def caption(self) -> str:
-        """The first caption."""
-        return self.captions[0]
+        """The first caption that quotes spoken words, else the first."""
+        return next((text for text in self.captions if parse_prompt(text)[1]), self.captions[0])
+
+    @property
+    def is_still(self) -> bool:
+        """Whether it is one picture without sound."""
+        return self.video is not None and self.video.suffix.lower() in STILL_CLIP_SUFFIXES
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be a mistake in its captions."""
+        quoted = [parse_prompt(text)[1] for text in self.captions]
+        spoken = {words for words in quoted if words}
+        if spoken and None in quoted:
+            return (
+                f"{quoted.count(None)} of its {len(quoted)} captions quote no words, though they "
+                "are said",
+            )
+        if len(spoken) > 1:
+            return ("its captions quote different words; those of the first are used",)
+        return ()
 
 
 @dataclass
 class ClipTable:
-    """Clips that can be tried, and why the others cannot (name -> one sentence)."""
+    """Clips that can be tried, why others cannot (`refused`), and what is no clip at all
+    (`left_out`): name -> one sentence.
+    """
 
     folder: Path
     entries: list[ClipEntry] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def find_clips(folder: str | os.PathLike[str]) -> ClipTable:
@@ -71,7 +117,8 @@ def find_clips(folder: str | os.PathLike[str]) -> ClipTable:
     table = ClipTable(root)
     tables = [root / name for name in TABLES if (root / name).is_file()]
     if len(tables) > 1:
-        raise ValueError(f"folder={str(folder)!r}: holds {' and '.join(TABLES)}; keep one of them")
+        names = " and ".join(path.name for path in tables)
+        raise ValueError(f"folder={str(folder)!r}: holds {names}; keep one of them")
     if tables:
         _from_table(table, tables[0])
     else:
@@ -84,140 +131,185 @@ def find_clips(folder: str | os.PathLike[str]) -> ClipTable:
     return table
 
 
+def _files(table: ClipTable) -> Iterator[Path]:
+    """All files of the folder and of linked folders, in order; hidden ones are left out and named
+    once.
+    """
+    seen: set[str] = set()
+    found: list[Path] = []
+    for folder, folders, names in os.walk(table.folder, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in [n for n in (*folders, *names) if n.startswith(".")]:
+            table.left_out[_inside(table.folder, Path(folder, name))] = "hidden"
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return iter(sorted(path for path in found if path.is_file()))
+
+
+def _inside(root: Path, path: Path) -> str:
+    """A path as it is named inside the folder."""
+    return str(path.relative_to(root))
+
+
 def _from_table(table: ClipTable, path: Path) -> None:
     """One entry for each line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    used: set[Path] = {path}
-    for number, row in _rows(path, text):
-        where = f"{path.name}:{number}"
-        if isinstance(row, str):
-            table.refused[where] = row
+    used = {os.path.realpath(path)}
+    for where, row, problem in read_rows(path):
+        _add_row(table, where, row, problem, used)
+    for file in _files(table):
+        if os.path.realpath(file) in used:
             continue
-        _add_row(table, where, row, used)
-    for file in sorted(table.folder.rglob("*")):
-        if file.suffix.lower() in VIDEO_SUFFIXES and file not in used:
-            table.refused[str(file.relative_to(table.folder))] = f"not listed in {path.name}"
+        name = _inside(table.folder, file)
+        if file.suffix.lower() in VIDEO_SUFFIXES:
+            table.refused[name] = f"not listed in {path.name}"
+        else:
+            table.left_out[name] = f"not listed in {path.name}"
 
 
-def _rows(path: Path, text: str) -> list[tuple[int, dict[str, Any] | str]]:
-    """(line number, columns or what is wrong) of each line that is not empty."""
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        return [
-            (reader.line_num, {k: v for k, v in row.items() if k and v not in (None, "")})
-            for row in reader
-        ]
-    rows: list[tuple[int, dict[str, Any] | str]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append((number, row if isinstance(row, dict) else "the line is no JSON object"))
-        except json.JSONDecodeError as error:
-            rows.append((number, f"the line is no JSON ({error.msg})"))
-    return rows
-
-
-def _add_row(table: ClipTable, where: str, row: dict[str, Any], used: set[Path]) -> None:
+def _add_row(table: ClipTable, where: str, row: Row, problem: str | None, used: set[str]) -> None:
     """Turn the columns of one line into an entry, or into a reason."""
-    media = next((str(row[name]) for name in VIDEO_COLUMNS if row.get(name)), None)
-    name = media or str(row.get("audio") or where)
-    told = row.get("captions") or next((row[c] for c in CAPTION_COLUMNS if row.get(c)), "")
-    captions = tuple(
-        str(c).strip() for c in (told if isinstance(told, list) else [told]) if str(c).strip()
-    )
-    files: dict[str, Path | None] = {
-        key: _beside(table.folder, row.get(key)) for key in SIDE_COLUMNS
+    row = {key: value for key, value in row.items() if key not in FILE_COLUMNS} | {
+        key: row[key] for key in FILE_COLUMNS if is_file_name(row.get(key))
     }
+    media = next((row[name] for name in VIDEO_COLUMNS if name in row), None)
+    sound = next((row[name] for name in AUDIO_COLUMNS if name in row), None)
+    name = _name(table.folder, media or sound or where)
     video = _beside(table.folder, media)
-    used.update(path for path in (video, *files.values()) if path is not None)
-    missing = [
-        str(path) for path in (video, *files.values()) if path is not None and not path.is_file()
-    ]
+    audio = _beside(table.folder, sound)
+    sides = {key: _beside(table.folder, row.get(key)) for key in SIDE_COLUMNS}
+    files = [path for path in (video, audio, *sides.values()) if path is not None]
+    used.update(os.path.realpath(path) for path in files)
+    missing = next((path for path in files if not is_file(path)), None)
     if video is not None and video.suffix.lower() in AUDIO_SUFFIXES:
-        video, files["audio"] = None, files["audio"] or video
-    problem = (
-        "names neither a video nor a sound"
-        if video is None and files["audio"] is None
-        else f"names {missing[0]}, which is not there"
-        if missing
-        else "has no caption"
-        if not captions
-        else None
-    )
-    if problem:
+        audio = audio or video
+        video = None
+    captions = row_captions(row)
+    if problem is not None:
+        table.refused[name] = problem if name == where else f"{where} {problem}"
+        return
+    if video is None and audio is None:
+        problem = "names neither a video nor a sound"
+    elif missing is not None:
+        problem = f"names {missing}, which is not there"
+    elif isinstance(captions, str):
+        problem = captions
+    elif not captions:
+        problem = "has no caption"
+    if problem is not None or isinstance(captions, str):
         table.refused[name] = f"{where} {problem}"
         return
-    known = (*VIDEO_COLUMNS, *CAPTION_COLUMNS, *SIDE_COLUMNS, "captions")
+    known = (*FILE_COLUMNS, *CAPTION_COLUMNS, "captions")
     extra = {key: value for key, value in row.items() if key not in known}
-    table.entries.append(ClipEntry(name, video, captions=captions, extra=extra, **files))
+    table.entries.append(ClipEntry(name, video, audio, captions, extra=extra, **sides))
 
 
-def _beside(folder: Path, value: Any) -> Path | None:
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _name(folder: Path, value: str) -> str:
+    """An absolute path of the table as it is named inside the folder; others as they are."""
+    if os.path.isabs(value):
+        inside = os.path.relpath(value, os.path.abspath(folder))
+        return value if inside.startswith("..") else inside
+    return value
+
+
+def _beside(folder: Path, value: str | None) -> Path | None:
     """A path of the table: relative to the folder, or absolute."""
-    return folder / str(value) if value else None
+    return folder / value if value else None
 
 
 def _from_files(table: ClipTable) -> None:
     """Media files with a caption file of the same stem; a sound beside a video of the same stem
     replaces its own.
     """
-    files = [
-        path
-        for path in sorted(table.folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    ]
     stems: dict[Path, list[Path]] = {}
-    for path in files:
+    for path in _files(table):
         stems.setdefault(path.with_suffix(""), []).append(path)
-    for stem, group in stems.items():
-        by_kind = {
-            "video": [p for p in group if p.suffix.lower() in VIDEO_SUFFIXES],
-            "audio": [p for p in group if p.suffix.lower() in AUDIO_SUFFIXES],
-            "text": [p for p in group if p.suffix.lower() == ".txt"],
-        }
-        name = str(stem.relative_to(table.folder))
-        if not by_kind["video"] and not by_kind["audio"]:
-            for path in group:
-                table.refused[str(path.relative_to(table.folder))] = (
-                    "a caption without a clip of its name"
-                    if path.suffix.lower() == ".txt"
-                    else (
-                        f"{path.suffix or 'a file without suffix'} is no kind of clip that is "
-                        "read here"
-                    )
-                )
-            continue
-        media = (by_kind["video"] or by_kind["audio"])[0]
-        name = str(media.relative_to(table.folder))
-        if len(by_kind["video"]) > 1:
-            for path in by_kind["video"]:
-                others = ", ".join(p.name for p in by_kind["video"] if p != path)
-                table.refused[str(path.relative_to(table.folder))] = (
-                    f"shares its caption file with {others}"
-                )
-            continue
-        captions = (
-            _read_captions(by_kind["text"][0])
-            if by_kind["text"]
-            else "no caption: needs a .txt of its name"
+    only_stills = not any(
+        path.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
+        for group in stems.values()
+        for path in group
+    )
+    for group in stems.values():
+        _add_group(table, group, only_stills)
+
+
+def _add_group(table: ClipTable, group: list[Path], only_stills: bool) -> None:
+    """Files of one stem: a clip with its caption, or what each of them is instead."""
+    videos = _of_kind(group, VIDEO_SUFFIXES)
+    sounds = _of_kind(group, AUDIO_SUFFIXES)
+    stills = _of_kind(group, STILL_CLIP_SUFFIXES)
+    texts = _of_kind(group, frozenset((".txt",)))
+    media = videos or sounds or stills
+    if not media:
+        _name_others(table, group, texts)
+        return
+    for path in group:
+        if path not in (*media, *sounds, *texts[:1]):
+            kind = "a picture" if path in stills else path.suffix or "a file without suffix"
+            table.left_out[_inside(table.folder, path)] = f"{kind} beside the clip of its name"
+    if len(media) > 1:
+        for path in media:
+            others = ", ".join(other.name for other in media if other != path)
+            reason = f"shares its caption file with {others}"
+            table.refused[_inside(table.folder, path)] = reason
+        return
+    name = _inside(table.folder, media[0])
+    if not texts:
+        unwanted = media == stills and not only_stills
+        (table.left_out if unwanted else table.refused)[name] = (
+            "no caption: needs a .txt of its name"
         )
-        if isinstance(captions, str):
-            table.refused[name] = captions
-            continue
-        video, audio = (kind[0] if kind else None for kind in (by_kind["video"], by_kind["audio"]))
-        table.entries.append(ClipEntry(name, video, audio, captions))
+        return
+    captions = read_captions(texts[0])
+    if isinstance(captions, str):
+        table.refused[name] = captions
+        return
+    video = media[0] if media != sounds else None
+    audio = sounds[0] if sounds and media != stills else None
+    table.entries.append(ClipEntry(name, video, audio, captions))
 
 
-def _read_captions(path: Path) -> tuple[str, ...] | str:
-    """Each line that is not empty is one caption; or what is wrong."""
+def _of_kind(group: list[Path], suffixes: frozenset[str]) -> list[Path]:
+    return [path for path in group if path.suffix.lower() in suffixes]
+
+
+def _name_others(table: ClipTable, group: list[Path], texts: list[Path]) -> None:
+    """Files without a clip of their stem: those with a caption were meant as clips."""
+    captioned = any(not NOT_CAPTIONS.fullmatch(path.stem) for path in texts)
+    for path in group:
+        kind = path.suffix or "a file without suffix"
+        reason = f"{kind} is no kind of clip that is read here"
+        if path in texts and captioned:
+            reason = "a caption without a clip of its name"
+        target = table.refused if captioned else table.left_out
+        target[_inside(table.folder, path)] = reason
+
+
+def read_captions(path: Path) -> tuple[str, ...] | str:
+    """Each line that is not empty is one caption, lines that begin with [VISUAL]: and the like are
+    parts of one; or what is wrong.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        return f"its caption {path.name} is not UTF-8 (byte {error.start}); save it as UTF-8"
-    captions = tuple(line.strip() for line in lines if line.strip())
+        text = read_text(path)
+    except ValueError as error:
+        return f"its caption {str(error).removeprefix(f'{path.parent}{os.sep}')}"
+    except OSError as error:
+        return f"its caption {path.name} cannot be read ({error.strerror})"
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if any(SECTION.match(line) for line in lines):
+        lines = [" ".join(lines)]
+    captions = tuple(line for line in lines if line.lower() not in NO_CAPTION)
+    if any(len(line) > LONGEST_CAPTION for line in captions):
+        return f"its caption {path.name} has a line of more than {LONGEST_CAPTION} characters"
     return captions or f"its caption {path.name} is empty"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from avdiff.media.frames import read_sound
 from avdiff.media.probe import MediaInfo, probe
 from avdiff.media.read import read_clip
 from avdiff.media.sound import CANCEL_NOTE, channels_cancel, mix_channels
-from avdiff.media.stills import STILL_SUFFIXES, read_still
+from avdiff.media.stills import STILL_SUFFIXES, read_still, still_size
 from avdiff.phonetics.phone import Phone
 
 SILENT_RMS = 10 ** (-60 / 20)  # under this level a sound is no sound
 LONGEST_SPEECH = 60.0  # seconds of sound that words are looked for in
+LONGEST_BUCKET = Fraction(10**6)  # seconds: a still fits any bucket
 STRETCH = (
     0.8,
     1.25,
@@ -132,7 +133,8 @@ class RealClips(Dataset):
     {}, kind "clip", name, and where given video_mask (F, H, W) bool, audio_mask (samples,) bool,
     reference_video (F, H, W, 3) uint8, reference_audio (C, samples).
 
-    `refused` names every file that is not used, with the reason.
+    A still picture is a clip of one frame without sound. `refused` names every clip that is not
+    used, `left_out` every file that is none, with the reason.
 
     Args:
         folder: see `find_clips`. options: buckets, clock, what to do without sound.
@@ -153,6 +155,7 @@ class RealClips(Dataset):
         table = find_clips(folder)
         self.folder = table.folder
         self.refused = table.refused
+        self.left_out = table.left_out
         self.entries: list[ClipEntry] = []
         self.specs: list[ClipSpec] = []
         self._held: list[tuple[str, ...]] = []
@@ -174,7 +177,13 @@ class RealClips(Dataset):
             raise ValueError(f"folder={str(folder)!r}: no clip in it can be used ({reasons})")
 
     def _place(self, entry: ClipEntry) -> tuple[ClipSpec, tuple[str, ...]]:
-        """Bucket and modalities of an entry, from headers alone."""
+        """Bucket and modalities of an entry, from headers alone; a still is a clip of one frame."""
+        if entry.is_still:
+            assert entry.video is not None, "a still is a picture"
+            height, width = still_size(entry.video)
+            shape = choose_bucket(self.buckets, height, width, LONGEST_BUCKET)
+            assert shape is not None, "a bucket of any length"
+            return replace(shape, num_frames=1), ("video",)
         track = self.options.audio_track
         seen = probe(entry.video, None if entry.audio else track) if entry.video else None
         heard = probe(entry.audio, track) if entry.audio else seen
@@ -243,7 +252,9 @@ class RealClips(Dataset):
             "attributes": {},
         }
         own = None
-        if entry.video:
+        if entry.is_still and entry.video:
+            item["video"] = _still(entry.video, spec)
+        elif entry.video:
             item["video"], own = self._pictures(entry, entry.video, spec)
         if "audio" in held:
             sound = self._sound(entry, own, spec)

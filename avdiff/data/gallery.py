@@ -9,19 +9,24 @@ import html
 import io
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from avdiff.data.clip_table import find_clips
-from avdiff.media.write import MediaError, contact_sheet, read_clip, spectrogram_picture
+from avdiff.data.clip_table import ClipEntry, find_clips
+from avdiff.files import write_text
+from avdiff.media.container import MediaError
+from avdiff.media.pictures import contact_sheet, spectrogram_picture
+from avdiff.media.read import read_clip
+from avdiff.media.stills import read_still
 from avdiff.phonetics.phone import Phone
 
 # pixels
 WIDTH = 960
 CURVE = 60
+LONGEST = 60.0  # seconds of a clip that the page shows
 STYLE = """body{font:15px/1.4 sans-serif;margin:2em auto;max-width:1000px;color:#222}
 section{margin:0 0 2.5em}img,svg{display:block;width:100%;margin:2px 0}h2{font-size:1.05em;margin:.3em 0}
 small{color:#666}ul{margin:.3em 0;padding-left:1.2em}svg{background:#f4f4f8}"""
@@ -44,10 +49,7 @@ def write_gallery(
         f"charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
     )
     text = "\n".join([head, f"<h1>{html.escape(title)}</h1>", *sections]) + "\n"
-    target = Path(path)
-    temporary_path = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary_path.write_text(text, encoding="utf8")
-    os.replace(temporary_path, target)
+    write_text(path, text)
     return len(sections)
 
 
@@ -62,30 +64,35 @@ def folder_items(folder: str | os.PathLike[str], count: int) -> Iterator[dict[st
     for entry in table.entries[:count]:
         item: dict[str, Any] = {"name": entry.name, "captions": list(entry.captions)}
         try:
-            clip = read_clip(entry.video or entry.audio or table.folder / entry.name)
-            sound = (
-                read_clip(entry.audio)
-                if entry.audio is not None and entry.video is not None
-                else clip
-            )
+            media = _entry_media(entry)
         except MediaError as error:
             yield {**item, "refused": str(error)}
             continue
-        truth: dict[str, Any] = {
-            "phones": tuple(Phone(*p) for p in entry.extra.get("phones") or ())
-        }
+        phones = entry.extra.get("phones") or ()
+        item |= {**media, "phones": tuple(Phone(*phone) for phone in phones)}
         if entry.extra.get("mouth"):
-            truth["mouth"] = np.asarray(entry.extra["mouth"])
-        yield {
-            **item,
-            **truth,
-            "video": clip.frames,
-            "fps": clip.fps,
-            "audio": sound.audio,
-            "sample_rate": sound.sample_rate,
-        }
+            item["mouth"] = np.asarray(entry.extra["mouth"])
+        yield item
     for name, reason in list(table.refused.items())[: max(0, count - len(table.entries))]:
         yield {"name": name, "captions": [], "refused": reason}
+
+
+def _entry_media(entry: ClipEntry) -> dict[str, Any]:
+    """Pictures and sound of a clip, as far as the page shows them."""
+    if entry.is_still and entry.video is not None:
+        return {"video": read_still(entry.video)[None], "fps": Fraction(25)}
+    main = entry.video or entry.audio
+    assert main is not None, "find_clips refuses entries without media"
+    clip = read_clip(main, max_seconds=LONGEST)
+    sound = clip
+    if entry.audio is not None and entry.video is not None:
+        sound = read_clip(entry.audio, max_seconds=LONGEST)
+    return {
+        "video": clip.frames,
+        "fps": clip.fps,
+        "audio": sound.audio,
+        "sample_rate": sound.sample_rate,
+    }
 
 
 def _section(item: dict[str, Any]) -> str:

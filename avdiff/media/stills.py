@@ -84,4 +84,6 @@ def still_size(path: str | Path) -> tuple[int, int]:
         MediaError: as `open_still`.
     """
     with open_still(path) as image:
+        if image.format == "TIFF":  # Pillow turns it itself and says so beforehand
+            return image.height, image.width
         return display_of_still(image).size(image.height, image.width)

@@ -53,7 +53,7 @@ def load_options(cls: type[T], path: str | Path | None = None, arguments: Sequen
 def read_toml(cls: type, path: str | Path) -> dict[str, Any]:
     """name -> value of a recipe file; sections must be those of `cls`."""
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(
             f"recipe {path}: cannot be read ({error.strerror}); `--list-recipes` names those that "
