@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # 23.976 and 29.97 are names for NTSC rates (SMPTE ST 12-1), not numbers.
@@ -21,9 +22,8 @@ NTSC = {
     Fraction("59.94"): Fraction(60000, 1001),
 }
 MAX_SIDE = 16384  # pixels: beyond it no codec for video follows
-MAX_SECONDS = (
-    3600  # an hour: beyond it a request is a slip of the keyboard, and it would exhaust memory
-)
+# an hour: beyond it a request is a slip of the keyboard, and it would exhaust memory
+MAX_SECONDS = 3600
 
 
 def as_fps(fps: Fraction | float | int | str) -> Fraction:
@@ -41,13 +41,19 @@ def as_fps(fps: Fraction | float | int | str) -> Fraction:
             f"fps={text[:40]}: needs a positive number such as 25, 29.97 or '30000/1001'"
         ) from error
     exact = NTSC.get(exact, exact)
-    near = exact.limit_denominator(
-        1001
-    )  # a float of an NTSC rate such as 24000 / 1001 is within 1e-15 of it
+    # a float of an NTSC rate such as 24000 / 1001 is within 1e-15 of it
+    near = exact.limit_denominator(1001)
     exact = near if abs(near - exact) < Fraction(1, 10**9) else exact
     if not 0 < exact <= 1000:
         raise ValueError(f"fps={text[:40]}: needs a frame rate above 0 and at most 1000")
     return exact
+
+
+def midpoints(count: int, rate: float) -> np.ndarray:
+    """(count,) fp64 seconds of the middles of frames, `rate` frames a second."""
+    import numpy as np
+
+    return (np.arange(count) + 0.5) / rate
 
 
 @dataclass(frozen=True)
@@ -150,9 +156,8 @@ class ClipSpec:
             raise ValueError(
                 f"seconds={seconds}: needs a duration above 0 and at most {MAX_SECONDS} s"
             )
-        exact = (
-            seconds if isinstance(seconds, Fraction) else Fraction(str(seconds))
-        )  # 0.1 is meant as 1/10
+        # 0.1 is meant as 1/10
+        exact = seconds if isinstance(seconds, Fraction) else Fraction(str(seconds))
         groups = max(0, -((1 - exact * rate) // clock.video_stride))  # ceil((frames - 1) / stride)
         return cls(num_frames=1 + clock.video_stride * int(groups), fps=rate, **kwargs)
 
@@ -188,7 +193,7 @@ class ClipSpec:
         """Audio latent steps, enough to cover the clip (rounded up once, so the sound never ends
         early).
         """
-        return -(-self.seconds * self.sample_rate // self.clock.audio_stride).__int__()
+        return int(-(-self.seconds * self.sample_rate // self.clock.audio_stride))
 
     @property
     def mel_frames(self) -> int:

@@ -21,6 +21,7 @@ from avdiff.corpus.captions import parse_prompt
 from avdiff.corpus.dataset import PresenterCorpus
 from avdiff.evaluators.load import phone_error_rate, read_faces, recognise, spoken_symbols
 from avdiff.phonetics.track import track_from_phones
+from avdiff.pixels import to_model
 
 SECONDS, RATE = 2.52, 24000
 
@@ -70,7 +71,7 @@ def main() -> None:
                 generator=torch.Generator().manual_seed(seed),
             )
             found[name].append(opening_r(out.frames[0], truth))
-        film = (clip["video"].permute(3, 0, 1, 2).float() / 127.5 - 1)[None]
+        film = to_model(clip["video"]).permute(3, 0, 1, 2)[None]
         track = track_from_phones([clip["phones"]], ClipSpec.from_seconds(SECONDS))
         out = pipe(
             description,

@@ -18,6 +18,7 @@ from avdiff.media.stills import read_still
 from avdiff.media.write import write_clip
 from avdiff.pipelines.conditioning import Retake
 from avdiff.pipelines.streaming import streams
+from avdiff.pixels import to_model
 
 if TYPE_CHECKING:
     from avdiff.cli.generate import GenerationRequest
@@ -170,4 +171,4 @@ def _read_image(name: str, path: str, size: tuple[int, int]) -> np.ndarray:
 
 def _to_video(frames: np.ndarray) -> torch.Tensor:
     """(F, H, W, 3) uint8 -> (3, F, H, W) float in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return to_model(frames).permute(3, 0, 1, 2)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from avdiff.clip import ClipSpec, as_fps
+from avdiff.clip import ClipSpec, as_fps, midpoints
 from avdiff.corpus.attribute_list import attribute_list, caption_with_list
 from avdiff.corpus.augment import Plan, degrade, draw_plan
 from avdiff.corpus.captions import event_captions, join_sentences, speech_captions
@@ -408,7 +408,7 @@ def members_by_voice(bank: SpeechCorpus) -> dict[tuple[str, str], list[CastMembe
 
 def _middles(clip: ClipSpec) -> np.ndarray:
     """Middle of each frame in seconds: (F,)."""
-    return (np.arange(clip.num_frames) + 0.5) / float(clip.fps)
+    return midpoints(clip.num_frames, float(clip.fps))
 
 
 def _stack(draw: Callable[[int], np.ndarray], frames: int) -> torch.Tensor:

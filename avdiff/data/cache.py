@@ -27,6 +27,7 @@ from avdiff.corpus.sample import ClipSample
 from avdiff.latents import MODALITIES, normalize_latents, pack_audio, pack_video
 from avdiff.media.write import MediaError
 from avdiff.phonetics.phone import Phone
+from avdiff.pixels import to_model
 
 SHARD = 64  # samples in a file: about 1.5 MB for the presenter
 FORMAT = 1
@@ -92,7 +93,7 @@ class Codecs:
         """
         out = {}
         if video is not None:
-            x = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            x = to_model(video.permute(0, 4, 1, 2, 3))
             z = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode().float()
             out["video"] = pack_video(normalize_latents(z, self.vae), self.patch).half()
         if audio is not None:

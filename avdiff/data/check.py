@@ -34,6 +34,7 @@ from avdiff.media.read import Clip, read_clip
 from avdiff.media.sound import CANCEL_NOTE, channels_cancel
 from avdiff.media.stills import read_still
 from avdiff.media.timestamps import has_variable_rate, picture_times
+from avdiff.pixels import to_model
 
 MOST_SILENCE = 0.9  # share of a clip; above it there is nothing to learn from its sound
 SOME_SILENCE = 0.5
@@ -332,7 +333,7 @@ def round_trip_psnr(frames: np.ndarray, vae: Any, size: int = 128, count: int = 
     fitted = [
         np.asarray(ImageOps.fit(Image.fromarray(frame), (size, size))) for frame in frames[:count]
     ]
-    x = torch.from_numpy(np.stack(fitted)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    x = to_model(np.stack(fitted)).permute(3, 0, 1, 2)[None]
     decoded = vae.decode(vae.encode(x.to(vae.dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
     return float(10 * torch.log10(4.0 / (decoded - x).square().mean().clamp_min(1e-10)))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from avdiff.clip import ClipSpec
+from avdiff.clip import ClipSpec, midpoints
 from avdiff.corpus.events.drawing import render_event
 from avdiff.corpus.events.scene import Event, sample_event
 from avdiff.corpus.events.sound import event_audio
@@ -96,7 +96,7 @@ def truth_clip(prompt: Prompt, bank: SpeechCorpus) -> Clip | None:
     if prompt.kind == "event":
         event = event_of(prompt)
         spec = ClipSpec.from_seconds(prompt.seconds, FPS)
-        times = (np.arange(spec.num_frames) + 0.5) / FPS
+        times = midpoints(spec.num_frames, FPS)
         frames = np.stack([render_event(event, float(t), SIZE) for t in times])
         return Clip(
             frames, event_audio(event, spec.num_samples, SAMPLE_RATE)[None], spec.fps, SAMPLE_RATE
@@ -110,7 +110,7 @@ def truth_clip(prompt: Prompt, bank: SpeechCorpus) -> Clip | None:
     spoken = sum(piece.seconds for piece in pieces) + PAUSE * (len(pieces) - 1)
     spec = ClipSpec.from_seconds(round(LEAD + spoken + TAIL, 3), FPS)
     passage = join_pieces(pieces, [0.0] + [PAUSE] * (len(pieces) - 1), LEAD, spec.num_samples)
-    times = (np.arange(spec.num_frames) + 0.5) / FPS
+    times = midpoints(spec.num_frames, FPS)
     mouths = viseme_track(passage.phones, times)
     poses = pose_track(np.random.default_rng([prompt.seed, 1]), times, passage.phones)
     identity = presenter_of(prompt)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from avdiff.clip import midpoints
 from avdiff.files import BUNDLED
 
 SILENCE = "sil"
@@ -68,7 +69,7 @@ def phones_on_frames(phones: Sequence[Phone], frames: int, rate: float) -> np.nd
     """Index of the phone that covers the middle of each frame: (frames,) int64, `rate` frames a
     second.
     """
-    middles = (np.arange(frames) + 0.5) / rate
+    middles = midpoints(frames, rate)
     return np.searchsorted(np.array([p.end for p in phones[:-1]]), middles, side="right").astype(
         np.int64
     )

@@ -26,6 +26,7 @@ from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.models.codecs.audio_vae import AVAudioVAE
 from avdiff.models.codecs.video_vae import AVVideoVAE, enlarge_decoder
 from avdiff.models.codecs.vocoder import AVVocoder
+from avdiff.pixels import to_model
 from avdiff.train.codecs.audio_tasks import (
     AudioVAETask,
     SoundSegments,
@@ -123,10 +124,7 @@ def measure_video_latents(vae: AVVideoVAE, store: FrameStore, count: int) -> Non
     """Set `latents_mean` and `latents_std` from the first `count` clips of a store."""
     latents = []
     for index in range(count):
-        frames = (
-            torch.from_numpy(np.array(store.clips[index])).permute(3, 0, 1, 2)[None].float() / 127.5
-            - 1
-        )
+        frames = to_model(np.array(store.clips[index])).permute(3, 0, 1, 2)[None]
         latents.append(vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode().double())
     z = torch.cat(latents)
     vae.latents_mean.copy_(z.mean(dim=(0, 2, 3, 4)))

@@ -43,6 +43,7 @@ from avdiff.evaluation.metrics.video import (
 )
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.phonetics.visemes import viseme_track
+from avdiff.pixels import to_model, to_uint8
 
 NOISES = (0.0, 0.1, 0.15, 0.2, 0.3)  # s.d. added to normalized latents
 FPS = 25
@@ -81,14 +82,12 @@ def samples(
 
 def to_tensor(frames: np.ndarray) -> Tensor:
     """uint8 (F, H, W, 3) -> (1, 3, F, H, W) in [-1, 1]."""
-    return rearrange(torch.from_numpy(frames).float() / 127.5 - 1, "f h w c -> 1 c f h w")
+    return rearrange(to_model(frames), "f h w c -> 1 c f h w")
 
 
 def to_frames(video: Tensor) -> np.ndarray:
     """(1, 3, F, H, W) -> uint8 (F, H, W, 3)."""
-    return rearrange(
-        video.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "1 c f h w -> f h w c"
-    ).numpy()
+    return rearrange(to_uint8(video), "1 c f h w -> f h w c").numpy()
 
 
 def shrunk(frames: np.ndarray, values: int) -> np.ndarray:

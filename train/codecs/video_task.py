@@ -26,6 +26,7 @@ from avdiff.corpus.speech.read import SpeechCorpus
 from avdiff.evaluation.metrics.video import gradient_energy, mouth_boxes, psnr
 from avdiff.models.codecs.video_vae import AVVideoVAE
 from avdiff.phonetics.visemes import viseme_track
+from avdiff.pixels import to_model, to_uint8
 from avdiff.train.loop.dataloader import SeededDataset
 from avdiff.train.loop.muon import MuonAdam, muon_groups
 from avdiff.train.loop.task import FitOptions, Loss, Task
@@ -305,13 +306,7 @@ def _mean_size(x: Tensor) -> Tensor:
 
 def decode_uint8(frames: Tensor) -> np.ndarray:
     """(B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)."""
-    return (
-        rearrange(
-            frames.float().clamp(-1, 1).add(1).mul(127.5).round().byte(), "b c f h w -> b f h w c"
-        )
-        .cpu()
-        .numpy()
-    )
+    return rearrange(to_uint8(frames), "b c f h w -> b f h w c").cpu().numpy()
 
 
 def round_trip_metrics(
@@ -322,9 +317,7 @@ def round_trip_metrics(
     for index in range(count):
         video = np.array(store.clips[index])
         boxes = np.array(store.boxes[index])
-        x = rearrange(torch.from_numpy(video).float() / 127.5 - 1, "f h w c -> 1 c f h w").to(
-            model.device
-        )
+        x = rearrange(to_model(video), "f h w c -> 1 c f h w").to(model.device)
         with torch.autocast(x.device.type, torch.bfloat16):
             z = model.encode(encoder_view(x, model)).latent_dist.mode().float()
             spread = z.std(dim=(0, 2, 3, 4), keepdim=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avdiff.clip import midpoints
 from avdiff.corpus.augment import coloured_noise
 from avdiff.corpus.dataset import split_utterances
 from avdiff.corpus.face.presenter import lip_points, pose_track, render_face, sample_identity
@@ -26,6 +27,7 @@ from avdiff.models.evaluators.lip_network import LipNetwork
 from avdiff.models.evaluators.phone_recognizer import PhoneRecognizer
 from avdiff.phonetics.phone import SILENCE, encode_phones
 from avdiff.phonetics.visemes import viseme_track
+from avdiff.pixels import to_uint8
 from avdiff.train.evaluators.faces import degraded, draw_event, draw_face, measure_reader
 from avdiff.train.evaluators.lips import held_out_clips, measure_lip_network
 from avdiff.train.evaluators.phones import measure_recogniser
@@ -177,7 +179,7 @@ def clip_marks(
         rng = np.random.default_rng([index, 5])
         utterance = bank[int(rng.integers(len(bank)))]
         identity = sample_identity(rng, utterance.gender, "test")
-        times = (np.arange(frames) + 0.5) / 25
+        times = midpoints(frames, 25)
         mouths = viseme_track(utterance.phones, times)
         poses = pose_track(rng, times, utterance.phones)
         video = np.stack(
@@ -186,7 +188,7 @@ def clip_marks(
         if vae is not None:
             x = to_pictures(torch.from_numpy(video)).transpose(0, 1)[None]
             y = vae(x).sample.clamp(-1, 1)[0].permute(1, 2, 3, 0)
-            video = ((y + 1) * 127.5).round().byte().numpy()
+            video = to_uint8(y).numpy()
         reading = read_faces(video, evaluator)
         correlations.append(np.corrcoef(reading.mouth[:, 0], mouths[:, 0])[0, 1])
         truth = np.stack([lip_points(identity, m, p) for m, p in zip(mouths, poses, strict=True)])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import avdiff
+from avdiff.clip import midpoints
 from avdiff.evaluation.lipsync import synchformer, syncnet
 from avdiff.evaluation.lipsync.face_tracks import Track, square
 from avdiff.evaluation.lipsync.synchformer_network import RELEASED, SEGMENTS, Size
@@ -303,7 +304,7 @@ class SynchformerBackend:
         starts = synchformer.window_starts(segments)
         wanted = {start + i for start in starts for i in range(SEGMENTS)}
         if missing := wanted - seen.features.keys():
-            clock = (np.arange(seen.pictures) + 0.5) / synchformer.FPS
+            clock = midpoints(seen.pictures, synchformer.FPS)
             seen.features |= synchformer.see_segments(
                 self.network, on_clock(seen.film(), clock), missing
             )

@@ -44,6 +44,7 @@ from avdiff.evaluation.lipsync.synchformer_network import (
 )
 from avdiff.evaluation.lipsync.syncnet import read_tensors
 from avdiff.evaluators.load import SyncCurve
+from avdiff.pixels import to_model
 
 FPS = 25
 RATE = 16_000
@@ -114,8 +115,8 @@ def prepare_picture(picture: np.ndarray, side: int) -> Tensor:
     sized = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
     top = round((height - side) / 2)
     left = round((width - side) / 2)
-    cut = torch.from_numpy(sized[top : top + side, left : left + side].copy())
-    return cut.permute(2, 0, 1) / 127.5 - 1
+    cut = sized[top : top + side, left : left + side].copy()
+    return to_model(cut).permute(2, 0, 1)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from avdiff.pixels import to_model
+
 SIDE = 128  # pixels that the first network sees
 CROP = 48  # pixels of the mouth's crop: about one for one at SIDE
 POINTS = 20
@@ -218,4 +220,4 @@ def to_square(pictures: Tensor) -> Tensor:
 
 def to_pictures(frames: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return rearrange(frames, "b h w c -> b c h w").float() / 127.5 - 1
+    return rearrange(to_model(frames), "b h w c -> b c h w")
