@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 import avdiff
 from avdiff.files import write_text
+from avdiff.models.convert_names import check_folder
 
 # What a saved folder says of itself to diffusers, which takes a class from a file of this name.
 LOADER = '"""Lets diffusers find the class."""\n\nfrom avdiff import AVDiffPipeline  # noqa: F401\n'
@@ -66,6 +67,7 @@ def check_configs(folder: Path) -> None:
     """Refuse options that a component of ours does not have: diffusers would drop them with a
     warning.
     """
+    check_folder(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         return

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from avdiff.core.memory_table import memory_tables
+from avdiff.models.convert_names import check_folder
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 NAME = "diffusion_pytorch_model.safetensors"
@@ -40,6 +41,7 @@ def load_off_ram(
     """
     model_class: Any = kind
     folder = Path(folder)
+    check_folder(folder)
     with torch.device("meta"):  # shapes alone: the tables must never be allocated
         model = model_class.from_config(model_class.load_config(folder))
     places = _places(folder)

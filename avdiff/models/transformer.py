@@ -18,7 +18,9 @@ caption tokens.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from avdiff.core.rope import rotary_phases
 from avdiff.latents import Joint, clean_estimate
 from avdiff.models.blocks import StepRows, build_block, split_shared
 from avdiff.models.conditions import Conditions, Positions, cross_windows
+from avdiff.models.convert_names import check_folder
 from avdiff.models.phoneme_encoder import PhonemeEncoder
 from avdiff.phonetics.phone import ONSET_ID
 from avdiff.phonetics.track import PhonemeTrack
@@ -224,6 +227,20 @@ class AVTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin, C
         ):
             for p in head.parameters():
                 nn.init.zeros_(p)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, **kwargs: Any
+    ) -> AVTransformer:
+        """As in diffusers; a folder with names of weights or options of before is refused.
+
+        Raises:
+            ValueError: names the old name and the command that converts the folder.
+        """
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if pretrained_model_name_or_path and folder.is_dir():
+            check_folder(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
