@@ -14,6 +14,7 @@ import torch
 from avdiff.clip import ClipSpec, as_fps
 from avdiff.media.container import MediaError
 from avdiff.media.read import read_clip
+from avdiff.media.sound import CANCEL_ADVICE, channels_cancel
 from avdiff.media.stills import read_still
 from avdiff.media.write import write_clip
 from avdiff.pipelines.conditioning import Retake
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from avdiff.cli.generate import GenerationRequest
     from avdiff.pipelines.pipeline_av import AVDiffPipeline
 
+SHORTEST_SOUND = 0.04  # seconds: one frame
 CHANGES = ("extend", "retake", "mask")  # what is done to a film that is given
 
 
@@ -117,6 +119,13 @@ def _read_sound(pipe: AVDiffPipeline, request: GenerationRequest) -> np.ndarray:
     sound = read_clip(str(request.audio), sample_rate=rate, max_seconds=request.seconds).audio
     if sound is None:
         raise ValueError(f"audio={request.audio}: has no sound in it")
+    if sound.shape[1] < SHORTEST_SOUND * rate:
+        raise ValueError(
+            f"audio={request.audio}: lasts {sound.shape[1] / rate:.4f} s; needs at least "
+            f"{SHORTEST_SOUND} s"
+        )
+    if channels_cancel(sound):
+        raise ValueError(f"audio={request.audio}: {CANCEL_ADVICE}")
     return sound
 
 

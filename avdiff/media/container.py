@@ -31,6 +31,9 @@ CONTAINERS = (
     "wav,w64,mp3,aac,flac,ogg,aiff,caf,au,ac3,eac3,amr,wv,tta,"
     "gif,apng,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe"
 )
+CONTAINER_NAMES = (
+    "MP4, MOV, MKV, WebM, AVI, MPEG, ASF, FLV, WAV, MP3, AAC, FLAC, Ogg, AIFF, CAF or a picture"
+)
 # Of these the header knows where a stream ends; others guess it from the bit rate or the last page.
 EXACT_CONTAINERS = ("mov", "matroska", "wav", "w64", "flac", "ogg", "aiff", "caf", "avi", "nut")
 LONGEST_CLIP = Fraction(600)  # seconds that are read at once unless the caller gives a length
@@ -98,6 +101,10 @@ def open_media(
             _check_video(path, streams.video)
             _check_audio(path, streams.audio)
             yield container, streams
+    except av.error.ArgumentError as error:  # how FFmpeg answers to a container off the list
+        raise MediaError(
+            f"path={path}: cannot be read as media; needs {CONTAINER_NAMES}"
+        ) from error
     except (OSError, av.FFmpegError) as error:
         raise MediaError(f"path={path}: cannot be read as media ({reason(error)})") from error
 
@@ -255,6 +262,8 @@ def measured_seconds(path: str | Path, audio_track: int | None = None) -> dict[s
 def read_tags(container: InputContainer) -> dict[str, Any]:
     """The file's tags; our own comment is unfolded into the facts it lists."""
     tags: dict[str, Any] = dict(container.metadata)
+    if "COMMENT" in tags:  # Matroska writes names in capitals
+        tags["comment"] = tags.pop("COMMENT")
     notice, _, facts = tags.get("comment", "").partition(" ")
     if notice == NOTICE:
         # somebody edited it, or nested it deep: the text itself stays under "comment"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avdiff.clip import as_fps
+from avdiff.media.animation import is_sequence, read_sequence
 from avdiff.media.color import conversion_note, to_sdr
 from avdiff.media.container import (
     INTERLACED_NOTE,
@@ -93,7 +94,7 @@ def read_clip(
     audio_track: int | None = None,
     audio_channel: int | None = None,
 ) -> Clip:
-    """Decode a file by its timestamps.
+    """Decode a film, a sound, an animation or a folder of pictures by its timestamps.
 
     Args:
         fps: frames wanted per second; output frame i is the picture on screen at (i + 1/2) / fps
@@ -119,6 +120,10 @@ def read_clip(
             f"sample_rate={sample_rate}: needs {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]} Hz"
         )
     limit = None if max_seconds is None else Fraction(max_seconds)
+    if "\0" not in str(path) and is_sequence(Path(path)):
+        asked = None if fps is None else as_fps(fps)
+        frames, rate = read_sequence(Path(path), asked, target, limit)
+        return Clip(frames, None, rate, None)
     frames = rate = start = None
     with open_media(path, audio_track) as (container, streams):
         video = streams.video

@@ -265,10 +265,11 @@ def channels_cancel(sound: np.ndarray) -> bool:
     return loudest > LEAST_LEVEL and float(np.sqrt(np.mean(mixed**2))) < CANCELED * loudest
 
 
-CANCEL_NOTE = (
-    "its channels cancel each other out when they are mixed (one is another upside down): take "
-    "one of them with audio_channel=1 (--audio-channel 1)"
+CANCEL_ADVICE = (
+    "its channels cancel each other out when they are mixed (one is another upside down): give "
+    "one of them alone"
 )
+CANCEL_NOTE = f"{CANCEL_ADVICE}, with audio_channel=1 (--audio-channel 1)"
 
 
 def choose_channel(sound: np.ndarray, channel: int | None) -> np.ndarray:
