@@ -184,7 +184,7 @@ COMMANDS: dict[str, tuple[list[Any], str]] = {
     "two prompts": (["a", "b"], "unexpected extra argument"),
     "lora missing": (["a", "--lora", "none"], "lora=none: cannot be loaded"),
     "lora of text": (["a", "--lora", "words.txt"], "lora=words.txt: cannot be loaded"),
-    "suffix": (["a", "-o", "x.gif"], "needs a name that ends in"),
+    "suffix": (["a", "-o", "x.avi"], "needs a name that ends in"),
     "no suffix": (["a", "-o", "x"], "needs a name that ends in"),
     "no folder": (["a", "-o", "none/x.mp4"], "a folder that exists"),
     "into a folder": (["a", "-o", "folder.mp4"], "needs a file name"),

@@ -166,7 +166,7 @@ BAD = {
     "nothing": ([], "either a prompt or --prompts"),
     "both": (["a", "--prompts", "p.jsonl"], "either a prompt or --prompts"),
     "empty": (["  "], "prompt: is empty"),
-    "suffix": (["a", "-o", "x.gif"], "needs a name that ends in"),
+    "suffix": (["a", "-o", "x.avi"], "needs a name that ends in"),
     "folder": (["a", "-o", "none/x.mp4"], "a folder that exists"),
     "seconds": (["a", "--seconds", "nan"], "seconds=nan: needs"),
     "too long": (["a", "--seconds", "1e9"], "needs a duration"),

@@ -347,7 +347,7 @@ def test_full_disk(tmp_path: Path, model: str, loaded_once, capsys) -> None:
 def test_exit_code_of_the_program(tmp_path: Path) -> None:
     """The real program, from a shell."""
     done = subprocess.run(
-        [sys.executable, "-m", "avdiff", "generate", "a", "-o", tmp_path / "x.gif"],
+        [sys.executable, "-m", "avdiff", "generate", "a", "-o", tmp_path / "x.avi"],
         capture_output=True,
         text=True,
         check=False,

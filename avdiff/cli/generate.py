@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PATHS = ("image", "audio", "video", "last_image", "mask")
 TEXTS = ("prompt", "output", "language", "negative_prompt", "retake", *PATHS)
 MAX_SECONDS = 3600  # longer clips are made piece by piece, by pipe.stream
-SUFFIXES = (".mp4", ".mov", ".m4a", ".wav")
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".m4a", ".wav", ".gif", ".webp", ".apng", ".png")
 SOUND_SUFFIXES = (".wav", ".m4a")  # containers that hold no picture
 LONGEST_LINE = 1_000_000  # characters of a prompts file; a prompt itself may have far fewer
 

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 
 from avdiff.clip import ClipSpec, as_fps
 from avdiff.media.container import MediaError
-from avdiff.media.read import read_clip
+from avdiff.media.read import Clip, read_clip
 from avdiff.media.sound import CANCEL_ADVICE, channels_cancel
 from avdiff.media.stills import read_still
 from avdiff.media.write import write_clip
@@ -108,6 +109,7 @@ def _read_film(
     )
     if film.frames is None:
         raise ValueError(f"video={request.video}: has no pictures in it")
+    _print_notes(str(request.video), film)
     stride = pipe.clock.video_stride
     whole = 1 + (len(film.frames) - 1) // stride * stride
     return Film(_to_video(film.frames[:whole])[None], film.audio)
@@ -116,7 +118,8 @@ def _read_film(
 def _read_sound(pipe: AVDiffPipeline, request: GenerationRequest) -> np.ndarray:
     """(C, S) at the codec's rate."""
     rate = pipe.audio_vae.config.sample_rate
-    sound = read_clip(str(request.audio), sample_rate=rate, max_seconds=request.seconds).audio
+    clip = read_clip(str(request.audio), sample_rate=rate, max_seconds=request.seconds)
+    sound = clip.audio
     if sound is None:
         raise ValueError(f"audio={request.audio}: has no sound in it")
     if sound.shape[1] < SHORTEST_SOUND * rate:
@@ -126,7 +129,14 @@ def _read_sound(pipe: AVDiffPipeline, request: GenerationRequest) -> np.ndarray:
         )
     if channels_cancel(sound):
         raise ValueError(f"audio={request.audio}: {CANCEL_ADVICE}")
+    _print_notes(str(request.audio), clip)
     return sound
+
+
+def _print_notes(path: str, clip: Clip) -> None:
+    """What was done to a file that was read: HDR made SDR, one of several sound tracks taken..."""
+    for note in clip.notes:
+        print(f"{path}: {note}", file=sys.stderr)
 
 
 def _fit_sound(sound: np.ndarray, num_samples: int, channels: int) -> torch.Tensor:
