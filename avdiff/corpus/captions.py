@@ -335,14 +335,22 @@ QUOTES = (
     ("『", "』"),
     ("‹", "›"),
     ("《", "》"),
-    ('"', '"'),
     ("″", "″"),
     ("＂", "＂"),
     ("``", "''"),
-    ("‘", "’"),
+)
+# Marks that keyboards and word processors make in other ways too: a straight mark behind a digit is
+# an inch, ’ inside a word an apostrophe, and a straight mark may be closed by a curly one.
+_KEYED = (
+    r'(?<!\d)"([^"“”]+)”',
+    r'(?<!\d)"((?:(?!").)+)"',
+    r'“([^“”"]+)"(?!\w)',
+    r"‘((?:(?!’(?!\w)).)+)’(?!\w)",
 )
 _SPOKEN = re.compile(
-    "|".join(f"{re.escape(a)}((?:(?!{re.escape(b)}).)+){re.escape(b)}" for a, b in QUOTES),
+    "|".join(
+        [*(f"{re.escape(a)}((?:(?!{re.escape(b)}).)+){re.escape(b)}" for a, b in QUOTES), *_KEYED]
+    ),
     re.DOTALL,
 )
 # single straight quotes also mark apostrophes: they quote only where no word touches them outside

@@ -166,7 +166,7 @@ def load_codecs(model: str | os.PathLike[str], text: bool = False) -> Codecs:
 
         features = CaptionFeatures(
             CaptionEncoder.from_pretrained(folder / "text_encoder").eval(),
-            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
         )
     return Codecs(
         AVVideoVAE.from_pretrained(folder / "vae").eval(),

@@ -9,8 +9,11 @@ small tables turn them into phonemes.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
@@ -226,11 +229,26 @@ def read_pinyin(initial: str, final: str) -> str:
     return _INITIALS.get(initial, "") + shape.replace("T", _ARROWS[tone])
 
 
+def _private_cache() -> Path:
+    """Folder of the user's own, mode 0700, in their cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "avdiff" / "jieba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError:  # a home that cannot be written: a new folder for this process alone
+        return Path(tempfile.mkdtemp(prefix="avdiff-jieba-"))
+    return folder
+
+
 @cache
 def _jieba() -> Any:
     import jieba  # type: ignore[import-untyped]
 
     jieba.setLogLevel(logging.ERROR)
+    # jieba reads its cache with marshal, by default under a name in the shared temporary folder
+    # that anybody could have written
+    jieba.dt.tmp_dir = str(_private_cache())
     jieba.initialize()
     return jieba
 

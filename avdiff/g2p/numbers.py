@@ -169,12 +169,50 @@ def spell_numbers(text: str, language: str) -> str:
     language has spaces.
     """
     gap = "" if language in ("ja", "zh") else " "
+    text = spell_money(text, language)
     text = _NUMBER.sub(lambda m: gap + _spell(m, language) + gap, text)
     text = re.sub(
         r"\d", lambda m: gap + cardinal(int(m[0]), language) + gap, text
     )  # what is left, such as "3G"
     signs = _SIGNS[language]
     return re.sub(f"[{re.escape(''.join(signs))}]", lambda m: gap + signs[m[0]] + gap, text)
+
+
+# What joins hundredths to the whole of an amount
+_CENTS = {"en": "", "es": "con", "fr": "", "it": "e", "pt": "e"}
+_COINS = re.compile(
+    r"(R\$|[$€£])\s?(\d{1,9})([.,])(\d\d)(?!\d)|(\d{1,9})([.,])(\d\d)\s?([€£])(?!\w)"
+)
+_REAIS = {
+    "en": "reais",
+    "es": "reales",
+    "fr": "réaux",
+    "hi": "रियाल",
+    "it": "real",
+    "ja": "レアル",
+    "pt": "reais",
+    "zh": "雷亚尔",
+}
+
+
+def spell_money(text: str, language: str) -> str:
+    """Amounts with hundredths as they are said ("four dollars fifty"), and the Brazilian real."""
+
+    def coins(match: re.Match[str]) -> str:
+        sign = match[1] or match[8]
+        whole, cents = int(match[2] or match[5]), int(match[4] or match[7])
+        name = _REAIS[language] if sign == "R$" else _SIGNS[language][sign]
+        if not cents:
+            return f" {cardinal(whole, language)} {name} "
+        joint = _CENTS[language]
+        words = (cardinal(whole, language), name, joint, cardinal(cents, language))
+        return f" {' '.join(word for word in words if word)} "
+
+    if language in _CENTS:
+        text = _COINS.sub(coins, text)
+    reais = _REAIS[language]
+    gap = "" if language in ("ja", "zh") else " "
+    return re.sub(r"R\$\s?(\d[\d.,]*\d|\d)", rf"\1{gap}{reais}", text)
 
 
 def cardinal(number: int, language: str) -> str:

@@ -66,7 +66,7 @@ def from_folder(base: str) -> tuple[AVTransformer, CaptionEncoder, PreTrainedTok
     return (
         AVTransformer.from_pretrained(base, subfolder="transformer"),
         CaptionEncoder.from_pretrained(base, subfolder="text_encoder"),
-        AutoTokenizer.from_pretrained(base, subfolder="tokenizer"),
+        AutoTokenizer.from_pretrained(base, subfolder="tokenizer", trust_remote_code=False),
     )
 
 

@@ -87,7 +87,7 @@ class Teacher:
             parts = (
                 AVTransformer.from_pretrained(name, subfolder="transformer"),
                 CaptionEncoder.from_pretrained(name, subfolder="text_encoder"),
-                AutoTokenizer.from_pretrained(name, subfolder="tokenizer"),
+                AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False),
                 JointFlowMatchScheduler.from_pretrained(name, subfolder="scheduler"),
             )
             named = (config.get("prompt_domain") or [None])[0]
