@@ -38,7 +38,7 @@ _HOME = {
     "Pronouncer": "avdiff.models.g2p.networks",
     "Retake": "avdiff.pipelines.conditioning",
     "load": "avdiff.families",
-    "read_clip": "avdiff.media.write",
+    "read_clip": "avdiff.media.read",
     "streams": "avdiff.pipelines.streaming",
     "write_clip": "avdiff.media.write",
     # diffusers looks up the base classes of a saved component by name in the library that it is
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from avdiff.guidance import Guidance as Guidance
     from avdiff.latents import Joint as Joint
     from avdiff.latents import JointLatents as JointLatents
-    from avdiff.media.write import read_clip as read_clip
+    from avdiff.media.read import read_clip as read_clip
     from avdiff.media.write import write_clip as write_clip
     from avdiff.models.codecs.audio_vae import AVAudioVAE as AVAudioVAE
     from avdiff.models.codecs.video_vae import AVVideoVAE as AVVideoVAE

@@ -17,10 +17,11 @@ from PIL import Image
 from avdiff.data.check import check_folder
 from avdiff.data.clips import ClipOptions, RealClips
 from avdiff.media.color import BT2020, HLG, PQ, to_sdr
+from avdiff.media.container import MediaError
 from avdiff.media.display import Display, display_of_still
 from avdiff.media.frames import read_sound, walk_pictures
 from avdiff.media.probe import probe
-from avdiff.media.read import MediaError, read_clip
+from avdiff.media.read import read_clip
 from avdiff.media.stills import read_still, still_size
 from avdiff.media.write import write_clip
 

@@ -14,16 +14,12 @@ import pytest
 from PIL import Image
 
 from avdiff.clip import as_fps
-from avdiff.media.write import (
-    AAC_FRAME,
-    MediaError,
-    contact_sheet,
-    probe,
-    read_clip,
-    resample_audio,
-    spectrogram_picture,
-    write_clip,
-)
+from avdiff.media.container import MediaError
+from avdiff.media.pictures import contact_sheet, spectrogram_picture
+from avdiff.media.probe import probe
+from avdiff.media.read import read_clip
+from avdiff.media.sound import AAC_FRAME, resample_audio
+from avdiff.media.write import write_clip
 
 RATE = 24000
 

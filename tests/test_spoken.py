@@ -13,7 +13,8 @@ import pytest
 from avdiff.corpus.dataset import PresenterCorpus
 from avdiff.corpus.writer import write_corpus
 from avdiff.data.clips import ClipOptions, RealClips
-from avdiff.media.write import MediaError, write_clip
+from avdiff.media.container import MediaError
+from avdiff.media.write import write_clip
 from avdiff.phonetics.phone import SILENCE
 
 LANGUAGES = ("en", "es", "ja")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,8 +87,20 @@ def show(
         items: Iterable[Any] = (clips[i] for i in range(count))
     else:
         items = folder_items(folder, count)
-    shown = write_gallery(progress("drawing", count)(items), output, str(folder or "Presenters"))
-    print(f"{output}: {shown} clips")
+    refused: dict[str, str] = {}
+
+    def named(clips: Iterable[Any]) -> Iterator[Any]:
+        """The clips; what cannot be shown is also said on the terminal."""
+        for clip in clips:
+            if clip.get("refused"):
+                refused[clip["name"]] = clip["refused"]
+            yield clip
+
+    drawn = named(progress("drawing", count)(items))
+    shown = write_gallery(drawn, output, str(folder or "Presenters"))
+    for name, reason in refused.items():
+        print(f"{name}: refused: {reason}")
+    print(f"{output}: {shown} clips, {len(refused)} of them refused")
 
 
 @app.command()

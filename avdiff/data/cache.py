@@ -25,7 +25,7 @@ from avdiff.clip import ClipSpec
 from avdiff.corpus.captions import parse_prompt
 from avdiff.corpus.sample import ClipSample
 from avdiff.latents import MODALITIES, normalize_latents, pack_audio, pack_video
-from avdiff.media.write import MediaError
+from avdiff.media.container import MediaError
 from avdiff.phonetics.phone import Phone
 from avdiff.pixels import to_model
 
