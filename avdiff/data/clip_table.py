@@ -178,9 +178,9 @@ def _add_row(table: ClipTable, where: str, row: Row, problem: str | None, used: 
     media = next((row[name] for name in VIDEO_COLUMNS if name in row), None)
     sound = next((row[name] for name in AUDIO_COLUMNS if name in row), None)
     name = _name(table.folder, media or sound or where)
-    video = _beside(table.folder, media)
-    audio = _beside(table.folder, sound)
-    sides = {key: _beside(table.folder, row.get(key)) for key in SIDE_COLUMNS}
+    video = _resolve(table.folder, media)
+    audio = _resolve(table.folder, sound)
+    sides = {key: _resolve(table.folder, row.get(key)) for key in SIDE_COLUMNS}
     files = [path for path in (video, audio, *sides.values()) if path is not None]
     used.update(os.path.realpath(path) for path in files)
     missing = next((path for path in files if not is_file(path)), None)
@@ -223,7 +223,7 @@ def _name(folder: Path, value: str) -> str:
     return value
 
 
-def _beside(folder: Path, value: str | None) -> Path | None:
+def _resolve(folder: Path, value: str | None) -> Path | None:
     """A path of the table: relative to the folder, or absolute."""
     return folder / value if value else None
 

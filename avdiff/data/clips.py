@@ -165,7 +165,7 @@ class RealClips(Dataset):
                 self.refused.setdefault(entry.name, "left out: the check found it bad")
                 continue
             try:
-                spec, held = self._place(entry)
+                spec, held = self._choose_spec(entry)
             except (MediaError, ValueError) as error:
                 self.refused[entry.name] = str(error)
                 continue
@@ -176,7 +176,7 @@ class RealClips(Dataset):
             reasons = "; ".join(f"{name}: {why}" for name, why in list(self.refused.items())[:5])
             raise ValueError(f"folder={str(folder)!r}: no clip in it can be used ({reasons})")
 
-    def _place(self, entry: ClipEntry) -> tuple[ClipSpec, tuple[str, ...]]:
+    def _choose_spec(self, entry: ClipEntry) -> tuple[ClipSpec, tuple[str, ...]]:
         """Bucket and modalities of an entry, from headers alone; a still is a clip of one frame."""
         if entry.is_still:
             assert entry.video is not None, "a still is a picture"
@@ -251,13 +251,13 @@ class RealClips(Dataset):
             "contacts": (),
             "attributes": {},
         }
-        own = None
+        film_sound = None
         if entry.is_still and entry.video:
             item["video"] = _still(entry.video, spec)
         elif entry.video:
-            item["video"], own = self._pictures(entry, entry.video, spec)
+            item["video"], film_sound = self._pictures(entry, entry.video, spec)
         if "audio" in held:
-            sound = self._sound(entry, own, spec)
+            sound = self._sound(entry, film_sound, spec)
             if np.sqrt(np.mean(sound**2)) >= SILENT_RMS:
                 item["audio"] = torch.from_numpy(sound)
                 item |= self._words(entry, spec, sound)
@@ -265,7 +265,7 @@ class RealClips(Dataset):
                 raise MediaError(
                     f"{entry.name}: its sound is silence where it is used; run `avdiff data check`"
                 )
-        return item | self._beside(entry, spec)
+        return item | self._masks_and_references(entry, spec)
 
     def _words(self, entry: ClipEntry, spec: ClipSpec, sound: np.ndarray) -> dict[str, Any]:
         """Text and phones of the quoted words, which may go on after the clip's end, where `sound`
@@ -314,9 +314,9 @@ class RealClips(Dataset):
         frames = np.concatenate([frames, frames[-1:].repeat(spec.num_frames - len(frames), axis=0)])
         return torch.from_numpy(np.ascontiguousarray(frames)), clip.audio
 
-    def _sound(self, entry: ClipEntry, own: np.ndarray | None, spec: ClipSpec) -> np.ndarray:
+    def _sound(self, entry: ClipEntry, film_sound: np.ndarray | None, spec: ClipSpec) -> np.ndarray:
         """(channels, samples) float32, exactly as long as the clip."""
-        sound = own
+        sound = film_sound
         if entry.audio:
             stretch = self.options.fit == "stretch" and entry.video is not None
             limit = None if stretch else spec.seconds
@@ -351,7 +351,7 @@ class RealClips(Dataset):
             else sound
         )
 
-    def _beside(self, entry: ClipEntry, spec: ClipSpec) -> dict[str, torch.Tensor]:
+    def _masks_and_references(self, entry: ClipEntry, spec: ClipSpec) -> dict[str, torch.Tensor]:
         """Masks and references."""
         found: dict[str, torch.Tensor] = {}
         for name in ("video_mask", "reference_video"):

@@ -57,9 +57,9 @@ def contact_sheet(
         corner = (n % columns * width, n // columns * height)
         sheet.paste(tile, corner)
         if fps is not None:
-            place = (corner[0] + 3, corner[1] + 2)
+            position = (corner[0] + 3, corner[1] + 2)
             label = f"{float(index / fps):.2f} s"
-            draw.text(place, label, fill="white", stroke_width=1, stroke_fill="black")
+            draw.text(position, label, fill="white", stroke_width=1, stroke_fill="black")
     return sheet
 
 
