@@ -7,14 +7,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from avdiff.corpus.attribute_list import attribute_list
 from avdiff.models import presets
 from avdiff.models.transformer import AVTransformer
 from avdiff.train import finetune
 from avdiff.train.joint import lora
+from avdiff.train.joint.dataset import TrainingClips
 from avdiff.train.joint.lora import branch_of, owner_of
+from avdiff.train.loop.command import load_recipe
 from avdiff.train.loop.fit import fit
-from avdiff.train.recipe import BRANCHES
-from tests.test_finetune import moved, recipe, run, weights, write_clips
+from avdiff.train.loop.run_log import read_log
+from avdiff.train.recipe import BRANCHES, TARGETS, DataOptions, Recipe
+from tests.test_finetune import CLIP, moved, recipe, run, weights, write_clips
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,7 @@ def test_the_file_tells_rank_and_alpha_of_every_layer(data, tmp_path, base):
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         told = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert "sampling_defaults" in file.metadata()
     assert all(name.startswith("transformer.") for name in names)
     assert (told["transformer.r"], told["transformer.lora_alpha"]) == (4, 2)
     loaded = AVTransformer.from_pretrained(base, subfolder="transformer")
@@ -124,3 +129,81 @@ def test_a_card_names_no_path_of_the_machine(data, tmp_path, base):
     assert base not in card
     assert "cached clips from train." in card
     assert "pipe.load_lora_weights(FOLDER)" in card
+
+
+@pytest.mark.parametrize(("name", "target"), TARGETS.items())
+def test_a_recipe_for_each_purpose_moves_its_stream_alone(data, tmp_path, base, name, target):
+    words = [f"lora_{name}.toml", f"--output_dir={tmp_path}", f"--train_data={data[0]}"]
+    words += [f"--pretrained_model_name_or_path={base}", "--rank=2", "--max_train_steps=2"]
+    made = load_recipe(Recipe, [*words, "--train_batch_size=4", "--lr_warmup_steps=0"])
+    task = finetune.setup(made)
+    before = weights(task)
+    fit(task, made.training)
+    changed = moved(before, task)
+    assert {branch_of(n) for n in changed} == set(target.branches)
+    assert {owner_of(n) for n in changed} == {target.owner}
+    assert all(".lora_" in n for n in changed)
+    assert set(task.report()) >= {f"update_norm/{target.owner}", f"adapter_norm/{target.owner}"}
+
+
+def test_a_stream_whose_adapters_rest_is_reported(data, tmp_path, base):
+    """Users of other trainers found out after days that only one modality had learned."""
+    options = {
+        "pretrained_model_name_or_path": base,
+        "rank": "2",
+        "log_every": "1",
+        "checkpointing_steps": "0",
+    }
+    run(data, tmp_path / "one", **options, lora_targets="video", max_train_steps="2")
+    lines = read_log(tmp_path / "one" / "log.jsonl")
+    (warning,) = [line["warning"] for line in lines if "warning" in line]
+    assert "the adapter has no layer of the audio stream" in warning
+    frozen = {"branch_learning_rate": "audio=0,text=0,cross=0,shared=0", "lora_targets": "all"}
+    run(data, tmp_path / "two", **options, **frozen, max_train_steps="4")
+    lines = read_log(tmp_path / "two" / "log.jsonl")
+    said = " ".join(line["warning"] for line in lines if "warning" in line)
+    assert "the adapters of the audio stream do not move" in said
+    assert "the adapters of the video stream" not in said
+
+
+def test_a_target_that_the_modalities_leave_alone_is_refused(data, tmp_path, base):
+    with pytest.raises(ValueError, match=r"'voice' updates the audio stream, but modalities="):
+        recipe(
+            data,
+            tmp_path,
+            pretrained_model_name_or_path=base,
+            rank="2",
+            modalities="video",
+            lora_targets="voice",
+        ).check()
+
+
+def test_captions_are_completed_in_their_share_of_rows(data):
+    attributes = {"gender": "female", "hair_color": "red", "hair_style": "bob"}
+
+    class Drawn:
+        """A clip as the corpus caches it."""
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            captions = ['a woman says "hello"', "a talking face"]
+            return {"captions": captions, "attributes": attributes, "phones": ()}
+
+        def clip(self, index):
+            return CLIP
+
+    def captions(share):
+        shares = {"caption_dropout": 0.0, "text_dropout": 0.0, "attribute_lists": share}
+        clips = TrainingClips(Drawn(), DataOptions(**shares))
+        return [clips.sample(0, seed).caption for seed in range(60)]
+
+    plain, some, full = captions(0.0), captions(0.5), captions(1.0)
+    listed = attribute_list(attributes)
+    assert "red hair" in listed
+    assert not [caption for caption in plain if listed in caption]
+    assert all(caption.endswith(listed) for caption in full)
+    assert 15 < sum(listed in caption for caption in some) < 45
+    # the same caption is chosen whatever the share
+    assert all(long.startswith(short) for long, short in zip(full, plain, strict=True))

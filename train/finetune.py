@@ -99,13 +99,22 @@ class FinetuneTask(Task[Batch]):
         self.collate = self._collate(train, held_out)
         learning = taught(o)
         unlearned = {m for m in MODALITIES if m not in learning}
-        self.watch = LearningMonitor(learning, sorted(model.trained_branches() - unlearned))
+        branches = sorted(model.trained_branches() - unlearned)
+        self.watch = LearningMonitor(learning, branches, self._without_adapter(learning))
         self.samples: ValidationClips | None = None
         if recipe.samples.sample_prompts:
             folder = Path(recipe.training.output_dir)
             prompts = recipe.samples.sample_prompts
             self.samples = ValidationClips(folder, prompts, available_evaluators())
         self.last_metrics: dict[str, float] = {}
+
+    def _without_adapter(self, learning: Iterable[str]) -> list[str]:
+        """Streams that the loss trains and that no layer of the adapter belongs to."""
+        if not self.recipe.adapter.rank:
+            return []
+        layers = lora.lora_layers(self.transformer)
+        owners = {lora.owner_of(f"{name}.weight") for name in layers}
+        return [m for m in learning if not owners & {m, "both"}]
 
     def _collate(self, *caches: LatentCache | None) -> Callable[[Sequence[object]], Batch]:
         """Rows -> batch; captions come as features where the encoder rests and the caches hold
@@ -114,7 +123,9 @@ class FinetuneTask(Task[Batch]):
         encoder = self.text_encoder
         frozen = not any(p.requires_grad for p in encoder.parameters())
         features = CaptionFeatures(encoder, self.model.tokenizer)
-        cached = caption_features(frozen, features, *caches)
+        # features are of the captions as they were cached, without a list behind them
+        completed = self.recipe.data.attribute_lists > 0
+        cached = caption_features(frozen and not completed, features, *caches)
         return Collate(self.model.tokenizer, encoder.config.max_length, cached)
 
     # ------------------------------------------------------------------------------------- the loss
@@ -273,9 +284,13 @@ class FinetuneTask(Task[Batch]):
         return describe_bucket(key)
 
     def report(self) -> dict[str, float]:
-        """Norm of the adapter's update by branch."""
-        deltas = lora.delta_norms(self.transformer) if self.recipe.adapter.rank else {}
-        return {f"adapter_norm/{branch}": norm for branch, norm in deltas.items()}
+        """Norm of the adapter's update by branch, and by the stream that alone it changes."""
+        if not self.recipe.adapter.rank:
+            return {}
+        branches = lora.delta_norms(self.transformer)
+        streams = lora.delta_norms(self.transformer, lora.owner_of)
+        by_branch = {f"adapter_norm/{branch}": norm for branch, norm in branches.items()}
+        return by_branch | {f"update_norm/{stream}": norm for stream, norm in streams.items()}
 
     def warnings(self, values: Mapping[str, float]) -> Iterable[str]:
         """What the log line says about modalities and branches that should learn."""

@@ -33,6 +33,23 @@ Modality = Literal["video", "audio"]
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a LoRA of a kind updates: these branches, where only that stream uses them."""
+
+    owner: Modality
+    branches: tuple[str, ...]
+
+
+# what people train; the recipes lora_<name>.toml set the tasks that go with them
+TARGETS = {
+    "character": Target("video", ("video", "text")),  # how somebody or something looks
+    "voice": Target("audio", ("audio", "text")),  # how somebody or something sounds
+    "foley": Target("audio", ("audio", "cross", "text")),  # sound that follows a picture: v2a
+    "a2v": Target("video", ("video", "cross", "text")),  # a picture that follows a sound
+}
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Which model is trained."""
 
@@ -80,6 +97,10 @@ class DataOptions:
     video_phonemes: float = 0.5
     """Share of micro-batches with sound in which the video branch reads the words too, warped by up
     to 80 ms.
+    """
+    attribute_lists: float = 0.0
+    """Share of rows whose description is completed with the list of all that is drawn, as
+    generation completes it; for clips of the corpus, whose attributes are known.
     """
     validation_items: int = 32
     """Held-out clips that each validation measures."""
@@ -164,7 +185,10 @@ class AdapterOptions:
     lora_dropout: float = 0.0
     """Dropout before the update."""
     lora_targets: tuple[str, ...] = ("all",)
-    """Branches that get an update: video, audio, cross, shared, text, memory or all."""
+    """Branches that get an update: video, audio, cross, shared, text, memory or all; or what it is
+    for: character (the picture's video and text), voice (the sound's audio and text), foley (the
+    sound's audio, cross and text) or a2v (the picture's video, cross and text).
+    """
     branch_rank: dict[str, int] = field(default_factory=dict)
     """Rank of a branch where it differs."""
 
@@ -296,6 +320,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "phoneme_dropout": SHARE,
         "text_dropout": SHARE,
         "video_phonemes": SHARE,
+        "attribute_lists": SHARE,
         "video_caption_dropout": SHARE,
         "audio_caption_dropout": SHARE,
     },
@@ -374,10 +399,15 @@ def _check_adapter(recipe: Recipe) -> None:
         raise ValueError(
             f"rank={a.rank}: LoRA needs a trained model; set pretrained_model_name_or_path"
         )
+    modalities = recipe.objective.modalities
     for target in a.lora_targets:
-        if target not in (*BRANCHES, "all"):
+        if target not in (*BRANCHES, *TARGETS, "all"):
+            names = ", ".join((*BRANCHES, *TARGETS))
+            raise ValueError(f"lora_targets: {target!r} matches nothing; needs {names} or all")
+        if target in TARGETS and TARGETS[target].owner not in modalities:
             raise ValueError(
-                f"lora_targets: {target!r} matches nothing; needs {', '.join(BRANCHES)} or all"
+                f"lora_targets: {target!r} updates the {TARGETS[target].owner} stream, but "
+                f"modalities={list(modalities)} leaves it alone; add it"
             )
     if a.branch_rank and not a.rank:
         raise ValueError(f"branch_rank={a.branch_rank}: has no effect with rank=0; set rank")

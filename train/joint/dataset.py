@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from avdiff.clip import ClipSpec
+from avdiff.corpus.attribute_list import attribute_list, caption_with_list
 from avdiff.corpus.captions import parse_prompt
 from avdiff.corpus.events.scene import onset_phones
 from avdiff.data.cache import CachedClip, CaptionFeatures
@@ -151,6 +152,10 @@ class TrainingClips(SeededDataset[TrainingRow]):
             drop_caption = drop_all or rng.random() < self.options.caption_dropout
             if drop_all or rng.random() < self.options.phoneme_dropout:
                 phones = ()
+            # drawn last and only where it is asked for: what other recipes draw stays as it was
+            lists = self.options.attribute_lists
+            if lists and rng.random() < lists:
+                captions = [_completed(caption, item) for caption in captions]
         text = None
         if "text" in item:
             text = item["text"][chosen][:0] if drop_caption else item["text"][chosen]
@@ -178,6 +183,15 @@ class TrainingClips(SeededDataset[TrainingRow]):
 def captions_of(record: CachedClip) -> list[str]:
     """All captions of an item; the only one where it holds no list."""
     return record.get("captions") or [record.get("caption") or ""]
+
+
+def _completed(caption: str, item: CachedClip) -> str:
+    """A caption of the corpus with the list of all that is drawn behind it, unless it has one."""
+    attributes = item.get("attributes")
+    if not attributes:
+        return caption
+    listed = attribute_list(attributes)
+    return caption if listed in caption else caption_with_list(caption, listed)
 
 
 def longest_caption(record: CachedClip) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 import avdiff
 from avdiff.files import write_text
@@ -66,18 +68,27 @@ def export(
 
 
 def save_lora(model: TrainedModel, directory: Path) -> None:
-    """The adapter in diffusers' format: names start with "transformer.", and the metadata has rank
-    and alpha of every layer, without which a reader has to guess the scale.
+    """The adapter in diffusers' format: names start with "transformer.". Its metadata has rank and
+    alpha of every layer, without which a reader has to guess the scale, and the steps and guidance
+    that it was made for.
     """
     (config,) = model.transformer.peft_config.values()
     settings = config.to_dict()
     # sets have no order, and the file shall be the same each time
     settings["target_modules"] = sorted(settings["target_modules"])
-    AVDiffPipeline.save_lora_weights(
-        directory,
-        transformer_lora_layers=get_peft_model_state_dict(model.transformer),
-        transformer_lora_adapter_metadata=settings,
-    )
+    prefix = AVDiffPipeline.transformer_name
+    adapter = {f"{prefix}.{key}": value for key, value in settings.items()}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, indent=2, sort_keys=True),
+        "sampling_defaults": json.dumps(dict(model.sampling), sort_keys=True),
+    }
+    tensors = {
+        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model.transformer).items()
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "pytorch_lora_weights.safetensors", metadata)
 
 
 def load_codec_parts(codecs: str) -> dict[str, ModelMixin]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,70 +11,66 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from avdiff.families.presenter import branch_of, owner_of
+from avdiff.latents import MODALITIES
 from avdiff.train.loop.fsdp import whole
-from avdiff.train.recipe import BRANCHES, AdapterOptions
-
-_ROLES = (  # the first that matches
-    ("memory", r"(^|\.)memory\."),
-    ("text", r"(^|\.)(text_encoder|text_register|text_attn|phoneme_encoder)(\.|$)"),
-    ("shared", r"(^|\.)shared[._]"),
-    ("cross", r"(^|\.)(cross_attn|cross_gate|cross_gate_proj)(\.|$)"),
-    ("video", r"(^|\.|_)video(\.|$)"),
-    ("audio", r"(^|\.|_)audio(\.|$)"),
-)
+from avdiff.train.recipe import BRANCHES, TARGETS, AdapterOptions
 
 
-def branch_of(name: str) -> str:
-    """Branch of a parameter by its name: video, audio, cross, shared, text, memory; "other" for
-    none of them.
-    """
-    return next((branch for branch, pattern in _ROLES if re.search(pattern, name)), "other")
-
-
-def owner_of(name: str) -> str:
-    """ "video" or "audio" if only that branch of the transformer uses the parameter, else
-    "both".
-    """
-    if re.search(r"(^|\.)(memory\.|shared[._])", name):
-        return "both"
-    for modality in ("video", "audio"):
-        if re.search(rf"(^|\.|_){modality}(\.|$)", name):
-            return modality
-    return "both"
-
-
-def add_lora(transformer: nn.Module, options: AdapterOptions) -> None:
+def add_lora(
+    transformer: nn.Module,
+    options: AdapterOptions,
+    modalities: Sequence[str] = MODALITIES,
+) -> None:
     """Freeze the transformer and give linear layers of the wanted branches a trainable low-rank
-    update.
+    update; with one modality only those layers that no other one uses.
 
     Raises:
         ValueError: a target without a linear layer in this model.
     """
-    wanted = set(BRANCHES) if "all" in options.lora_targets else set(options.lora_targets)
     layers = {
-        n: branch_of(n + ".weight")
-        for n, m in transformer.named_modules()
-        if isinstance(m, nn.Linear)
+        name: branch_of(f"{name}.weight")
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
     }
-    for branch in sorted(wanted):
-        if branch not in layers.values() and "all" not in options.lora_targets:
+    targets: set[str] = set()
+    for target in options.lora_targets:
+        found = {name for name in layers if _is_target(name, layers[name], target)}
+        if not found:
+            present = ", ".join(sorted(set(layers.values()) - {"other"}))
             raise ValueError(
-                f"lora_targets: {branch!r} has no linear layer in this model; it has "
-                f"{', '.join(sorted(set(layers.values()) - {'other'}))}"
+                f"lora_targets: {target!r} has no linear layer in this model; it has {present}"
             )
-    targets = [n for n, branch in layers.items() if branch in wanted]
-    ranks = {n: options.branch_rank[layers[n]] for n in targets if layers[n] in options.branch_rank}
+        targets |= found
+    if len(modalities) == 1:
+        targets = {name for name in targets if owner_of(f"{name}.weight") == modalities[0]}
+    chosen = [name for name in layers if name in targets]  # in the order of the model
+    ranks = {
+        name: options.branch_rank[layers[name]]
+        for name in chosen
+        if layers[name] in options.branch_rank
+    }
     scale = (options.lora_alpha or options.rank) / options.rank
     config = LoraConfig(
         r=options.rank,
         lora_alpha=scale * options.rank,
         lora_dropout=options.lora_dropout,
-        target_modules=targets,
-        rank_pattern={_exactly(n): r for n, r in ranks.items()},
-        alpha_pattern={_exactly(n): scale * r for n, r in ranks.items()},
+        target_modules=chosen,
+        rank_pattern={_exactly(name): rank for name, rank in ranks.items()},
+        alpha_pattern={_exactly(name): scale * rank for name, rank in ranks.items()},
     )
     transformer.requires_grad_(False)
     transformer.add_adapter(config)  # type: ignore[operator]
+
+
+def _is_target(layer: str, branch: str, target: str) -> bool:
+    """Whether a layer belongs to a branch, to a kind of `TARGETS`, or to all branches."""
+    if target == "all":
+        return branch in BRANCHES
+    if target in TARGETS:
+        kind = TARGETS[target]
+        return branch in kind.branches and owner_of(f"{layer}.weight") == kind.owner
+    return branch == target
 
 
 def _exactly(name: str) -> str:
@@ -88,20 +84,20 @@ def lora_layers(module: nn.Module) -> dict[str, LoraLayer]:
 
 
 @torch.no_grad()
-def delta_norms(module: nn.Module) -> dict[str, float]:
-    """Frobenius norm of the update scale * B A of each branch: a branch that stays at 0 learns
-    nothing. All ranks must call it where weights are in slices.
+def delta_norms(module: nn.Module, group_of: Callable[[str], str] = branch_of) -> dict[str, float]:
+    """Frobenius norm of the update scale * B A of each branch, or other group of weights: one that
+    stays at 0 learns nothing. All ranks must call it where weights are in slices.
     """
     squares: dict[str, float] = {}
     for name, layer in lora_layers(module).items():
-        branch = branch_of(name + ".weight")
+        group = group_of(f"{name}.weight")
         for adapter in layer.active_adapters:
             a = whole(layer.lora_A[adapter].weight).float()
             b = whole(layer.lora_B[adapter].weight).float()
             # |BA|^2 = sum((B'B) * (AA')) needs no matrix of the layer's full size
             square = float(((b.T @ b) * (a @ a.T)).sum()) * layer.scaling[adapter] ** 2
-            squares[branch] = squares.get(branch, 0.0) + square
-    return {branch: max(square, 0.0) ** 0.5 for branch, square in squares.items()}
+            squares[group] = squares.get(group, 0.0) + square
+    return {group: max(square, 0.0) ** 0.5 for group, square in squares.items()}
 
 
 def adapter_state(module: nn.Module) -> dict[str, torch.Tensor]:

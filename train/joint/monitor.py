@@ -15,18 +15,42 @@ class LearningMonitor:
     Args:
         modalities: those that are trained. branches: those with trainable weights; both are
             expected to learn.
+        without_adapter: modalities that are trained by a LoRA that has no layer of their own.
     """
 
-    def __init__(self, modalities: Iterable[str], branches: Iterable[str]) -> None:
+    def __init__(
+        self,
+        modalities: Iterable[str],
+        branches: Iterable[str],
+        without_adapter: Iterable[str] = (),
+    ) -> None:
         self.modalities = tuple(modalities)
         self.branches = tuple(branches)
+        self._without_adapter = list(without_adapter)
+        self._norms: dict[str, float] = {}
         self._usual: dict[str, float] = {}
         self._bad: dict[str, int] = {}
 
     def read(self, values: Mapping[str, float]) -> list[str]:
         """Warnings for one log line; empty if all is well."""
         said = []
+        while self._without_adapter:
+            m = self._without_adapter.pop(0)
+            said.append(
+                f"the adapter has no layer of the {m} stream, which the loss trains too: it will "
+                f"hardly learn; add a target for it, or leave {m} out of modalities"
+            )
         for m in self.modalities:
+            key = f"update_norm/{m}"
+            norm = values.get(key)
+            still = norm is not None and norm == self._norms.get(key, 0.0)
+            if self._lasting(f"still {m}", still):
+                said.append(
+                    f"the adapters of the {m} stream do not move: check learning rates, "
+                    f"lora_targets, and that the tasks generate {m}"
+                )
+            if norm is not None:
+                self._norms[key] = norm
             share = values.get(f"supervised/{m}", 0.0)
             usual = self._usual.setdefault(m, share)
             if self._lasting(f"share {m}", share < 0.5 * usual or share == 0):

@@ -75,7 +75,7 @@ class TrainedModel:
         recipe = self.recipe
         only = recipe.objective.modalities
         if recipe.adapter.rank:
-            lora.add_lora(self.transformer, recipe.adapter)
+            lora.add_lora(self.transformer, recipe.adapter, only)
             self.text_encoder.requires_grad_(False)
         rates = recipe.rates.branch_learning_rate
         for name, parameter in self.named_parameters():
