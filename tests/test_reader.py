@@ -72,7 +72,7 @@ def test_hindi_numbers() -> None:
     ("language", "text", "words"),
     [
         ("en", "58 apples", "fifty eight apples"),
-        ("en", "$3.50!", "three point five zero dollars !"),
+        ("en", "$3.50!", "three dollars fifty !"),
         (
             "en",
             "1,234,567",

@@ -10,7 +10,7 @@ from math import log
 from unicodedata import normalize
 
 from avdiff.g2p.lexicon import LANGUAGES, load_lexicon
-from avdiff.g2p.numbers import spell_numbers
+from avdiff.g2p.numbers import spell_fractions, spell_numbers
 
 LATIN = ("en", "es", "fr", "it", "pt")
 _WORD = r"[\w\u0300-\u036f\u0900-\u0963\u0966-\u097f\u200c\u200d'’]+"
@@ -60,10 +60,16 @@ def normalize_text(text: str) -> str:
     plain.
 
     Raises:
-        ValueError: no text.
+        ValueError: no text, or half a surrogate pair in it.
     """
     if not isinstance(text, str):
         raise ValueError(f"text={text!r}: needs a string")
+    broken = re.search("[\ud800-\udfff]", text)
+    if broken:
+        raise ValueError(
+            f"text: {broken[0]!r} at character {broken.start()} is half of a character; needs "
+            "whole Unicode characters"
+        )
     text = _HIDDEN.sub("", normalize("NFKC", text.replace("…", ".")))
     for quotes, plain in (("’‘ʼ`´", "'"), ('“”„«»"', " ")):
         text = re.sub(f"[{quotes}]", plain, text)
@@ -123,6 +129,8 @@ def split_text(text: str, language: str) -> list[TextPiece]:
     """Words and pauses in order; numbers spelt out. Japanese and Chinese stay in runs without
     spaces.
     """
+    if isinstance(text, str):
+        text = spell_fractions(text, language)
     spelt = spell_numbers(normalize_text(text), language)
     if language in LATIN:
         spelt = spell_letters(spelt, language)

@@ -169,7 +169,7 @@ def spell_numbers(text: str, language: str) -> str:
     language has spaces.
     """
     gap = "" if language in ("ja", "zh") else " "
-    text = spell_money(text, language)
+    text = spell_money(spell_decades(text) if language == "en" else text, language)
     text = _NUMBER.sub(lambda m: gap + _spell(m, language) + gap, text)
     text = re.sub(
         r"\d", lambda m: gap + cardinal(int(m[0]), language) + gap, text
@@ -213,6 +213,60 @@ def spell_money(text: str, language: str) -> str:
     reais = _REAIS[language]
     gap = "" if language in ("ja", "zh") else " "
     return re.sub(r"R\$\s?(\d[\d.,]*\d|\d)", rf"\1{gap}{reais}", text)
+
+
+# Halves, quarters and thirds in the order of `_FRACTION_SIGNS`, then what joins them to a whole.
+_FRACTION_SIGNS = "½¼¾⅓⅔"
+_FRACTIONS = {
+    "en": ("a half", "a quarter", "three quarters", "a third", "two thirds", "and"),
+    "es": ("medio", "un cuarto", "tres cuartos", "un tercio", "dos tercios", "y"),
+    "fr": ("un demi", "un quart", "trois quarts", "un tiers", "deux tiers", "et"),
+    "hi": ("आधा", "एक चौथाई", "तीन चौथाई", "एक तिहाई", "दो तिहाई", "और"),
+    "it": ("mezzo", "un quarto", "tre quarti", "un terzo", "due terzi", "e"),
+    "ja": ("二分の一", "四分の一", "四分の三", "三分の一", "三分の二", "と"),
+    "pt": ("meio", "um quarto", "três quartos", "um terço", "dois terços", "e"),
+    "zh": ("二分之一", "四分之一", "四分之三", "三分之一", "三分之二", "又"),
+}
+_TENS = [
+    "tens",
+    "twenties",
+    "thirties",
+    "forties",
+    "fifties",
+    "sixties",
+    "seventies",
+    "eighties",
+    "nineties",
+]
+_DECADE = re.compile(r"\b(1[1-9]|20)([1-9])0'?s\b|(?<!\w)['’]?([2-9])0s\b")
+
+
+def spell_fractions(text: str, language: str) -> str:
+    """Fractions of one character in words: "½ cup" is half a cup, "2½" two and a half. To be done
+    before compatible characters are unified, which makes 21⁄2 of the latter.
+    """
+    gap = "" if language in ("ja", "zh") else " "
+    words = _FRACTIONS[language]
+
+    def spoken(match: re.Match[str]) -> str:
+        word = words[_FRACTION_SIGNS.index(match[2])]
+        if match[1]:
+            return f"{match[1]}{gap}{words[-1]}{gap}{word}{gap}"
+        if language == "en" and match[2] == "½" and match[3]:
+            return " half a "
+        return f"{gap}{word}{gap}"
+
+    return re.sub(rf"(\d*)\s?([{_FRACTION_SIGNS}])(\s(?=[a-z]))?", spoken, text)
+
+
+def spell_decades(text: str) -> str:
+    """English decades: "the 1990s" are the nineteen nineties."""
+
+    def spoken(match: re.Match[str]) -> str:
+        tens = _TENS[int(match[2] or match[3]) - 1]
+        return f"{cardinal(int(match[1]), 'en')} {tens}" if match[1] else tens
+
+    return _DECADE.sub(spoken, text)
 
 
 def cardinal(number: int, language: str) -> str:

@@ -255,6 +255,9 @@ def own_language(word: str, language: str) -> str:
     """
     if re.search("[\u0900-\u097f]", word):
         return "hi"
+    if language == "zh" and re.search("[\u3040-\u30ff]", word):
+        # kana in Chinese text; a run with Chinese characters too is cut into words first
+        return "zh" if re.search("[\u3400-\u9fff]", word) else "ja"
     if re.search("[\u3040-\u30ff\u3400-\u9fff]", word) and language not in ("ja", "zh"):
         return "ja" if re.search("[\u3040-\u30ff]", word) else "zh"
     return (
