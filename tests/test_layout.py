@@ -62,7 +62,7 @@ BANNED_CALLS = (
 BANNED_TEXT = re.compile(
     r"/(work|home|root|Users)/\w|\.\./shared|\bissue #?\d|\bthis session\b", re.IGNORECASE
 )
-MAX_LINES = 515
+MAX_LINES = 500
 
 
 def python_files(root: Path) -> Iterator[tuple[Path, str]]:
@@ -267,7 +267,7 @@ PLANTED = {
     "unlisted package": ("avdiff/extra/__init__.py", "", package_errors, "not listed"),
     "folder without init": ("avdiff/core/deep/x.py", "", package_errors, "no __init__"),
     "module without a floor": ("avdiff/helpers.py", "", package_errors, "no floor"),
-    "long file": ("avdiff/core/x.py", "a = 1\n" * 516, size_errors, "516 lines"),
+    "long file": ("avdiff/core/x.py", "a = 1\n" * 501, size_errors, "501 lines"),
     "machine path": ("avdiff/core/x.py", 'PATH = "/' + 'home/someone/bank"', text_errors, "x.py:1"),
     "pickle": (
         "avdiff/core/x.py",

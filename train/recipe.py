@@ -13,20 +13,10 @@ from typing import Literal
 import avdiff
 from avdiff.train.loop.task import FitOptions
 
-TOGETHER = (
-    "joint",
-    "a2v",
-    "v2a",
-    "extend",
-    "image",
-    "retake",
-    "inpaint",
-)  # drawn per row, both modalities present
-APART = (
-    "t2v",
-    "t2a",
-    "isolated",
-)  # drawn per micro-batch: a modality is absent, or the two do not see each other
+# drawn per row, both modalities present
+TOGETHER = ("joint", "a2v", "v2a", "extend", "image", "retake", "inpaint")
+# drawn per micro-batch: a modality is absent, or the two do not see each other
+APART = ("t2v", "t2a", "isolated")
 TASKS = (*TOGETHER, *APART)
 BRANCHES = ("video", "audio", "cross", "shared", "text", "memory")
 Modality = Literal["video", "audio"]
