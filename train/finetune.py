@@ -415,7 +415,12 @@ def main(argv: Sequence[str] | None = None) -> FitSummary | None:
     """Command line: RECIPE.toml [--option value]... | --list-recipes | --help; --dry-run plans
     without training.
     """
-    return run_training(Recipe, setup, argv, str(main.__doc__), plan=_plan, finish=_push)
+    from avdiff.train.joint import ltx2_train  # needs diffusers' LTX-2 classes
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if ltx2_train.is_for_ltx2(words):
+        return ltx2_train.main(words)
+    return run_training(Recipe, setup, words, str(main.__doc__), plan=_plan, finish=_push)
 
 
 if __name__ == "__main__":

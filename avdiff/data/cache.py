@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from avdiff.clip import ClipSpec
+from avdiff.clip import ClipSpec, Clock
 from avdiff.corpus.captions import parse_prompt
 from avdiff.corpus.sample import ClipSample
 from avdiff.latents import MODALITIES, normalize_latents, pack_audio, pack_video
@@ -358,6 +359,14 @@ def _encode_one(
     return tensors, record
 
 
+def _clock_of(held: Mapping[str, Any]) -> Clock:
+    """Strides of the codecs that made a cache; ours where it says nothing."""
+    told = held.get("clock")
+    if told is None:
+        return Clock()
+    return Clock(**{**told, "shared_rate": Fraction(told["shared_rate"])})
+
+
 class LatentCache(Dataset):
     """Reads one or more caches. Items: the record's fields, `phones` as Phone tuples, `video` and
     `audio` tokens fp32; where `text_encoder` (the hash of what made them) is not None, also `text`:
@@ -375,6 +384,7 @@ class LatentCache(Dataset):
         self, folders: Sequence[str | os.PathLike[str]], expect: dict[str, Any] | None = None
     ) -> None:
         self.items: list[tuple[Path, CachedClip]] = []
+        self.clock = Clock()
         codecs: dict[str, Any] = dict(expect or {})
         self.refused: list[str] = []
         for folder in map(Path, folders):
@@ -384,7 +394,9 @@ class LatentCache(Dataset):
                 )
             check_fingerprint(folder, codecs)  # the codecs of the first cache bind the others
             held = json.loads((folder / "cache.json").read_text())
-            codecs |= {k: held.get(k) for k in ("vae", "audio_vae", "text_encoder")}
+            bound = ("vae", "audio_vae", "text_encoder", "clock")
+            codecs |= {k: held.get(k) for k in bound}
+            self.clock = _clock_of(held)
             found = 0
             for table in sorted(folder.glob("shard-*.json")):
                 records = json.loads(table.read_text())
@@ -432,7 +444,8 @@ class LatentCache(Dataset):
     def clip(self, index: int) -> ClipSpec:
         """Size and length of a clip on the clock."""
         _, r = self.items[index]
-        return ClipSpec(r["num_frames"], r["fps"], r["height"], r["width"], r["sample_rate"])
+        size = (r["num_frames"], r["fps"], r["height"], r["width"])
+        return ClipSpec(*size, r["sample_rate"], self.clock)
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files do not travel to worker processes."""
