@@ -17,6 +17,7 @@ from avdiff.cli.doctor import doctor
 from avdiff.cli.evaluate import app as eval_app
 from avdiff.cli.generate import generate
 from avdiff.cli.info import info
+from avdiff.cli.lora import app as lora_app
 from avdiff.cli.train import add_train_commands
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(info)
 app.command()(doctor)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+app.add_typer(lora_app, name="lora")
 add_train_commands(app)
 
 
