@@ -161,3 +161,16 @@ def test_planned_activations_are_those_that_are_kept() -> None:
 def test_recipes_are_recognized_by_their_family() -> None:
     assert is_for_ltx2(["ltx2_lora.toml"])
     assert not is_for_ltx2(["lora.toml"])
+
+
+def test_the_cache_command_reads_clips_on_the_clock_of_the_folder() -> None:
+    from avdiff import PRESENTER
+    from avdiff.data.clips import ClipOptions
+    from avdiff.families.ltx2.cache import load_makers
+
+    assert load_makers(PRESENTER, False) is None
+    makers = load_makers(tiny_ltx2.folder(), True)
+    made = ClipOptions(buckets="96x64x17", **makers.clip_settings())
+    assert (made.fps, made.channels, made.clock.video_stride) == (24, 2, 8)
+    assert makers.text is not None
+    assert load_makers(tiny_ltx2.folder(), False).text is None

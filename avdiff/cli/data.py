@@ -282,17 +282,21 @@ def cache(
     if data is not None:
         from avdiff.data.cache_clips import cache_clips
         from avdiff.data.clips import ClipOptions
+        from avdiff.families.ltx2.cache import load_makers
 
+        makers = load_makers(model, text)  # None where the folder is no LTX-2
+        settings: dict[str, Any] = {"words": not no_words}
+        if makers is not None:
+            settings = makers.clip_settings()
         options = ClipOptions(
             buckets=buckets,
             allow_silent=allow_silent,
-            words=not no_words,
             audio_track=audio_track,
             audio_channel=audio_channel,
+            **settings,
         )
-        cached = cache_clips(
-            folder, data, load_codecs(model, text), options, rank, ranks, progress("encoding")
-        )
+        loaded: Any = load_codecs(model, text) if makers is None else makers
+        cached = cache_clips(folder, data, loaded, options, rank, ranks, progress("encoding"))
         for name, reason in cached.refused.items():
             print(f"{name}: refused: {reason}")
         _print_left_out(cached.left_out)

@@ -26,9 +26,9 @@ class LTX2ModelOptions:
     """Says that this recipe is for LTX-2."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the frozen weights; trained ones are float32."""
-    quantization: Literal["none", "int8", "fp8", "nf4"] = "none"
-    """Frozen linear layers in eight or four bits; int8 needs no other package, fp8 torchao and nf4
-    bitsandbytes with a CUDA device.
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Frozen linear layers in eight or four bits; int8 needs no other package, nf4 bitsandbytes
+    and a CUDA device.
     """
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a twentieth of the memory, a third more time."""
@@ -38,7 +38,7 @@ class LTX2ModelOptions:
 
 @dataclass(frozen=True)
 class LTX2DataOptions:
-    """Folders of `avdiff data cache --model LTX2_FOLDER --text`."""
+    """Folders of `avdiff data cache --codecs LTX2_FOLDER --text`."""
 
     train_data: tuple[str, ...] = ()
     """Cache folders for training."""
@@ -128,7 +128,7 @@ class LTX2Recipe:
         if not self.data.train_data:
             raise ValueError(
                 "train_data=[]: needs folders of cached latents; `avdiff data cache FOLDER --data "
-                "CLIPS --model LTX2_FOLDER --text` makes one"
+                "CLIPS --codecs LTX2_FOLDER --text` makes one"
             )
         for folder in (*self.data.train_data, *self.data.validation_data):
             if not (Path(folder) / "cache.json").is_file():

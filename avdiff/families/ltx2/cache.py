@@ -4,14 +4,15 @@ the connectors say of each caption, so that training needs neither VAE nor text 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from avdiff.clip import Clock
-from avdiff.data.clips import ClipOptions
 from avdiff.families.ltx2.codec import LTX2Codec
 from avdiff.families.ltx2.texts import MAX_LENGTH, LTX2Text, LTX2Texts
 
@@ -42,6 +43,17 @@ class LTX2CacheMakers:
             steps = round(audio.shape[-1] / step)
             out["audio"] = self.codec.encode_audio(audio, steps).half()
         return out
+
+    def clip_settings(self) -> dict[str, object]:
+        """Arguments of `ClipOptions`: 24 frames a second, stereo at 16 kHz, this clock."""
+        codec = self.codec
+        return {
+            "fps": FPS,
+            "sample_rate": codec.sample_rate,
+            "channels": codec.channels,
+            "words": False,
+            "clock": codec.clock,
+        }
 
     def fingerprint(self) -> dict[str, object]:
         """Family, clock and hashes: what the cache depends on."""
@@ -84,18 +96,13 @@ def clock_record(clock: Clock) -> dict[str, object]:
     return {**asdict(clock), "shared_rate": str(clock.shared_rate)}
 
 
-def clip_options(codec: LTX2Codec, buckets: str, **options: object) -> ClipOptions:
-    """How real clips are read for this family: 24 frames a second, stereo at 16 kHz.
+def load_makers(model: str | os.PathLike[str], text: bool) -> LTX2CacheMakers | None:
+    """Codecs and, with `text`, texts of an LTX-2 folder; None for a folder of anything else."""
+    from avdiff.families import FAMILIES, class_name_of, load
 
-    Raises:
-        ValueError: buckets off the codec's grid.
-    """
-    return ClipOptions(
-        buckets=buckets,
-        fps=FPS,
-        sample_rate=codec.sample_rate,
-        channels=codec.channels,
-        words=False,
-        clock=codec.clock,
-        **options,  # type: ignore[arg-type]
-    )
+    if not (Path(model) / "model_index.json").is_file():
+        return None
+    if FAMILIES.get(class_name_of(model)) != "avdiff.families.ltx2":
+        return None
+    pipe = load(model) if text else load(model, text_encoder=None, transformer=None)
+    return LTX2CacheMakers(pipe.codec, LTX2CaptionFeatures(pipe.texts) if text else None)

@@ -1,6 +1,6 @@
 """Frozen linear layers in eight bits, without another package: one scale a row, fp32 accumulation.
 
-fp8 and nf4 are those of torchao and bitsandbytes through diffusers, where they are installed.
+nf4 is that of bitsandbytes through diffusers, where it is installed.
 """
 
 from __future__ import annotations
@@ -54,30 +54,24 @@ def quantize_int8(transformer: nn.Module) -> int:
 
 
 def loading_config(quantization: str) -> Any:
-    """diffusers' quantization config of the transformer for fp8 and nf4; None for none and int8.
+    """diffusers' quantization config of the transformer for nf4; None for none and int8.
 
     Raises:
         ValueError: the package or the device is missing.
     """
     if quantization in ("none", "int8"):
         return None
-    package = {"fp8": "torchao", "nf4": "bitsandbytes"}.get(quantization)
-    if package is None:
-        raise ValueError(f"quantization={quantization!r}: needs none, int8, fp8 or nf4")
-    if find_spec(package) is None:
-        raise ValueError(f"quantization={quantization}: needs the package {package}; int8 does not")
+    if quantization != "nf4":
+        raise ValueError(f"quantization={quantization!r}: needs none, int8 or nf4")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("quantization=nf4: needs the package bitsandbytes; int8 does not")
     if not torch.cuda.is_available():
-        raise ValueError(f"quantization={quantization}: needs a CUDA device; int8 runs anywhere")
-    if quantization == "nf4":
-        from diffusers import BitsAndBytesConfig
+        raise ValueError("quantization=nf4: needs a CUDA device; int8 runs anywhere")
+    from diffusers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=list(KEPT),
-        )
-    from diffusers import TorchAoConfig
-    from torchao.quantization import Float8WeightOnlyConfig
-
-    return TorchAoConfig(Float8WeightOnlyConfig(), modules_to_not_convert=list(KEPT))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=list(KEPT),
+    )
