@@ -18,6 +18,7 @@ from avdiff.cli.evaluate import app as eval_app
 from avdiff.cli.generate import generate
 from avdiff.cli.info import info
 from avdiff.cli.lora import app as lora_app
+from avdiff.cli.serve import serve
 from avdiff.cli.train import add_train_commands
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(info)
 app.command()(doctor)
+app.command()(serve)
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
 app.add_typer(lora_app, name="lora")
