@@ -11,6 +11,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from avdiff.deferred_imports import defer_imports, garbage_collection_paused
+
 __version__ = "0.1.0"
 PRESENTER = os.path.join(
     os.path.dirname(__file__), "bundled"
@@ -49,11 +51,15 @@ _HOME = {
 __all__ = ["PRESENTER", "__version__", *sorted(_HOME)]
 
 
+defer_imports()
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'avdiff' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    with garbage_collection_paused():
+        value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

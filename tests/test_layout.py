@@ -23,7 +23,13 @@ SOURCES = ("avdiff", "pipelines", "train", "samples", "tests")
 # Floors, lowest first, one package each: a module may import its own package and those below.
 # `evaluation` has a rule of its own.
 FLOORS = (
-    ("avdiff.clip", "avdiff.latents", "avdiff.files", "avdiff.pixels"),
+    (
+        "avdiff.clip",
+        "avdiff.latents",
+        "avdiff.files",
+        "avdiff.pixels",
+        "avdiff.deferred_imports",
+    ),
     ("avdiff.core",),
     ("avdiff.phonetics",),
     ("avdiff.models",),

@@ -351,7 +351,7 @@ def load_pipeline(model: str, device: str | None) -> AVDiffPipeline:
     import torch
     from diffusers.utils import logging
 
-    from avdiff.pipelines.pipeline_av import AVDiffPipeline
+    from avdiff import AVDiffPipeline  # by its public name: with the collector paused
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
