@@ -10,8 +10,26 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from safetensors import safe_open
+
+from avdiff.pipelines.sampling_defaults import METADATA_KEY, SamplingDefaults
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def sampling_of(path: str, name: str) -> SamplingDefaults | None:
+    """What a LoRA's file on this machine says of sampling; None where it says nothing, or is
+    elsewhere.
+
+    Raises:
+        ValueError: it says something that no call takes.
+    """
+    file = os.path.join(path, name) if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        return None
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(METADATA_KEY)
+    return None if text is None else SamplingDefaults.from_json(text)
 
 
 class AVLoraLoaderMixin(LoraBaseMixin):
@@ -23,6 +41,8 @@ class AVLoraLoaderMixin(LoraBaseMixin):
     _lora_loadable_modules = ["transformer"]
     transformer_name = "transformer"
     transformer: Any
+    sampling_defaults: SamplingDefaults
+    _sampling_before: SamplingDefaults | None = None
 
     @classmethod
     def lora_state_dict(
@@ -92,13 +112,30 @@ class AVLoraLoaderMixin(LoraBaseMixin):
     ) -> None:
         """Load a LoRA into the transformer, as `adapter_name` if given; arguments as of
         `lora_state_dict`.
+
+        The pipeline then samples as the LoRA's file says. Where it says nothing, guidance that was
+        distilled into the weights is asked for again: plain training unlearns it.
         """
         low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
         kwargs["return_lora_metadata"] = True
-        state, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        state, metadata = self.lora_state_dict(source, **kwargs)
+        named = kwargs.get("weight_name") or WEIGHTS
+        asked = None if isinstance(source, dict) else sampling_of(os.fspath(source), named)
         self.load_lora_into_transformer(
             state, self.transformer, adapter_name, self, low_cpu_mem_usage, hotswap, metadata
         )
+        # after the weights: a file that cannot be loaded changes nothing
+        if self._sampling_before is None:
+            self._sampling_before = self.sampling_defaults
+        self.sampling_defaults = asked or self._sampling_before.relearned()
+
+    def unload_lora_weights(self) -> None:
+        """Remove every LoRA; the pipeline samples again as before the first."""
+        super().unload_lora_weights()
+        if self._sampling_before is not None:
+            self.sampling_defaults = self._sampling_before
+            self._sampling_before = None
 
     @classmethod
     def load_lora_into_transformer(

@@ -3,10 +3,11 @@ pipeline.
 """
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from avdiff.cli.generate import load_lora
 from avdiff.latents import Joint, JointLatents
@@ -126,8 +127,19 @@ def test_trained_further_a_distilled_pipeline_asks_for_guidance_again(data, tmp_
     assert tuned.model.sampling == {**told, "guidance_scale": 2.0}
     tuned.save(tmp_path / "lora")
     pipe = AVDiffPipeline.from_pretrained(tmp_path / "base")
-    load_lora(pipe, str(tmp_path / "lora"))
-    assert (pipe.config.guidance_scale, pipe.config.audio_guidance_scale) == (2.0, 1.5)
+    before = pipe.sampling_defaults
+    pipe.load_lora_weights(str(tmp_path / "lora"))  # as in Python
+    assert asdict(pipe.sampling_defaults) == tuned.model.sampling
+    pipe.unload_lora_weights()
+    assert pipe.sampling_defaults == before
+    load_lora(pipe, str(tmp_path / "lora"))  # as on the command line
+    assert asdict(pipe.sampling_defaults) == tuned.model.sampling
+    # a file that says nothing: plain training unlearned the guidance
+    weights = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    save_file(load_file(weights), weights)
+    plain = AVDiffPipeline.from_pretrained(tmp_path / "base")
+    plain.load_lora_weights(str(tmp_path / "lora"))
+    assert (plain.config.guidance_scale, plain.config.audio_guidance_scale) == (2.0, 1.5)
 
 
 def test_student_lands_where_the_teacher_lands(data, tmp_path, teacher):

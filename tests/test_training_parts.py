@@ -257,10 +257,10 @@ def test_training_and_sampling_begin_in_the_same_noise():
     pipe = AVDiffPipeline(
         **{**tiny_components(), "scheduler": JointFlowMatchScheduler(frame_correlation=0.6)}
     )
-    state, _ = pipe.prepare_latents(
-        CLIP, 400, torch.Generator().manual_seed(1), positions, Joint(True, True), Joint()
-    )
-    for tokens in (n.noisy.video, state.video):
+    generator = torch.Generator().manual_seed(1)
+    white = pipe.codec.layout(CLIP).noise(400, generator, torch.device("cpu"), Joint(True, True))
+    sampled = pipe.scheduler.share_frames(white.video, CLIP.video_grid[0])
+    for tokens in (n.noisy.video, sampled):
         w = tokens.unflatten(1, (CLIP.latent_frames, -1))
         assert float((w[:, 0] * w[:, 1]).mean()) == pytest.approx(0.6, abs=0.05)
         assert float(w.square().mean()) == pytest.approx(1.0, abs=0.05)

@@ -390,24 +390,13 @@ def _model_folder(model: str) -> Path:
 def load_lora(pipe: AVDiffPipeline, folder: str) -> None:
     """Put a LoRA on the pipeline.
 
-    Guidance that was distilled into the weights is asked for again by default: plain training
-    unlearns it.
-
     Raises:
         ValueError: one sentence on why it cannot be loaded.
     """
-    from avdiff.pipelines.pipeline_av import RECOMMENDED
-
     try:
         pipe.load_lora_weights(folder)
     except Exception as error:  # whatever a broken or foreign file provokes in the loaders
         raise ValueError(f"lora={folder}: cannot be loaded ({_reason(error)})") from error
-    again = {
-        key: value
-        for key, value in RECOMMENDED.items()
-        if "guidance" in key and pipe.config[key] <= 1
-    }
-    pipe.register_to_config(**again)
 
 
 # ---------------------------------------------------------------------------------------- one clip
