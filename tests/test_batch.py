@@ -10,7 +10,6 @@ import torch
 
 from avdiff.clip import ClipSpec
 from avdiff.corpus.events.scene import onset_phones
-from avdiff.latents import Joint
 from avdiff.models.conditions import Positions
 from avdiff.models.transformer import AVTransformer
 from avdiff.phonetics.phone import Phone
@@ -119,19 +118,20 @@ def test_training_loss_of_a_batch_equals_that_of_single_clips(tmp_path) -> None:
     task = finetune.setup(recipe(caches, tmp_path / "out"))
     task.transformer = fill_zeros(task.transformer)
     rows = [task.dataset[i] for i in range(4)]
-    clip = rows[0]["clip"]
-    for row, count in zip(rows, (1, 60, 0, 7), strict=True):
-        row["phones"] = words(count) if count else ()
-        row["caption"] = "a woman " * count
+    clip = rows[0].clip
+    rows = [
+        replace(row, phones=words(count) if count else (), caption="a woman " * count)
+        for row, count in zip(rows, (1, 60, 0, 7), strict=True)
+    ]
 
     def losses(chosen: list[int]) -> torch.Tensor:
         batch = task.collate([rows[i] for i in chosen])
         generators = [torch.Generator().manual_seed(i) for i in chosen]
-        clean = Joint(batch["video"], batch["audio"])
+        clean = batch.tokens
         positions = Positions.of(clip)
         noised = task.objective.noised(clean, positions, generators, task.recipe.objective.tasks)
         with torch.no_grad():
-            output, _ = task.predict(batch, noised, positions, batch["track"])
+            output, _ = task.predict(batch, noised, positions, batch.track)
         lost = task.objective.row_losses(output, clean, noised)
         return torch.stack([lost.video, lost.audio])
 

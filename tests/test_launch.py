@@ -14,6 +14,7 @@ from avdiff.train import finetune
 from avdiff.train.codecs.train_codec import CodecRecipe
 from avdiff.train.evaluators.train_evaluator import EvaluatorRecipe
 from avdiff.train.g2p import train_g2p
+from avdiff.train.joint.ltx2_recipe import LTX2Recipe
 from avdiff.train.loop.accelerator import make_accelerator, refuse_launch
 from avdiff.train.loop.command import find_recipe, load_recipe, recipes_for
 from avdiff.train.loop.fit import FitOptions
@@ -22,6 +23,7 @@ from tests.test_finetune import CLIP, run, write_clips
 
 CLASSES = (
     Recipe,
+    LTX2Recipe,
     CodecRecipe,
     EvaluatorRecipe,
     train_g2p.WordRecipe,

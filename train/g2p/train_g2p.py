@@ -439,8 +439,15 @@ def score(options: ScoreOptions) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> FitSummary | dict[str, Any] | None:
-    """Command line: words | times [RECIPE.toml] --output_dir DIR [--option value]... train;
-    ship --words RUN --times RUN | forms [--bank BANK] | score [--bank BANK] [--json OUT].
+    """Command line of the pronouncer and the duration predictor.
+
+    words [RECIPE.toml] --output_dir DIR [--option value]...    train the pronouncer
+    times [RECIPE.toml] --output_dir DIR [--option value]...    train the duration predictor
+    ship --words RUN --times RUN     put both into the package, in half precision
+    forms [--bank BANK]              forms that words take in sentences
+    score [--bank BANK] [--json OUT] errors on held-out words and sentences
+
+    words --help and times --help tell every option.
     """
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     about = str(main.__doc__)
