@@ -168,6 +168,56 @@ def text_errors(root: Path) -> list[str]:
     return errors
 
 
+# Words of our own that once stood where the field has one: CONTRIBUTING has both.
+PRIVATE_WORDS = frozenset(
+    [
+        "Told",
+        "Wish",
+        "Question",
+        "hears",
+        "tick_start",
+        "tick_time",
+        "Script",
+        "script_encoder",
+        "num_marks",
+        "event_script",
+        "steadiness",
+        "judge",
+        "judges",
+        "Judges",
+        "Logbook",
+        "Means",
+        "Watch",
+        "Feed",
+        "known_truth",
+        "PromptWorld",
+        "world",
+        "ImpactReader",
+        "PhoneTimer",
+        "goal",
+        "untold",
+        "landed",
+        "aside",
+        "Passage",
+        "Piece",
+        "strokes_told",
+        "adherence",
+    ]
+)
+
+
+def word_errors(root: Path) -> list[str]:
+    """Private words as names of variables, arguments, attributes, functions or classes."""
+    errors = []
+    for path, _ in python_files(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {getattr(node, field, None) for field in ("id", "attr", "name", "arg")}
+            words = sorted(PRIVATE_WORDS & {name for name in names if isinstance(name, str)})
+            line = getattr(node, "lineno", 0)
+            errors += [f"{path.relative_to(root)}:{line}: the name {word!r}" for word in words]
+    return errors
+
+
 def call_errors(root: Path) -> list[str]:
     """Calls that could run code from a file. torch.load passes with weights_only=True, numpy.load
     needs no word.
@@ -209,7 +259,15 @@ def dependency_errors(root: Path) -> list[str]:
     return errors
 
 
-CHECKS = (layout_errors, package_errors, size_errors, text_errors, call_errors, dependency_errors)
+CHECKS = (
+    layout_errors,
+    package_errors,
+    size_errors,
+    text_errors,
+    call_errors,
+    dependency_errors,
+    word_errors,
+)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -282,6 +340,7 @@ PLANTED = {
         "pickle.load",
     ),
     "unsafe load": ("train/x.py", "torch.load('x', weights_only=False)", call_errors, "torch.load"),
+    "private word": ("avdiff/core/x.py", "def f(world): return world", word_errors, "'world'"),
     "undeclared": ("avdiff/core/x.py", "import pytest", dependency_errors, "pytest is not"),
 }
 
