@@ -186,7 +186,7 @@ def test_task_learns_and_noise_costs(tmp_path: Path) -> None:
     batch = {name: torch.stack([store[i][name] for i in range(4)]) for name in ("video", "boxes")}
     optimizer = torch.optim.AdamW(task.parameters("main"), lr=3e-3)
     losses = []
-    for step in range(25):
+    for step in range(100):  # before, noise moves the picture by thousandths of a dB
         loss = task.loss(batch, "main", torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss.total.backward()
@@ -196,9 +196,10 @@ def test_task_learns_and_noise_costs(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in task.model.parameters())
     numbers = task.validate()
     assert numbers["noisy_psnr"] > 5
-    # as much noise as latent: a little costs nothing that 25 steps on four clips would show
+    # as much noise as latent: a seventh of it costs under 0.01 dB either way in so small a model
     drowned = round_trip_metrics(task.model, store, 4, noise=1.0)
-    assert drowned["psnr"] == numbers["psnr"] > drowned["noisy_psnr"]
+    assert drowned["psnr"] == numbers["psnr"]
+    assert drowned["psnr"] - drowned["noisy_psnr"] > 0.3  # measured 0.53
 
 
 def test_metrics_know_blur_boxes_and_lags() -> None:
